@@ -1,0 +1,4 @@
+//! Confinement of processes on Linux: the OCI runtime verbs and the monitor. Knows nothing of VMs
+//! or hostd.
+
+pub mod monitor;

@@ -1,0 +1,3 @@
+//! The first process of a virtual machine that was started from an OCI image.
+
+pub mod protocol;

@@ -1,0 +1,3 @@
+//! The daemon and its client. The only crate that sees both kinds of isolation.
+
+pub mod api;

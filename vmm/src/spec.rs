@@ -1,0 +1,176 @@
+//! The wire form of a machine: what `hostd-vmm --config FILE.json` reads. Data only; the checks are
+//! in `plan`.
+//!
+//! Wherever a path stands, `fd:N` means the inherited descriptor N, so that a VMM can run in an
+//! empty root with nothing but what it was handed.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A machine as asked for.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    pub boot: Boot,
+    #[serde(default)]
+    pub cpus: Cpus,
+    #[serde(default)]
+    pub memory: Memory,
+    #[serde(default)]
+    pub disks: Vec<Disk>,
+    #[serde(default)]
+    pub nets: Vec<Net>,
+    #[serde(default)]
+    pub vsock: Option<Vsock>,
+    /// virtio-rng is there unless this is false.
+    #[serde(default = "yes")]
+    pub rng: bool,
+    /// The first serial port. Without it, what the guest writes there is dropped.
+    #[serde(default)]
+    pub console: Option<Console>,
+    /// Where to listen for control requests: a path, or `fd:N` of a listening socket.
+    #[serde(default)]
+    pub control: Option<PathBuf>,
+    /// Where to write, at the end, why the machine ended (`control::ExitStatus` as JSON).
+    #[serde(default)]
+    pub exit_status: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Boot {
+    /// A bzImage or an ELF vmlinux.
+    pub kernel: PathBuf,
+    /// One archive, or several that are laid end to end in memory (each padded to 4 bytes).
+    #[serde(default)]
+    pub initramfs: Option<OneOrMany>,
+    /// At most 2047 bytes with what the VMM appends.
+    #[serde(default)]
+    pub cmdline: String,
+}
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum OneOrMany {
+    One(PathBuf),
+    Many(Vec<PathBuf>),
+}
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cpus {
+    /// 1 to 32.
+    pub count: u8,
+}
+
+impl Default for Cpus {
+    fn default() -> Self {
+        Self { count: 1 }
+    }
+}
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Memory {
+    /// At least 16.
+    pub size_mib: u64,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self { size_mib: 128 }
+    }
+}
+
+/// A raw disk image; its size is rounded down to sectors of 512 bytes.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    pub path: PathBuf,
+    #[serde(default)]
+    pub read_only: bool,
+    /// At most 20 bytes, what the guest sees as the disk's serial number.
+    #[serde(default)]
+    pub serial: Option<String>,
+    #[serde(default)]
+    pub limits: DiskLimits,
+}
+
+/// Token buckets of a disk; an absent limit is none. Bytes or operations per second.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskLimits {
+    #[serde(default)]
+    pub read_bps: Option<u64>,
+    #[serde(default)]
+    pub write_bps: Option<u64>,
+    #[serde(default)]
+    pub read_iops: Option<u64>,
+    #[serde(default)]
+    pub write_iops: Option<u64>,
+}
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Net {
+    /// The name of a tap interface, or `fd:N` of one opened with IFF_TAP, IFF_NO_PI, IFF_VNET_HDR.
+    pub tap: String,
+    /// `02:00:00:00:00:01`; made up from the position if absent.
+    #[serde(default)]
+    pub mac: Option<String>,
+}
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vsock {
+    /// The guest's context id, 3 or more.
+    pub cid: u32,
+    /// The unix socket for host-initiated connections: the client sends `CONNECT PORT\n` and is
+    /// answered `OK HOST_PORT\n`. Guest-initiated connections to port P go to `PATH_P`; there are
+    /// none if this is `fd:N` of a listening socket.
+    pub path: PathBuf,
+    /// Guest-initiated connections that end at a descriptor instead of a socket.
+    #[serde(default)]
+    pub streams: Vec<VsockStream>,
+}
+
+/// A guest's connection to `port` of CID 2 is joined to one descriptor.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockStream {
+    pub port: u32,
+    /// `fd:N` or a path.
+    pub path: PathBuf,
+    pub direction: StreamDirection,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StreamDirection {
+    /// What is read from the descriptor goes to the guest; end of file shuts the connection down.
+    ToGuest,
+    /// What the guest sends is written to the descriptor; a guest that shuts down its side is
+    /// answered with a reset once all has been written.
+    FromGuest,
+}
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum ConsoleTarget {
+    /// A file that the output is appended to, up to `control::CONSOLE_BYTES_MAX`.
+    Path(PathBuf),
+}
+
+/// `{"path": FILE}` or `"stdio"`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Console {
+    Target(ConsoleTarget),
+    /// Only `stdio` is allowed: the VMM's own standard input and output.
+    Name(String),
+}
+
+fn yes() -> bool {
+    true
+}

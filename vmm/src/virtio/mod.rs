@@ -1,0 +1,130 @@
+//! What a virtio device is, apart from the transport that carries it (virtio 1.2).
+//!
+//! The transport owns negotiation, status, queue addresses, notification suppression and
+//! interrupts, and lends the queues for the length of one call. A device is a state machine that is
+//! poked: by a kick of the driver ([`VirtioDevice::process`]) or by one of its own descriptors
+//! ([`VirtioDevice::on_ready`]). It never blocks.
+
+use std::io;
+use std::os::fd::RawFd;
+
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+
+/// Facts about a device that hold before any driver has spoken to it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct DeviceInfo {
+    /// Device type, virtio 1.2 section 5.
+    pub id: u32,
+    /// Offered feature bits of the device itself. The transport adds VERSION_1, EVENT_IDX and
+    /// INDIRECT_DESC.
+    pub features: u64,
+    /// The largest size of each queue, powers of two.
+    pub queue_sizes: Vec<u16>,
+}
+
+/// What the driver is to be told after a call.
+#[must_use = "a driver that is not told of used buffers waits for ever"]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Signal {
+    /// Bit N: buffers were added to queue N's used ring.
+    pub queues: u32,
+    /// The configuration space changed.
+    pub config: bool,
+}
+
+impl Signal {
+    /// Nothing to tell.
+    pub const NONE: Signal = Signal {
+        queues: 0,
+        config: false,
+    };
+
+    /// Queue `index` has used buffers.
+    pub const fn queue(index: usize) -> Signal {
+        Signal {
+            queues: 1 << index,
+            config: false,
+        }
+    }
+
+    /// Both.
+    pub const fn and(self, other: Signal) -> Signal {
+        Signal {
+            queues: self.queues | other.queues,
+            config: self.config | other.config,
+        }
+    }
+}
+
+/// By whose fault a device cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The transport sets DEVICE_NEEDS_RESET; the VM lives on.
+    #[error("The guest's queue {index} is malformed")]
+    Guest {
+        /// The queue.
+        index: usize,
+        source: virtio_queue::Error,
+    },
+    /// The VM stops and its exit record says why.
+    #[error("The device's backend failed: {action}")]
+    Host {
+        /// What was attempted, e.g. "read the tap".
+        action: &'static str,
+        source: io::Error,
+    },
+}
+
+/// A device behind a virtio transport.
+pub trait VirtioDevice: Send {
+    /// What the device is.
+    fn info(&self) -> DeviceInfo;
+
+    /// The device's configuration space, read by the transport byte for byte; reads past its end
+    /// give zeroes.
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// The driver has set DRIVER_OK with these accepted features. Queues may hold buffers already;
+    /// the transport calls [`process`](Self::process) for each of them next.
+    fn activate(&mut self, features: u64) -> Result<(), DeviceError>;
+
+    /// The driver kicked queue `index`. At most one queue's worth of buffers is taken per call.
+    fn process(
+        &mut self,
+        index: usize,
+        queues: &mut [Queue],
+        mem: &GuestMemoryMmap,
+    ) -> Result<Signal, DeviceError>;
+
+    /// Descriptors to poll while the device is active, each with a token of the device's own and
+    /// the readiness waited for. Asked again after every call into the device.
+    fn interests(&self) -> Vec<Interest> {
+        Vec::new()
+    }
+
+    /// The descriptor of `token` is ready.
+    fn on_ready(
+        &mut self,
+        _token: u32,
+        _queues: &mut [Queue],
+        _mem: &GuestMemoryMmap,
+    ) -> Result<Signal, DeviceError> {
+        Ok(Signal::NONE)
+    }
+
+    /// Back to the state before `activate`. In-flight work is finished or dropped first: no guest
+    /// memory is touched after this returns.
+    fn reset(&mut self);
+}
+
+/// A descriptor that a device waits for (level-triggered).
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Interest {
+    pub token: u32,
+    pub fd: RawFd,
+    pub readable: bool,
+    pub writable: bool,
+}
