@@ -1,4 +1,6 @@
 //! The machine: one KVM virtual machine in one process. Knows nothing of containers or hostd.
 
+pub mod control;
+pub mod guest_status;
 pub mod spec;
 pub mod virtio;

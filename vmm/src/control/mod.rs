@@ -1,0 +1,212 @@
+//! What a running machine can be asked, and what it says at its end. Data only; `server` answers.
+//!
+//! On the control socket each line is one JSON [`Request`], answered by one line of JSON
+//! [`Response`], in order. A line longer than [`REQUEST_BYTES_MAX`] closes the connection.
+
+use serde::{Deserialize, Serialize};
+
+use crate::spec::DiskLimits;
+
+/// The most bytes of guest output that a console file takes; what comes after is dropped.
+pub const CONSOLE_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// The longest request line, newline included.
+pub const REQUEST_BYTES_MAX: usize = 64 * 1024;
+
+/// The most clients at a time; one more is closed at once.
+pub const CLIENTS_MAX: usize = 16;
+
+/// One line to the machine.
+///
+/// Variants without fields are written as structs, since serde refuses unknown fields only there.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(tag = "action", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Answered with [`Response::State`].
+    State {},
+    /// Answered with [`Response::Done`] once the guest has reported that it is ready, which may be
+    /// never. The client's later requests wait behind it.
+    WaitReady {},
+    /// Presses the power button; a guest that handles it shuts down.
+    PowerButton {},
+    /// Answered with [`Response::Done`] when no virtual processor runs guest code any more.
+    Pause {},
+    /// The opposite of pause.
+    Resume {},
+    /// Answered with [`Response::Stats`].
+    Stats {},
+    /// Replaces the limits of a disk; an absent limit is none.
+    SetDiskLimits {
+        /// The position in `Spec::disks`, from 0.
+        disk: usize,
+        /// Bytes and operations per second.
+        limits: DiskLimits,
+    },
+    /// Ends the machine at once, as pulling the plug does.
+    Kill {},
+}
+
+/// One line from the machine.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(tag = "result", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Response {
+    /// It was done.
+    Done {},
+    /// How the machine is.
+    State {
+        /// Running or paused.
+        state: MachineState,
+        /// The guest has reported that it is ready.
+        ready: bool,
+    },
+    /// What the machine has done so far.
+    Stats {
+        /// Counters since the start.
+        stats: Stats,
+    },
+    /// It was not done, and nothing has changed.
+    Error {
+        /// For people.
+        message: String,
+    },
+}
+
+/// Whether virtual processors run.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MachineState {
+    /// They may run.
+    Running,
+    /// None runs guest code.
+    Paused,
+}
+
+/// Counters since the start of the machine; they wrap at 2^64.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stats {
+    /// For each virtual processor: how often it left guest mode for this process.
+    pub vcpu_exits: Vec<u64>,
+    /// In the order of their addresses.
+    pub devices: Vec<DeviceStats>,
+}
+
+/// Counters of one virtio device.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceStats {
+    /// `disk0`, `net0`, `vsock`, `rng`.
+    pub name: String,
+    /// Times the driver kicked a queue.
+    pub kicks: u64,
+    /// Interrupts sent to the driver.
+    pub interrupts: u64,
+    /// Times the device had to ask for a reset, because the driver broke the rules.
+    pub failures: u64,
+}
+
+/// Why a machine ended: the content of `Spec::exit_status`.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExitStatus {
+    /// What ended it.
+    pub reason: ExitReason,
+    /// What the guest reported as its workload's exit code, if it did.
+    pub code: Option<u8>,
+    /// The guest reported that its workload was killed for want of memory.
+    pub oom: bool,
+    /// With [`ExitReason::Error`], what went wrong, causes included.
+    pub error: Option<String>,
+}
+
+/// What ended a machine.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitReason {
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest asked for a reset, or crashed so that a real processor would reset.
+    Reset,
+    /// The guest reported its workload's exit (`guest_status`).
+    GuestExit,
+    /// SIGTERM, SIGINT, or a `kill` request.
+    Killed,
+    /// The machine could not go on; see `error`.
+    Error,
+}
+
+impl ExitStatus {
+    /// The process's exit status when the machine itself failed.
+    pub const FAILURE_CODE: u8 = 125;
+
+    /// The process's exit status when the machine was killed without a report of its guest: the
+    /// shell's for SIGKILL.
+    pub const KILLED_CODE: u8 = 137;
+
+    /// An end without a report from the guest.
+    pub fn new(reason: ExitReason) -> Self {
+        Self {
+            reason,
+            code: None,
+            oom: false,
+            error: None,
+        }
+    }
+
+    /// What the process exits with: the guest's code if it reported one, otherwise 0 for an end the
+    /// guest chose.
+    pub fn process_code(&self) -> u8 {
+        match (self.code, self.reason) {
+            (Some(code), _) => code,
+            (None, ExitReason::PowerOff | ExitReason::Reset | ExitReason::GuestExit) => 0,
+            (None, ExitReason::Killed) => Self::KILLED_CODE,
+            (None, ExitReason::Error) => Self::FAILURE_CODE,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_have_one_spelling_and_unknown_fields_are_refused() {
+        let limits = DiskLimits {
+            read_bps: Some(1000),
+            ..DiskLimits::default()
+        };
+        let table = [
+            (r#"{"action":"state"}"#, Some(Request::State {})),
+            (r#"{"action":"wait_ready"}"#, Some(Request::WaitReady {})),
+            (
+                r#"{"action":"set_disk_limits","disk":1,"limits":{"read_bps":1000}}"#,
+                Some(Request::SetDiskLimits { disk: 1, limits }),
+            ),
+            (r#"{"action":"state","now":true}"#, None),
+            (r#"{"action":"explode"}"#, None),
+            (r#"{}"#, None),
+        ];
+        for (line, want) in table {
+            assert_eq!(serde_json::from_str(line).ok(), want, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_guests_code_wins_over_the_reason() {
+        let table = [
+            (ExitReason::PowerOff, None, 0),
+            (ExitReason::Reset, None, 0),
+            (ExitReason::Killed, None, 137),
+            (ExitReason::Error, None, 125),
+            (ExitReason::GuestExit, Some(7), 7),
+            (ExitReason::Killed, Some(0), 0),
+        ];
+        for (reason, code, want) in table {
+            let status = ExitStatus {
+                code,
+                ..ExitStatus::new(reason)
+            };
+            assert_eq!(status.process_code(), want, "{status:?}");
+        }
+    }
+}
