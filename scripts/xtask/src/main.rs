@@ -1,6 +1,7 @@
 //! The developer's commands behind `scripts/`: what it takes to build, boot, test and measure hostd.
 
 mod fixtures;
+mod guest;
 mod kernel;
 mod packages;
 mod paths;
@@ -24,6 +25,8 @@ enum Command {
     Fixtures,
     /// Fetches Debian's cloud kernel
     Kernel,
+    /// Builds the kernel and the initramfs of VMs that start from OCI images
+    Guest,
 }
 
 fn main() -> Result<()> {
@@ -31,5 +34,6 @@ fn main() -> Result<()> {
         Command::Packages => packages::ensure(packages::ALL),
         Command::Fixtures => fixtures::busybox().map(|_| ()),
         Command::Kernel => kernel::Kernel::fetch().map(|_| ()),
+        Command::Guest => guest::command_line(),
     }
 }
