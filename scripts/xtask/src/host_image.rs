@@ -81,9 +81,7 @@ const MODULES: &[&str] = &[
     "virtio_net",
     "virtio_rng",
     "nvme",
-    "ahci",
     "sd_mod",
-    "e1000e",
 ];
 
 /// Each of `scripts/host-image` and its place in the image.
@@ -127,7 +125,9 @@ pub(crate) fn build() -> Result<HostImage> {
         install_files(&root)?;
         for binary in BINARIES {
             let target = root.join("usr/bin").join(binary);
-            run(command("strip", ["-o"]).arg(&target).arg(paths::binaries().join(binary)))?;
+            run(command("strip", ["-o"])
+                .arg(&target)
+                .arg(paths::binaries().join(binary)))?;
         }
         let guest_dir = root.join("usr/lib/hostd/guest");
         fs::create_dir_all(&guest_dir)?;
@@ -135,10 +135,15 @@ pub(crate) fn build() -> Result<HostImage> {
         fs::copy(&guest.initramfs, guest_dir.join("initramfs.cpio"))?;
         let images = root.join("usr/share/hostd/images");
         fs::create_dir_all(&images)?;
-        run(command("cp", ["-a"]).arg(&busybox).arg(images.join("busybox")))?;
+        run(command("cp", ["-a"])
+            .arg(&busybox)
+            .arg(images.join("busybox")))?;
         archive(&root, &initramfs)
     })?;
-    Ok(HostImage { kernel: kernel.image(), initramfs })
+    Ok(HostImage {
+        kernel: kernel.image(),
+        initramfs,
+    })
 }
 
 /// The unpacked packages as a tar, made again when the list of packages changes.
@@ -163,7 +168,10 @@ fn base_archive(dir: &Path) -> Result<PathBuf> {
 fn unpack_base(archive: &Path, root: &Path) -> Result<()> {
     fs::create_dir_all(root)?;
     // The kernel makes the device nodes; leaving them out is what lets anyone unpack the archive.
-    run(command("tar", ["--exclude=./dev/*", "-xf"]).arg(archive).arg("-C").arg(root))?;
+    run(command("tar", ["--exclude=./dev/*", "-xf"])
+        .arg(archive)
+        .arg("-C")
+        .arg(root))?;
     for path in PRUNED {
         let path = root.join(path);
         if path.is_dir() {
@@ -172,7 +180,17 @@ fn unpack_base(archive: &Path, root: &Path) -> Result<()> {
             fs::remove_file(&path)?;
         }
     }
-    for dir in ["dev", "proc", "sys", "run", "tmp", "root", "etc/init.d", "usr/bin", "var/lib"] {
+    for dir in [
+        "dev",
+        "proc",
+        "sys",
+        "run",
+        "tmp",
+        "root",
+        "etc/init.d",
+        "usr/bin",
+        "var/lib",
+    ] {
         fs::create_dir_all(root.join(dir))?;
     }
     // Packages are only unpacked, so what their scripts would have made is made here.
@@ -183,7 +201,10 @@ fn unpack_base(archive: &Path, root: &Path) -> Result<()> {
     fs::write(root.join("etc/group"), "root:x:0:\nhostd:x:900:\n")?;
     fs::write(root.join("etc/shells"), "/bin/sh\n")?;
     fs::write(root.join("etc/hostname"), "hostd\n")?;
-    fs::write(root.join("etc/hosts"), "127.0.0.1 localhost\n127.0.1.1 hostd\n")?;
+    fs::write(
+        root.join("etc/hosts"),
+        "127.0.0.1 localhost\n127.0.1.1 hostd\n",
+    )?;
     symlink("busybox", root.join("bin/sh")).context("Cannot link the shell")
 }
 
@@ -217,7 +238,10 @@ fn install_modules(kernel: &Kernel, root: &Path) -> Result<()> {
 fn install_files(root: &Path) -> Result<()> {
     for (source, target) in FILES {
         let target = root.join(target);
-        fs::copy(paths::root().join("scripts/host-image").join(source), &target)?;
+        fs::copy(
+            paths::root().join("scripts/host-image").join(source),
+            &target,
+        )?;
         fs::set_permissions(&target, fs::Permissions::from_mode(0o755))?;
     }
     Ok(())
@@ -228,6 +252,8 @@ pub(crate) fn archive(root: &Path, target: &Path) -> Result<()> {
     let partial = target.with_extension("partial");
     let script = "find . -mindepth 1 | LC_ALL=C sort | \
                   cpio --quiet --reproducible -R 0:0 -H newc -o >\"$1\"";
-    run(command("sh", ["-euc", script, "sh"]).arg(&partial).current_dir(root))?;
+    run(command("sh", ["-euc", script, "sh"])
+        .arg(&partial)
+        .current_dir(root))?;
     fs::rename(&partial, target).context("Cannot move the archive in place")
 }

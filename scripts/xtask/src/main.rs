@@ -1,11 +1,16 @@
 //! The developer's commands behind `scripts/`: what it takes to build, boot, test and measure hostd.
 
+mod binaries;
 mod fixtures;
 mod guest;
+mod host_image;
 mod kernel;
 mod packages;
 mod paths;
+mod sim_host;
 mod step;
+
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -21,19 +26,29 @@ struct Arguments {
 enum Command {
     /// Installs the Debian packages that the other commands need
     Packages,
-    /// Makes the OCI images of the tests and the demo
-    Fixtures,
-    /// Fetches Debian's cloud kernel
-    Kernel,
     /// Builds the kernel and the initramfs of VMs that start from OCI images
     Guest,
+    /// Builds the host image: kernel and initramfs that boot into hostd
+    HostImage,
+    SimHost(sim_host::Arguments),
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     match Arguments::parse().command {
-        Command::Packages => packages::ensure(packages::ALL),
-        Command::Fixtures => fixtures::busybox().map(|_| ()),
-        Command::Kernel => kernel::Kernel::fetch().map(|_| ()),
-        Command::Guest => guest::command_line(),
+        Command::Packages => packages::ensure(packages::ALL)?,
+        Command::Guest => {
+            packages::ensure(packages::ALL)?;
+            binaries::build()?;
+            guest::command_line()?;
+        }
+        Command::HostImage => {
+            packages::ensure(packages::ALL)?;
+            host_image::build()?;
+        }
+        Command::SimHost(arguments) => {
+            packages::ensure(packages::ALL)?;
+            return sim_host::run(&arguments);
+        }
     }
+    Ok(ExitCode::SUCCESS)
 }

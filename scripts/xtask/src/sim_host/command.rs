@@ -38,7 +38,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         machine.end()?;
         return Ok(ExitCode::SUCCESS);
     }
-    let options = Options { memory_mib: arguments.memory, cpus: arguments.cpus };
+    let options = Options {
+        memory_mib: arguments.memory,
+        cpus: arguments.cpus,
+    };
     if arguments.up {
         if Machine::find(&kept).is_some() {
             bail!("A simulated host is up already; `scripts/sim-host --down` ends it");
@@ -62,10 +65,17 @@ fn kept_dir() -> PathBuf {
 
 /// A directory that no other run uses.
 pub(crate) fn new_dir() -> PathBuf {
-    paths::build().join("sim-host").join(std::process::id().to_string())
+    paths::build()
+        .join("sim-host")
+        .join(std::process::id().to_string())
 }
 
 /// The exit status of a command as this process's own; a signal as a shell shows it.
 fn exit_code(status: ExitStatus) -> ExitCode {
-    ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(255))
+    ExitCode::from(
+        status
+            .code()
+            .and_then(|code| u8::try_from(code).ok())
+            .unwrap_or(255),
+    )
 }

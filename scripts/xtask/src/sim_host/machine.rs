@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -37,7 +37,10 @@ pub(crate) struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { memory_mib: 3072, cpus: 2 }
+        Self {
+            memory_mib: 3072,
+            cpus: 2,
+        }
     }
 }
 
@@ -66,7 +69,9 @@ impl Machine {
             fs::remove_dir_all(dir).context("Cannot remove what the last run left")?;
         }
         fs::create_dir_all(dir)?;
-        step("Boot the simulated host", || Self::launch(dir, &image, options))
+        step("Boot the simulated host", || {
+            Self::launch(dir, &image, options)
+        })
     }
 
     fn launch(dir: &Path, image: &HostImage, options: Options) -> Result<Self> {
@@ -77,36 +82,56 @@ impl Machine {
         let listener = UnixListener::bind(&console)?;
         let port = free_port()?;
         let mut qemu = command("qemu-system-x86_64", ["-nodefaults", "-no-reboot"]);
-        qemu.args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt"])
-            .args(["-display", "none", "-m", &options.memory_mib.to_string()])
-            .args(["-smp", &options.cpus.to_string()])
-            .arg("-kernel")
-            .arg(&image.kernel)
-            .arg("-initrd")
-            .arg(&initramfs)
-            .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"])
-            .arg("-chardev")
-            .arg(format!(
-                "socket,id=console,path={},logfile={}",
-                console.display(),
-                dir.join("console.log").display()
-            ))
-            .args(["-serial", "chardev:console"])
-            .arg("-drive")
-            .arg(format!("if=virtio,format=raw,cache=unsafe,file={}", disk.display()))
-            .arg("-netdev")
-            .arg(format!("user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"))
-            .args(["-device", "virtio-net-pci,netdev=net"])
-            .stdin(Stdio::null())
-            .stdout(File::create(dir.join("qemu.log"))?)
-            .stderr(File::options().append(true).open(dir.join("qemu.log"))?)
-            // A group of its own: an interrupt at the terminal is for the command in the machine.
-            .process_group(0);
+        qemu.args([
+            "-M",
+            "q35",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "EPYC,+svm,+npt",
+        ])
+        .args(["-display", "none", "-m", &options.memory_mib.to_string()])
+        .args(["-smp", &options.cpus.to_string()])
+        .arg("-kernel")
+        .arg(&image.kernel)
+        .arg("-initrd")
+        .arg(&initramfs)
+        .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"])
+        .arg("-chardev")
+        .arg(format!(
+            "socket,id=console,path={},logfile={}",
+            console.display(),
+            dir.join("console.log").display()
+        ))
+        .args(["-serial", "chardev:console"])
+        .arg("-drive")
+        .arg(format!(
+            "if=virtio,format=raw,cache=unsafe,file={}",
+            disk.display()
+        ))
+        .arg("-netdev")
+        .arg(format!(
+            "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"
+        ))
+        .args(["-device", "virtio-net-pci,netdev=net"])
+        .stdin(Stdio::null())
+        .stdout(File::create(dir.join("qemu.log"))?)
+        .stderr(File::options().append(true).open(dir.join("qemu.log"))?)
+        // A group of its own: an interrupt at the terminal is for the command in the machine.
+        .process_group(0);
         let mut child = qemu.spawn().context("Cannot start qemu-system-x86_64")?;
         let awaited = wait_until_ready(&listener, &mut child, dir);
         let pid = i32::try_from(child.id()).context("A pid fits an i32")?;
-        let record = Record { pid, start_time: start_time(pid).unwrap_or(0), port };
-        let machine = Self { record, dir: dir.to_owned(), child: Some(child) };
+        let record = Record {
+            pid,
+            start_time: start_time(pid).unwrap_or(0),
+            port,
+        };
+        let machine = Self {
+            record,
+            dir: dir.to_owned(),
+            child: Some(child),
+        };
         awaited?;
         Ok(machine)
     }
@@ -138,16 +163,17 @@ impl Machine {
 
     /// Runs a command in the machine with this process's own streams.
     pub(crate) fn run(&self, arguments: &[String], terminal: bool) -> Result<ExitStatus> {
-        self.ssh().command(arguments, terminal).status().context("Cannot run ssh")
-    }
-
-    /// A command that runs in the machine, for a caller that wants its streams.
-    pub(crate) fn command(&self, arguments: &[String]) -> Command {
-        self.ssh().command(arguments, false)
+        self.ssh()
+            .command(arguments, terminal)
+            .status()
+            .context("Cannot run ssh")
     }
 
     fn ssh(&self) -> Ssh<'_> {
-        Ssh { dir: &self.dir, port: self.record.port }
+        Ssh {
+            dir: &self.dir,
+            port: self.record.port,
+        }
     }
 }
 
@@ -179,8 +205,11 @@ fn add_key(dir: &Path, initramfs: &Path) -> Result<PathBuf> {
 fn make_data_disk(dir: &Path) -> Result<PathBuf> {
     let disk = dir.join("data.raw");
     File::create(&disk)?.set_len(DATA_DISK_BYTES)?;
-    run(command("mke2fs", ["-q", "-t", "ext4", "-L", "hostd-data", "-O", "^has_journal"])
-        .arg(&disk))?;
+    run(command(
+        "mke2fs",
+        ["-q", "-t", "ext4", "-L", "hostd-data", "-O", "^has_journal"],
+    )
+    .arg(&disk))?;
     Ok(disk)
 }
 
@@ -250,5 +279,10 @@ fn wait_readable(fd: &impl std::os::fd::AsFd, deadline: Instant) -> Result<()> {
 fn start_time(pid: i32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The command's name, in parentheses, may hold anything; field 3 follows the last of them.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    stat.rsplit_once(')')?
+        .1
+        .split_whitespace()
+        .nth(19)?
+        .parse()
+        .ok()
 }

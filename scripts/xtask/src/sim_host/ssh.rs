@@ -35,7 +35,8 @@ impl Ssh<'_> {
             ssh.args(["-o", option]);
         }
         // A path of its own for each machine; sockets' paths are limited to 107 bytes.
-        ssh.arg("-o").arg(format!("ControlPath=/tmp/hostd-ssh-{}", self.port));
+        ssh.arg("-o")
+            .arg(format!("ControlPath=/tmp/hostd-ssh-{}", self.port));
         ssh.arg("-i").arg(self.dir.join("key"));
         ssh.args(["-p", &self.port.to_string()]);
         ssh.arg(if terminal { "-tt" } else { "-T" });
