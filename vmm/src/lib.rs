@@ -2,5 +2,6 @@
 
 pub mod control;
 pub mod guest_status;
+pub mod rate_limit;
 pub mod spec;
 pub mod virtio;

@@ -5,6 +5,12 @@
 //! poked: by a kick of the driver ([`VirtioDevice::process`]) or by one of its own descriptors
 //! ([`VirtioDevice::on_ready`]). It never blocks.
 
+pub mod block;
+mod chain;
+pub mod net;
+pub mod rng;
+pub mod tap;
+
 use std::io;
 use std::os::fd::RawFd;
 

@@ -1,0 +1,241 @@
+//! The io_uring engine.
+//!
+//! UNSAFETY: the kernel reads and writes guest memory between the submission of an operation and its
+//! completion. The ring therefore owns each operation, and with it a share of the mapping that its
+//! ranges lie in, until the completion was seen; the iovecs of an operation stay in its slot until
+//! then, too.
+#![expect(
+    unsafe_code,
+    reason = "the kernel is handed raw pointers into guest memory"
+)]
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, RawFd};
+
+use io_uring::squeue::Entry;
+use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::{IoUring, opcode};
+
+use super::engine::Completed;
+use super::request::{Kind, Operation, Progress};
+
+/// How often in a row the kernel may refuse a submission for want of resources.
+const BUSY_RETRIES_MAX: u32 = 1000;
+
+/// The disk's file is the only one registered with the ring.
+const FILE: Fixed = Fixed(0);
+
+/// A ring, and what is in flight in it.
+pub(crate) struct Ring {
+    ring: IoUring,
+    /// One per operation that can be in flight, fixed in number; the index is the user data.
+    slots: Vec<Slot>,
+    free: Vec<u16>,
+    _file: File,
+}
+
+#[derive(Default)]
+struct Slot {
+    operation: Option<Operation>,
+    iovecs: Vec<libc::iovec>,
+}
+
+// SAFETY: the iovecs are addresses in guest memory that only the kernel follows.
+unsafe impl Send for Slot {}
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Ring")
+            .field("in_flight", &self.in_flight())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Ring {
+    /// Sets up a ring for `depth` operations on `file`, or gives the file back.
+    pub(crate) fn new(file: File, depth: u16) -> Result<Ring, File> {
+        let Ok(ring) = build(depth) else {
+            return Err(file);
+        };
+        // Buffers and iovecs must be the kernel's once submitted (Linux 5.5).
+        if !ring.params().is_feature_submit_stable()
+            || ring
+                .submitter()
+                .register_files(&[file.as_raw_fd()])
+                .is_err()
+        {
+            return Err(file);
+        }
+        Ok(Ring {
+            ring,
+            slots: (0..depth).map(|_| Slot::default()).collect(),
+            free: (0..depth).rev().collect(),
+            _file: file,
+        })
+    }
+
+    /// Operations that have not been returned by [`completed`](Self::completed).
+    pub(crate) fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Readable when there are completions.
+    pub(crate) fn fd(&self) -> RawFd {
+        self.ring.as_raw_fd()
+    }
+
+    /// Takes on an operation.
+    ///
+    /// # Panics
+    ///
+    /// If `depth` operations are in flight: the device holds no more chains than its queue has.
+    pub(crate) fn start(&mut self, operation: Operation) {
+        let slot = self
+            .free
+            .pop()
+            .expect("the queue is no longer than the ring is deep");
+        self.slots[usize::from(slot)].operation = Some(operation);
+        self.push(slot);
+    }
+
+    /// Puts (what is left of) the operation in `slot` into the submission queue.
+    fn push(&mut self, slot: u16) {
+        let entry = self.slots[usize::from(slot)].entry().user_data(slot.into());
+        // SAFETY: the slot holds the operation, and so the memory, until its completion.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        // Each slot has one entry in flight at most, and there are as many entries as slots.
+        pushed.expect("the submission queue has an entry per slot");
+    }
+
+    /// Whether entries wait for [`submit`](Self::submit).
+    pub(crate) fn has_unsubmitted(&mut self) -> bool {
+        !self.ring.submission().is_empty()
+    }
+
+    /// Hands all entries to the kernel.
+    pub(crate) fn submit(&mut self) -> io::Result<()> {
+        let mut refusals = 0;
+        while self.has_unsubmitted() {
+            match self.ring.submit() {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if is_busy(&error) && refusals < BUSY_RETRIES_MAX => refusals += 1,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// The next operation that has ended.
+    pub(crate) fn completed(&mut self) -> Option<Completed> {
+        loop {
+            let entry = self.ring.completion().next()?;
+            let slot = u16::try_from(entry.user_data()).ok()?;
+            let place = self.slots.get_mut(usize::from(slot))?;
+            let operation = place.operation.as_mut()?;
+            let result = usize::try_from(entry.result())
+                .map_err(|_| io::Error::from_raw_os_error(-entry.result()));
+            match operation.advance(&result) {
+                Progress::Again => self.push(slot),
+                Progress::Finished(status) => {
+                    let operation = place.operation.take()?;
+                    self.free.push(slot);
+                    return Some(Completed { operation, status });
+                }
+            }
+        }
+    }
+
+    /// Waits for all operations and forgets them. Disks answer, be it with an error, so this ends.
+    pub(crate) fn drain(&mut self) {
+        while self.in_flight() > 0 {
+            while self.completed().is_some() {}
+            if self.in_flight() == 0 {
+                break;
+            }
+            match self.ring.submit_and_wait(1) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted || is_busy(&error) => {}
+                // The ring is unusable. The slots still own the memory; see `drop`.
+                Err(_) => break,
+            }
+        }
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        self.drain();
+        if self.in_flight() > 0 {
+            // Better to leak a mapping than to let the kernel write to what is not one any more.
+            mem::forget(mem::take(&mut self.slots));
+        }
+    }
+}
+
+impl Slot {
+    /// The operation as the kernel takes it.
+    fn entry(&mut self) -> Entry {
+        let operation = self
+            .operation
+            .as_ref()
+            .expect("a slot is filled before it is pushed");
+        let position = operation.next_position();
+        let list = operation.io_list();
+        match (operation.kind, list.iovecs()) {
+            (Kind::Read, [one]) => {
+                opcode::Read::new(FILE, one.iov_base.cast(), byte_count(one.iov_len))
+                    .offset(position)
+                    .build()
+            }
+            (Kind::Write { .. }, [one]) => {
+                opcode::Write::new(FILE, one.iov_base.cast(), byte_count(one.iov_len))
+                    .offset(position)
+                    .rw_flags(operation.write_flags())
+                    .build()
+            }
+            (Kind::Read | Kind::Write { .. }, many) => {
+                self.iovecs.clear();
+                self.iovecs.extend_from_slice(many);
+                let (start, count) = (self.iovecs.as_ptr(), byte_count(self.iovecs.len()));
+                if operation.kind == Kind::Read {
+                    opcode::Readv::new(FILE, start, count)
+                        .offset(position)
+                        .build()
+                } else {
+                    opcode::Writev::new(FILE, start, count)
+                        .offset(position)
+                        .rw_flags(operation.write_flags())
+                        .build()
+                }
+            }
+            (Kind::Flush, _) => opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
+            (Kind::Zero { .. }, _) => opcode::Fallocate::new(FILE, operation.bytes as u64)
+                .offset(position)
+                .mode(operation.allocation_mode())
+                .build(),
+        }
+    }
+}
+
+/// A ring that runs completions when we enter the kernel anyway, where Linux knows how (5.19).
+fn build(depth: u16) -> io::Result<IoUring> {
+    IoUring::builder()
+        .setup_submit_all()
+        .setup_coop_taskrun()
+        .build(depth.into())
+        .or_else(|_| IoUring::new(depth.into()))
+}
+
+fn is_busy(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY))
+}
+
+/// What is cut off here is done in a second step: the kernel stops at 2 GiB anyway.
+fn byte_count(bytes: usize) -> u32 {
+    u32::try_from(bytes).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,482 @@
+//! virtio-net (virtio 1.2, section 5.1) on a tap: one pair of queues, checksum and segmentation
+//! offloads, merged receive buffers. Frames move between the tap and guest memory without a copy.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+};
+use virtio_queue::{Error, Queue, QueueT};
+use vm_memory::GuestMemoryMmap;
+
+use super::chain::{Chain, IoList, give_back_together, take_all};
+use super::tap::{HEADER_BYTES, Tap};
+use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
+
+/// Device type, virtio 1.2 section 5.
+const ID: u32 = 1;
+
+const QUEUE_SIZE: u16 = 256;
+
+/// Queue numbers, virtio 1.2 section 5.1.2.
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+
+/// The largest segmented packet with its Ethernet header, a VLAN tag and the virtio header.
+const FRAME_BYTES_MAX: usize = 65535 + 14 + 4 + HEADER_BYTES;
+
+/// The smallest frame that makes sense: a virtio and an Ethernet header.
+const FRAME_BYTES_MIN: usize = HEADER_BYTES + 14;
+
+/// What is read for at first when no frame can be larger than the usual MTU. Larger ones spill.
+const SMALL_FRAME_BYTES: usize = HEADER_BYTES + 14 + 4 + 1500;
+
+/// How many frames are received per call, so that a flood leaves the other devices their turn.
+const FRAMES_PER_CALL_MAX: usize = 64;
+
+/// Where `num_buffers` is in the header.
+const NUM_BUFFERS: usize = 10;
+
+/// The one token of [`Interest`].
+const TAP: u32 = 0;
+
+/// Which offload of the tap each accepted feature turns on.
+const OFFLOADS: [(u32, u32); 4] = [
+    (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
+    (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
+    (VIRTIO_NET_F_GUEST_TSO6, libc::TUN_F_TSO6),
+    (VIRTIO_NET_F_GUEST_ECN, libc::TUN_F_TSO_ECN),
+];
+
+/// What a network device has done since it was made, as the guest sees it.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct NetStats {
+    pub received_frames: u64,
+    /// Without virtio headers, as all byte counts here.
+    pub received_bytes: u64,
+    /// Frames that did not fit the guest's buffers.
+    pub received_dropped: u64,
+    pub sent_frames: u64,
+    pub sent_bytes: u64,
+    /// Frames that were malformed, or that the tap refused.
+    pub sent_dropped: u64,
+}
+
+/// What the rest of the VMM keeps of a network device. Works from any thread.
+#[derive(Clone, Debug)]
+pub struct NetHandle {
+    counters: Arc<Counters>,
+}
+
+impl NetHandle {
+    /// The counters.
+    pub fn stats(&self) -> NetStats {
+        let counters = &self.counters;
+        NetStats {
+            received_frames: counters.received_frames.load(Ordering::Relaxed),
+            received_bytes: counters.received_bytes.load(Ordering::Relaxed),
+            received_dropped: counters.received_dropped.load(Ordering::Relaxed),
+            sent_frames: counters.sent_frames.load(Ordering::Relaxed),
+            sent_bytes: counters.sent_bytes.load(Ordering::Relaxed),
+            sent_dropped: counters.sent_dropped.load(Ordering::Relaxed),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    received_frames: AtomicU64,
+    received_bytes: AtomicU64,
+    received_dropped: AtomicU64,
+    sent_frames: AtomicU64,
+    sent_bytes: AtomicU64,
+    sent_dropped: AtomicU64,
+}
+
+/// The network device.
+#[derive(Debug)]
+pub struct Net {
+    tap: Tap,
+    mac: [u8; 6],
+    receiving: Receiving,
+    /// Frames that the tap has not taken yet.
+    sending: VecDeque<Chain>,
+    /// The tap takes no frame at the moment.
+    blocked: bool,
+    /// The interface is gone: the guest has a cable that leads nowhere.
+    lost: bool,
+    counters: Arc<Counters>,
+}
+
+#[derive(Debug)]
+struct Receiving {
+    /// Empty buffers of the driver.
+    buffers: VecDeque<Chain>,
+    /// A frame that is larger than the buffers there were.
+    pending: Option<Pending>,
+    /// What of a frame did not fit the guest's buffers.
+    spill: Vec<u8>,
+    /// A frame may be spread over several buffers.
+    mergeable: bool,
+    /// How much room to read into, if there is as much.
+    room_wanted: usize,
+    /// There may be frames to read that no event will tell of.
+    starved: bool,
+}
+
+/// A frame whose beginning fills the first buffers, while the rest is in the spill.
+#[derive(Clone, Copy, Debug)]
+struct Pending {
+    bytes: usize,
+    /// How many bytes are in buffers.
+    placed: usize,
+}
+
+/// What one attempt to receive came to.
+enum Received {
+    Frame,
+    /// No buffers, or none that suffice.
+    NoRoom,
+    /// Nothing to read.
+    Nothing,
+}
+
+impl Net {
+    /// A network device whose cable is `tap`.
+    pub fn new(tap: Tap, mac: [u8; 6]) -> Net {
+        Net {
+            tap,
+            mac,
+            receiving: Receiving {
+                buffers: VecDeque::new(),
+                pending: None,
+                spill: vec![0; FRAME_BYTES_MAX],
+                mergeable: false,
+                room_wanted: SMALL_FRAME_BYTES,
+                starved: false,
+            },
+            sending: VecDeque::new(),
+            blocked: false,
+            lost: false,
+            counters: Arc::default(),
+        }
+    }
+
+    /// For counters, from then on.
+    pub fn handle(&self) -> NetHandle {
+        NetHandle {
+            counters: Arc::clone(&self.counters),
+        }
+    }
+
+    /// Receives frames while there are some and there is room; whether buffers were used.
+    fn receive(&mut self, queue: &mut Queue, mem: &GuestMemoryMmap) -> Result<bool, DeviceError> {
+        let mut any = false;
+        for _ in 0..FRAMES_PER_CALL_MAX {
+            match self.receive_one(queue, mem)? {
+                Received::Frame => any = true,
+                Received::Nothing => {
+                    self.receiving.starved = false;
+                    break;
+                }
+                Received::NoRoom => {
+                    self.receiving.starved = true;
+                    break;
+                }
+            }
+        }
+        Ok(any)
+    }
+
+    fn receive_one(
+        &mut self,
+        queue: &mut Queue,
+        mem: &GuestMemoryMmap,
+    ) -> Result<Received, DeviceError> {
+        if let Some(pending) = self.receiving.pending {
+            return self.place(pending, queue, mem);
+        }
+        if self.receiving.buffers.is_empty() || self.lost {
+            return Ok(Received::NoRoom);
+        }
+        let (bytes, room) = match self.receiving.read(&self.tap) {
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Ok(Received::Nothing);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Received::Frame),
+            // The interface was deleted: the guest runs on, and nothing may poll the tap again.
+            Err(_) => {
+                self.lost = true;
+                return Ok(Received::Nothing);
+            }
+        };
+        if bytes < FRAME_BYTES_MIN {
+            return Ok(Received::Frame);
+        }
+        let placed = bytes.min(room);
+        self.place(Pending { bytes, placed }, queue, mem)
+    }
+
+    /// Gives the driver a frame, or keeps it until there is room, or drops it if there can be none.
+    fn place(
+        &mut self,
+        frame: Pending,
+        queue: &mut Queue,
+        mem: &GuestMemoryMmap,
+    ) -> Result<Received, DeviceError> {
+        let receiving = &mut self.receiving;
+        let Some(buffers) = receiving.buffers_for(frame.bytes) else {
+            let all = receiving.buffers.len() >= usize::from(queue.size());
+            if receiving.mergeable && !all {
+                receiving.pending = Some(frame);
+                return Ok(Received::NoRoom);
+            }
+            receiving.pending = None;
+            count(&self.counters.received_dropped, 1);
+            return Ok(Received::Frame);
+        };
+        receiving.pending = None;
+        receiving.unspill(frame, buffers);
+        let used = receiving.finish(frame.bytes, buffers);
+        give_back_together(RECEIVE, queue, mem, &used)?;
+        count(&self.counters.received_frames, 1);
+        count(&self.counters.received_bytes, frame.bytes - HEADER_BYTES);
+        Ok(Received::Frame)
+    }
+
+    /// Sends frames while the tap takes them; whether buffers were used.
+    fn send(&mut self, queue: &mut Queue, mem: &GuestMemoryMmap) -> Result<bool, DeviceError> {
+        let mut any = false;
+        self.blocked = false;
+        while let Some(chain) = self.sending.front() {
+            let bytes = chain.readable_bytes();
+            let sent = if self.lost || !(FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&bytes) {
+                Err(io::ErrorKind::InvalidData.into())
+            } else {
+                let mut list = IoList::new();
+                list.push_readable(chain, 0, bytes);
+                list.write_to(self.tap.as_fd())
+            };
+            match sent {
+                Ok(_) => {
+                    count(&self.counters.sent_frames, 1);
+                    count(&self.counters.sent_bytes, bytes - HEADER_BYTES);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.blocked = true;
+                    break;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => count(&self.counters.sent_dropped, 1),
+            }
+            chain.give_back(TRANSMIT, queue, mem, 0)?;
+            self.sending.pop_front();
+            any = true;
+        }
+        Ok(any)
+    }
+}
+
+impl Receiving {
+    /// Reads a frame into the buffers and, past their end, the spill. Returns the frame's length
+    /// and the buffers' room.
+    fn read(&mut self, tap: &Tap) -> io::Result<(usize, usize)> {
+        let mut list = IoList::new();
+        for chain in &self.buffers {
+            list.push_writable(chain, 0, FRAME_BYTES_MAX);
+            if !self.mergeable || list.bytes() >= self.room_wanted || list.is_crowded() {
+                break;
+            }
+        }
+        let room = list.bytes();
+        // A frame that is cut off could not be told from one that just fits.
+        list.push_buffer(&mut self.spill);
+        Ok((list.read_from(tap.as_fd())?, room))
+    }
+
+    /// How many buffers a frame takes, if there are as many.
+    fn buffers_for(&self, bytes: usize) -> Option<usize> {
+        let limit = if self.mergeable { usize::MAX } else { 1 };
+        let mut room = 0;
+        let needed = self.buffers.iter().take(limit).position(|chain| {
+            room += chain.writable_bytes();
+            room >= bytes
+        });
+        needed.map(|last| last + 1)
+    }
+
+    /// Copies what of the frame was spilt to where it belongs.
+    fn unspill(&mut self, frame: Pending, buffers: usize) {
+        let mut skip = frame.placed;
+        let mut spilt = &self.spill[..frame.bytes - frame.placed];
+        for chain in self.buffers.iter().take(buffers) {
+            if spilt.is_empty() {
+                break;
+            }
+            let offset = skip.min(chain.writable_bytes());
+            skip -= offset;
+            spilt = &spilt[chain.write(offset, spilt)..];
+        }
+    }
+
+    /// Takes the buffers that a frame fills and completes its header; what goes to the used ring.
+    fn finish(&mut self, bytes: usize, buffers: usize) -> Vec<(u16, u32)> {
+        if let Some(first) = self.buffers.front() {
+            // The tap leaves this field alone.
+            let buffers = u16::try_from(buffers).unwrap_or(u16::MAX);
+            first.write(NUM_BUFFERS, &buffers.to_le_bytes());
+        }
+        let mut left = bytes;
+        self.buffers
+            .drain(..buffers)
+            .map(|chain| {
+                let part = left.min(chain.writable_bytes());
+                left -= part;
+                (chain.head(), u32::try_from(part).unwrap_or(u32::MAX))
+            })
+            .collect()
+    }
+}
+
+impl VirtioDevice for Net {
+    fn info(&self) -> DeviceInfo {
+        let features = [
+            VIRTIO_NET_F_CSUM,
+            VIRTIO_NET_F_GUEST_CSUM,
+            VIRTIO_NET_F_MAC,
+            VIRTIO_NET_F_GUEST_TSO4,
+            VIRTIO_NET_F_GUEST_TSO6,
+            VIRTIO_NET_F_GUEST_ECN,
+            VIRTIO_NET_F_HOST_TSO4,
+            VIRTIO_NET_F_HOST_TSO6,
+            VIRTIO_NET_F_HOST_ECN,
+            VIRTIO_NET_F_MRG_RXBUF,
+        ];
+        DeviceInfo {
+            id: ID,
+            features: features.iter().fold(0, |all, bit| all | 1 << bit),
+            queue_sizes: vec![QUEUE_SIZE, QUEUE_SIZE],
+        }
+    }
+
+    /// `struct virtio_net_config`, of which only the address is offered.
+    fn config(&self) -> Vec<u8> {
+        self.mac.to_vec()
+    }
+
+    fn activate(&mut self, features: u64) -> Result<(), DeviceError> {
+        let has = |feature: u32| features & (1 << feature) != 0;
+        let offloads = OFFLOADS
+            .iter()
+            .filter(|(feature, _)| has(*feature))
+            .fold(0, |all, (_, offload)| all | offload);
+        // Segmentation without checksums is refused by the tap, as it is by the specification.
+        let offloads = if has(VIRTIO_NET_F_GUEST_CSUM) {
+            offloads
+        } else {
+            0
+        };
+        self.receiving.mergeable = has(VIRTIO_NET_F_MRG_RXBUF);
+        let large = offloads & (libc::TUN_F_TSO4 | libc::TUN_F_TSO6) != 0;
+        self.receiving.room_wanted = if large {
+            FRAME_BYTES_MAX
+        } else {
+            SMALL_FRAME_BYTES
+        };
+        self.tap
+            .set_offloads(offloads)
+            .map_err(|source| DeviceError::Host {
+                action: "set a tap's offloads",
+                source,
+            })
+    }
+
+    fn process(
+        &mut self,
+        index: usize,
+        queues: &mut [Queue],
+        mem: &GuestMemoryMmap,
+    ) -> Result<Signal, DeviceError> {
+        let Some(queue) = queues.get_mut(index) else {
+            return Ok(Signal::NONE);
+        };
+        let used = if index == RECEIVE {
+            let buffers = &mut self.receiving.buffers;
+            let mut too_small = false;
+            take_all(index, queue, mem, buffers.len(), |chain| {
+                too_small |= chain.writable_bytes() < HEADER_BYTES;
+                buffers.push_back(chain);
+            })?;
+            if too_small {
+                let source = Error::InvalidChain;
+                return Err(DeviceError::Guest { index, source });
+            }
+            self.receiving.starved && self.receive(queue, mem)?
+        } else {
+            let held = self.sending.len();
+            take_all(index, queue, mem, held, |chain| {
+                self.sending.push_back(chain);
+            })?;
+            self.send(queue, mem)?
+        };
+        Ok(signal(index, used))
+    }
+
+    fn interests(&self) -> Vec<Interest> {
+        let receiving = &self.receiving;
+        let readable = !receiving.buffers.is_empty() && receiving.pending.is_none();
+        let writable = self.blocked;
+        if self.lost || !(readable || writable) {
+            return Vec::new();
+        }
+        vec![Interest {
+            token: TAP,
+            fd: self.tap.as_raw_fd(),
+            readable,
+            writable,
+        }]
+    }
+
+    fn on_ready(
+        &mut self,
+        _token: u32,
+        queues: &mut [Queue],
+        mem: &GuestMemoryMmap,
+    ) -> Result<Signal, DeviceError> {
+        let [receive, transmit, ..] = queues else {
+            return Ok(Signal::NONE);
+        };
+        let received = self.receive(receive, mem)?;
+        let sent = self.blocked && self.send(transmit, mem)?;
+        Ok(signal(RECEIVE, received).and(signal(TRANSMIT, sent)))
+    }
+
+    fn reset(&mut self) {
+        self.receiving.buffers.clear();
+        self.receiving.pending = None;
+        self.receiving.starved = false;
+        self.sending.clear();
+        self.blocked = false;
+    }
+}
+
+/// Counters have one writer, so no locked instruction is needed.
+fn count(counter: &AtomicU64, more: usize) {
+    let value = counter.load(Ordering::Relaxed).wrapping_add(more as u64);
+    counter.store(value, Ordering::Relaxed);
+}
+
+fn signal(index: usize, used: bool) -> Signal {
+    if used {
+        Signal::queue(index)
+    } else {
+        Signal::NONE
+    }
+}
