@@ -1,0 +1,203 @@
+//! Makes a group's directories in every hierarchy, ready to be joined.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use nix::errno::Errno;
+use oci_spec::runtime::LinuxResources;
+
+use super::{
+    CgroupError,
+    hierarchy::{CgroupPath, Hierarchy, Version},
+    resources::controllers_needed,
+    setting,
+};
+
+/// The directories of the group that did not exist before; parents are not listed, since other
+/// groups may live in them.
+#[derive(Debug, Default)]
+pub(super) struct Made(Vec<PathBuf>);
+
+impl Made {
+    /// Removes the directories. Nobody has joined them, so nothing keeps them.
+    pub(super) fn undo(&self) {
+        for path in &self.0 {
+            fs::remove_dir(path).ok();
+        }
+    }
+}
+
+pub(super) fn build(
+    hierarchies: &[Hierarchy],
+    path: &CgroupPath,
+    resources: &LinuxResources,
+    made: &mut Made,
+) -> Result<(), CgroupError> {
+    let hybrid = hierarchies
+        .iter()
+        .any(|hierarchy| hierarchy.version == Version::V1);
+    let needed = controllers_needed(resources);
+    for hierarchy in hierarchies {
+        let leaf = hierarchy.root.join(path.relative());
+        let parent = leaf.parent().unwrap_or(&hierarchy.root);
+        if hierarchy.version == Version::V2 {
+            // Beside v1 the group only gets what v1 does not have, if it asks for it.
+            let wanted = hierarchy
+                .controllers
+                .iter()
+                .filter(|name| !hybrid || needed.contains(&name.as_str()));
+            let wanted: Vec<&str> = wanted.map(String::as_str).collect();
+            enable(hierarchy, parent, &wanted, &needed)?;
+        }
+        let cpuset = hierarchy.version == Version::V1 && hierarchy.has("cpuset");
+        if cpuset {
+            make_parents(&hierarchy.root, parent, inherit_cpuset)?;
+        }
+        match fs::create_dir(&leaf) {
+            Ok(()) => made.0.push(leaf.clone()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => refuse_occupied(&leaf)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                make_parents(&hierarchy.root, parent, |_| Ok(()))?;
+                fs::create_dir(&leaf).map_err(|source| cannot("make", &leaf, source))?;
+                made.0.push(leaf.clone());
+            }
+            Err(source) => return Err(cannot("make", &leaf, source)),
+        }
+        if cpuset {
+            inherit_cpuset(&leaf)?;
+        }
+    }
+    Ok(())
+}
+
+fn cannot(action: &'static str, path: &Path, source: io::Error) -> CgroupError {
+    CgroupError::Io {
+        action,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// Makes every directory between `root` and `last`, with `last`, and calls `each` on them in order.
+fn make_parents(
+    root: &Path,
+    last: &Path,
+    each: impl Fn(&Path) -> Result<(), CgroupError>,
+) -> Result<(), CgroupError> {
+    for directory in below(root, last) {
+        match fs::create_dir(directory) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(source) => return Err(cannot("make", directory, source)),
+        }
+        each(directory)?;
+    }
+    Ok(())
+}
+
+/// The directories below `root` on the way to `last`, from the top.
+fn below<'a>(root: &Path, last: &'a Path) -> Vec<&'a Path> {
+    let mut directories: Vec<&Path> = last
+        .ancestors()
+        .take_while(|directory| *directory != root)
+        .collect();
+    directories.reverse();
+    directories
+}
+
+/// Somebody else's processes would share the limits, and die with the container.
+fn refuse_occupied(leaf: &Path) -> Result<(), CgroupError> {
+    let procs = leaf.join("cgroup.procs");
+    match fs::read_to_string(&procs) {
+        Ok(text) if text.is_empty() => Ok(()),
+        Ok(_) => Err(CgroupError::Occupied {
+            path: leaf.to_owned(),
+        }),
+        Err(source) => Err(cannot("read", &procs, source)),
+    }
+}
+
+/// A cpuset of v1 starts empty, and nobody can join it before it has processors and memory nodes.
+fn inherit_cpuset(directory: &Path) -> Result<(), CgroupError> {
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        let path = directory.join(file);
+        let read =
+            |path: &Path| fs::read_to_string(path).map_err(|source| cannot("read", path, source));
+        if read(&path)?.trim().is_empty() {
+            let above = directory.parent().unwrap_or(directory).join(file);
+            let value = read(&above)?;
+            setting::write(&path, value.trim()).map_err(|source| cannot("write", &path, source))?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the parents in the v2 hierarchy and gives their children the controllers in `wanted`. It
+/// is an error only if one in `needed` cannot be given.
+fn enable(
+    hierarchy: &Hierarchy,
+    parent: &Path,
+    wanted: &[&str],
+    needed: &[&str],
+) -> Result<(), CgroupError> {
+    give_to_children(&hierarchy.root, wanted, needed)?;
+    make_parents(&hierarchy.root, parent, |directory| {
+        give_to_children(directory, wanted, needed)
+    })
+}
+
+fn give_to_children(directory: &Path, wanted: &[&str], needed: &[&str]) -> Result<(), CgroupError> {
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let file = directory.join("cgroup.subtree_control");
+    let present = fs::read_to_string(&file).map_err(|source| cannot("read", &file, source))?;
+    let missing = |name: &&&str| !present.split_whitespace().any(|have| have == **name);
+    for name in wanted.iter().filter(missing) {
+        let source = match setting::write(&file, &format!("+{name}")) {
+            Ok(()) => continue,
+            Err(error) => error,
+        };
+        if !needed.contains(name) {
+            continue;
+        }
+        let internal = source.raw_os_error() == Some(Errno::EBUSY as i32);
+        let reason = if internal {
+            // Documentation/admin-guide/cgroup-v2.rst, No Internal Process Constraint.
+            "processes live in it, so its children cannot have controllers; \
+             move them to a group of their own"
+        } else {
+            "the kernel does not give it to the children"
+        };
+        let reason = format!("{}: {reason} ({source})", directory.display());
+        return Err(CgroupError::unsupported((*name).to_owned(), reason));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_way_down_starts_below_the_root() {
+        let way = below(Path::new("/cg"), Path::new("/cg/a/b"));
+        assert_eq!(way, [Path::new("/cg/a"), Path::new("/cg/a/b")]);
+        assert!(below(Path::new("/cg"), Path::new("/cg")).is_empty());
+    }
+
+    #[test]
+    fn controllers_are_given_on_the_whole_way_and_only_a_needed_one_can_fail() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("cgroup.subtree_control"), "cpu memory\n").unwrap();
+        // All are there already: nothing is written.
+        give_to_children(root.path(), &["cpu", "memory"], &["cpu"]).unwrap();
+        let text = fs::read_to_string(root.path().join("cgroup.subtree_control")).unwrap();
+        assert_eq!(text, "cpu memory\n");
+        give_to_children(root.path(), &["pids"], &[]).unwrap();
+        let text = fs::read_to_string(root.path().join("cgroup.subtree_control")).unwrap();
+        assert!(text.starts_with("+pids"));
+    }
+}

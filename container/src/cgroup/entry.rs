@@ -1,0 +1,80 @@
+//! How a new process gets into a group without waiting.
+//!
+//! Writing a pid to `cgroup.procs` makes the kernel take a lock against all forks and exits, and
+//! getting it waits for a grace period of RCU: some ten milliseconds, more than everything else
+//! that starting a container takes. Two ways need no lock: being born in a v2 group, by clone3(2)
+//! with `CLONE_INTO_CGROUP`, and moving only oneself, by writing "0" to the file `tasks` of v1.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+};
+
+use nix::{errno::Errno, unistd::write};
+
+use super::{CgroupError, Directory, hierarchy::Version};
+
+/// Open files of a group, for a process that is about to be made.
+///
+/// The parent opens it, passes [`Entry::clone_into`] to clone3(2), and the child calls
+/// [`Entry::join`] while it has one thread, before anything that should count against the limits.
+/// The descriptors are close-on-exec.
+#[derive(Debug)]
+pub struct Entry {
+    clone_into: Option<File>,
+    tasks: Vec<File>,
+}
+
+impl Entry {
+    pub(super) fn open(directories: &[Directory]) -> Result<Entry, CgroupError> {
+        let mut entry = Entry {
+            clone_into: None,
+            tasks: Vec::new(),
+        };
+        let error = |path: &Path, source: io::Error| CgroupError::Io {
+            action: "open",
+            path: path.to_owned(),
+            source,
+        };
+        for directory in directories {
+            match directory.version {
+                Version::V1 => {
+                    let path = directory.path.join("tasks");
+                    let file = OpenOptions::new().write(true).open(&path);
+                    entry
+                        .tasks
+                        .push(file.map_err(|source| error(&path, source))?);
+                }
+                Version::V2 => {
+                    let file = File::open(&directory.path);
+                    entry.clone_into = Some(file.map_err(|source| error(&directory.path, source))?);
+                }
+            }
+        }
+        Ok(entry)
+    }
+
+    /// The directory for clone3(2); `None` where there is no v2 hierarchy.
+    ///
+    /// On a hybrid host the process may be made without it: it is then in all groups that limit,
+    /// and [`kill_all`](super::Cgroup::kill_all) works without the help of `cgroup.kill`.
+    #[must_use]
+    pub fn clone_into(&self) -> Option<BorrowedFd<'_>> {
+        self.clone_into.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Moves the calling thread, which must be its process's only one, into the v1 groups. Does
+    /// nothing but write(2), so it may be called between clone and exec.
+    ///
+    /// # Errors
+    ///
+    /// What write(2) says: ENODEV if the group was removed meanwhile.
+    pub fn join(&self) -> Result<(), Errno> {
+        for file in &self.tasks {
+            write(file, b"0")?;
+        }
+        Ok(())
+    }
+}

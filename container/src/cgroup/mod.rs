@@ -1,0 +1,275 @@
+//! The control group of a container: making it, limiting it, looking into it, stopping and removing
+//! it, on cgroup v1, v2 and hybrids of both.
+//!
+//! Why this is more than a use of libcgroups, whose readers serve below: its manager looks for the
+//! mounts anew for each of twelve controllers, which takes longer than everything here together;
+//! it moves processes in the way that waits for grace periods of RCU (see [`Entry`]); and it
+//! ignores what it cannot do: device rules on v2, unified files on v1, groups below the group that
+//! is removed, frozen processes that do not die.
+
+mod bpf;
+mod build;
+mod cpu;
+mod device_program;
+mod devices;
+mod entry;
+mod freezer;
+mod hierarchy;
+mod io;
+mod memory;
+mod removal;
+mod resources;
+mod setting;
+mod stats;
+
+use std::{borrow::Cow, fmt::Display, path::PathBuf};
+
+use libcgroups::common::WrappedIoError;
+use nix::unistd::Pid;
+use oci_spec::runtime::LinuxResources;
+
+pub use self::{
+    entry::Entry,
+    stats::{CpuStats, IoStats, MemoryStats, PidsStats, Stats},
+};
+use self::{
+    hierarchy::{CgroupPath, Version, hierarchies},
+    setting::Setting,
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    #[error("linux.cgroupsPath {path:?} cannot be used: {reason}")]
+    Path { path: String, reason: &'static str },
+    #[error("no cgroup hierarchy is mounted")]
+    NoHierarchy,
+    #[error("linux.resources.{field} cannot be honoured: {reason}")]
+    Unsupported { field: String, reason: String },
+    #[error("linux.resources.{field} is {value}, but {reason}")]
+    Invalid {
+        field: String,
+        value: String,
+        reason: String,
+    },
+    #[error("linux.resources.{field}: the kernel refuses {value:?} for {file:?}")]
+    Set {
+        field: String,
+        value: String,
+        file: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("cannot {action} {path:?}")]
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("cannot read the state of the cgroup")]
+    Library(#[source] WrappedIoError),
+    #[error("cannot attach the device program to {path:?}")]
+    Devices {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{path:?} has processes of others; every container needs a cgroup of its own")]
+    Occupied { path: PathBuf },
+    #[error("{path:?} still has processes after {seconds} s")]
+    Busy { path: PathBuf, seconds: u64 },
+    #[error("{path:?} did not freeze within {seconds} s")]
+    Freeze { path: PathBuf, seconds: u64 },
+}
+
+impl CgroupError {
+    fn invalid(
+        field: impl Into<Cow<'static, str>>,
+        value: impl Display,
+        reason: impl Into<String>,
+    ) -> CgroupError {
+        CgroupError::Invalid {
+            field: field.into().into_owned(),
+            value: value.to_string(),
+            reason: reason.into(),
+        }
+    }
+
+    fn unsupported(field: impl Into<Cow<'static, str>>, reason: impl Into<String>) -> CgroupError {
+        CgroupError::Unsupported {
+            field: field.into().into_owned(),
+            reason: reason.into(),
+        }
+    }
+}
+
+/// The group's directory in one hierarchy.
+#[derive(Clone, Debug)]
+struct Directory {
+    version: Version,
+    controllers: Vec<String>,
+    path: PathBuf,
+}
+
+impl Directory {
+    fn has(&self, controller: &str) -> bool {
+        self.controllers.iter().any(|have| have == controller)
+    }
+
+    #[cfg(test)]
+    fn for_test(version: Version, controller: &str, path: &std::path::Path) -> Directory {
+        Directory {
+            version,
+            controllers: vec![controller.to_owned()],
+            path: path.to_owned(),
+        }
+    }
+}
+
+/// A control group: one directory in each hierarchy of the host, all with the same path.
+///
+/// It is a name, not a handle: dropping it changes nothing, and any process can open it again.
+#[derive(Clone, Debug)]
+pub struct Cgroup {
+    directories: Vec<Directory>,
+}
+
+impl Cgroup {
+    /// Names the group `path` below the root of every hierarchy, as `/hostd/web`; it need not
+    /// exist.
+    ///
+    /// # Errors
+    ///
+    /// If the path is empty or could leave the root, or no hierarchy is mounted.
+    pub fn open(path: &str) -> Result<Cgroup, CgroupError> {
+        let path = CgroupPath::parse(path)?;
+        let directories = hierarchies()?
+            .into_iter()
+            .map(|hierarchy| Directory {
+                path: hierarchy.root.join(path.relative()),
+                version: hierarchy.version,
+                controllers: hierarchy.controllers,
+            })
+            .collect();
+        Ok(Cgroup { directories })
+    }
+
+    /// Makes the group and limits it. Devices are denied but for the default ones even if
+    /// `resources` says nothing. An existing group is taken over if nobody is in it.
+    ///
+    /// # Errors
+    ///
+    /// If a process is in the group, or the host cannot honour a resource, which the error then
+    /// names; directories that were made are gone again, but for the parents of the group.
+    pub fn create(path: &str, resources: Option<&LinuxResources>) -> Result<Cgroup, CgroupError> {
+        let resources = resources.cloned().unwrap_or_default();
+        let checked = CgroupPath::parse(path)?;
+        let hierarchies = hierarchies()?;
+        let cgroup = Cgroup::open(path)?;
+        let mut made = build::Made::default();
+        let result = build::build(&hierarchies, &checked, &resources, &mut made).and_then(|()| {
+            cgroup.thaw()?;
+            setting::apply(&resources::plan(&cgroup.directories, &resources)?)?;
+            let rules = resources.devices().as_deref().unwrap_or_default();
+            cgroup.apply_devices(&devices::Rules::new(rules)?)
+        });
+        if result.is_err() {
+            made.undo();
+        }
+        result.map(|()| cgroup)
+    }
+
+    /// Whether the group exists, in any hierarchy.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.directories
+            .iter()
+            .any(|directory| directory.path.is_dir())
+    }
+
+    /// Changes the limits that `resources` names, on a group that may have processes.
+    ///
+    /// # Errors
+    ///
+    /// If the host cannot honour a resource, or the kernel refuses a value, as a memory limit that
+    /// it cannot reclaim down to. The limits are then as they were.
+    pub fn update(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
+        let settings: Vec<Setting> = resources::plan(&self.directories, resources)?;
+        let rules = resources
+            .devices()
+            .as_deref()
+            .map(devices::Rules::new)
+            .transpose()?;
+        setting::apply_all_or_nothing(&settings)?;
+        rules.map_or(Ok(()), |rules| self.apply_devices(&rules))
+    }
+
+    /// Moves a process with all its threads into the group. Waits for a grace period of RCU, about
+    /// ten milliseconds: a process that has not started yet enters by [`Cgroup::entry`].
+    ///
+    /// # Errors
+    ///
+    /// If the group or the process does not exist, or the group has groups below it on v2.
+    pub fn add(&self, pid: Pid) -> Result<(), CgroupError> {
+        for directory in &self.directories {
+            let path = directory.path.join("cgroup.procs");
+            setting::write(&path, &pid.to_string()).map_err(|source| CgroupError::Io {
+                action: "add a process to",
+                path,
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// How a new process gets into the group at once; see [`Entry`].
+    ///
+    /// # Errors
+    ///
+    /// If the group does not exist.
+    pub fn entry(&self) -> Result<Entry, CgroupError> {
+        Entry::open(&self.directories)
+    }
+
+    fn apply_devices(&self, rules: &devices::Rules) -> Result<(), CgroupError> {
+        if let Some(directory) = self.directory_of("devices") {
+            return devices::apply_v1(&directory.path, rules);
+        }
+        let Some(directory) = self.unified() else {
+            let reason = "no hierarchy of this host controls devices";
+            return Err(CgroupError::unsupported("devices", reason));
+        };
+        let attach = || {
+            let handle = std::fs::File::open(&directory.path)?;
+            bpf::attach(
+                std::os::fd::AsFd::as_fd(&handle),
+                &device_program::program(rules),
+            )
+        };
+        attach().map_err(|source| CgroupError::Devices {
+            path: directory.path.clone(),
+            source,
+        })
+    }
+
+    /// The directory whose hierarchy has `controller`.
+    fn directory_of(&self, controller: &str) -> Option<&Directory> {
+        self.directories
+            .iter()
+            .find(|directory| directory.has(controller))
+    }
+
+    /// The directory in the v2 hierarchy.
+    fn unified(&self) -> Option<&Directory> {
+        self.directories
+            .iter()
+            .find(|directory| directory.version == Version::V2)
+    }
+
+    /// The directories of v1.
+    fn legacy(&self) -> impl Iterator<Item = &Directory> {
+        self.directories
+            .iter()
+            .filter(|directory| directory.version == Version::V1)
+    }
+}

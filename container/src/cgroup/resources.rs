@@ -1,0 +1,343 @@
+//! What `linux.resources` asks for, as a list of files to write: dispatches to the controllers and
+//! handles those that need no file of their own. Device rules are in `devices`.
+//!
+//! A resource that this host cannot honour is an error that names the field; nothing is ignored.
+//! As in the other runtimes, the value 0 means "unset" where 0 would be no sensible limit.
+
+use std::path::Path;
+
+use libcgroups::stats::supported_page_sizes;
+use oci_spec::runtime::{LinuxHugepageLimit, LinuxNetwork, LinuxPids, LinuxRdma, LinuxResources};
+
+use super::{CgroupError, Directory, cpu, hierarchy::Version, io, memory, setting::Setting};
+
+/// Plans everything but the device rules. The directories exist: some choices depend on which
+/// files are in them, and on what is in these.
+pub(super) fn plan(
+    directories: &[Directory],
+    resources: &LinuxResources,
+) -> Result<Vec<Setting>, CgroupError> {
+    let mut settings = Vec::new();
+    let mut section = |controller: &str, plan: &Planner<'_>| {
+        settings.extend(plan_section(directories, controller, plan)?);
+        Ok(())
+    };
+    if let Some(memory) = resources.memory() {
+        section("memory", &|directory| memory::plan(directory, memory))?;
+    }
+    if let Some(cpu) = resources.cpu() {
+        section("cpu", &|directory| cpu::plan(directory, cpu))?;
+        section("cpuset", &|directory| Ok(cpu::plan_sets(directory, cpu)))?;
+    }
+    if let Some(pids) = resources.pids() {
+        section("pids", &|directory| Ok(plan_pids(directory, pids)))?;
+    }
+    if let Some(block) = resources.block_io() {
+        let controller = if has(directories, "blkio") {
+            "blkio"
+        } else {
+            "io"
+        };
+        section(controller, &|directory| io::plan(directory, block))?;
+    }
+    for limit in resources.hugepage_limits().iter().flatten() {
+        section("hugetlb", &|directory| plan_hugepages(directory, limit))?;
+    }
+    for (device, limit) in resources.rdma().iter().flatten() {
+        section("rdma", &|directory| Ok(plan_rdma(directory, device, limit)))?;
+    }
+    if let Some(network) = resources.network() {
+        section("net_cls", &|directory| Ok(plan_class(directory, network)))?;
+        section("net_prio", &|directory| {
+            Ok(plan_priorities(directory, network))
+        })?;
+    }
+    settings.extend(plan_unified(directories, resources)?);
+    Ok(settings)
+}
+
+/// The controllers that `resources` needs, for enabling them on v2.
+pub(super) fn controllers_needed(resources: &LinuxResources) -> Vec<&str> {
+    let mut needed = Vec::new();
+    let mut need = |asked: bool, names: &[&'static str]| {
+        if asked {
+            needed.extend_from_slice(names);
+        }
+    };
+    need(resources.memory().is_some(), &["memory"]);
+    need(resources.cpu().is_some(), &["cpu", "cpuset"]);
+    need(resources.pids().is_some(), &["pids"]);
+    need(resources.block_io().is_some(), &["io"]);
+    need(resources.hugepage_limits().is_some(), &["hugetlb"]);
+    need(resources.rdma().is_some(), &["rdma"]);
+    let unified = resources.unified().iter().flatten();
+    needed.extend(unified.filter_map(|(file, _)| Some(file.split_once('.')?.0)));
+    needed
+}
+
+type Planner<'a> = dyn Fn(&Directory) -> Result<Vec<Setting>, CgroupError> + 'a;
+
+fn has(directories: &[Directory], controller: &str) -> bool {
+    directories
+        .iter()
+        .any(|directory| directory.has(controller))
+}
+
+fn plan_section(
+    directories: &[Directory],
+    controller: &str,
+    plan: &Planner<'_>,
+) -> Result<Vec<Setting>, CgroupError> {
+    if let Some(directory) = directories
+        .iter()
+        .find(|directory| directory.has(controller))
+    {
+        return plan(directory);
+    }
+    // A section that asks for nothing can be honoured anywhere; v2 has fewer ways to say so.
+    let nowhere = Directory {
+        version: Version::V2,
+        controllers: Vec::new(),
+        path: Path::new("/nonexistent").to_owned(),
+    };
+    match plan(&nowhere)?.first() {
+        None => Ok(Vec::new()),
+        Some(setting) => {
+            let reason = format!("no hierarchy of this host has the {controller} controller");
+            Err(CgroupError::unsupported(setting.field.clone(), reason))
+        }
+    }
+}
+
+/// Zero and less mean no limit, as with `--pids-limit` of the engines.
+fn plan_pids(directory: &Directory, pids: &LinuxPids) -> Vec<Setting> {
+    let value = match pids.limit() {
+        limit if limit > 0 => limit.to_string(),
+        _ => "max".to_owned(),
+    };
+    vec![Setting::new(
+        "pids.limit",
+        &directory.path,
+        "pids.max",
+        value,
+    )]
+}
+
+fn plan_hugepages(
+    directory: &Directory,
+    limit: &LinuxHugepageLimit,
+) -> Result<Vec<Setting>, CgroupError> {
+    let size = limit.page_size();
+    let sizes = supported_page_sizes().unwrap_or_default();
+    if !sizes.contains(size) {
+        let reason = format!("this host has pages of {}", sizes.join(", "));
+        return Err(CgroupError::invalid(
+            "hugepageLimits.pageSize",
+            size,
+            reason,
+        ));
+    }
+    let (end, value) = match directory.version {
+        Version::V1 => ("limit_in_bytes", limit.limit().to_string()),
+        Version::V2 if limit.limit() < 0 => ("max", "max".to_owned()),
+        Version::V2 => ("max", limit.limit().to_string()),
+    };
+    let field = "hugepageLimits.limit";
+    // Reserved pages were added later, and without them a page fault can still be refused.
+    let reserved = format!("hugetlb.{size}.rsvd.{end}");
+    Ok(vec![
+        Setting::new(
+            field,
+            &directory.path,
+            &format!("hugetlb.{size}.{end}"),
+            value.clone(),
+        ),
+        Setting::new(field, &directory.path, &reserved, value).satisfied_if_absent(),
+    ])
+}
+
+fn plan_rdma(directory: &Directory, device: &str, limit: &LinuxRdma) -> Vec<Setting> {
+    let handles = limit
+        .hca_handles()
+        .map(|count| format!(" hca_handle={count}"));
+    let objects = limit
+        .hca_objects()
+        .map(|count| format!(" hca_object={count}"));
+    if handles.is_none() && objects.is_none() {
+        return Vec::new();
+    }
+    let value = format!(
+        "{device}{}{}",
+        handles.unwrap_or_default(),
+        objects.unwrap_or_default()
+    );
+    vec![Setting::new(
+        format!("rdma.{device}"),
+        &directory.path,
+        "rdma.max",
+        value,
+    )]
+}
+
+fn plan_class(directory: &Directory, network: &LinuxNetwork) -> Vec<Setting> {
+    let class = network.class_id().filter(|class| *class != 0);
+    let setting =
+        |class| Setting::new("network.classID", &directory.path, "net_cls.classid", class);
+    class.map(setting).into_iter().collect()
+}
+
+fn plan_priorities(directory: &Directory, network: &LinuxNetwork) -> Vec<Setting> {
+    let priorities = network.priorities().iter().flatten().map(|priority| {
+        let value = format!("{} {}", priority.name(), priority.priority());
+        Setting::new(
+            "network.priorities",
+            &directory.path,
+            "net_prio.ifpriomap",
+            value,
+        )
+    });
+    priorities.collect()
+}
+
+/// Plans the raw files of v2, in the order of their names so that equal requests act equally.
+fn plan_unified(
+    directories: &[Directory],
+    resources: &LinuxResources,
+) -> Result<Vec<Setting>, CgroupError> {
+    let mut entries: Vec<_> = resources.unified().iter().flatten().collect();
+    entries.sort();
+    let unified = directories
+        .iter()
+        .find(|directory| directory.version == Version::V2);
+    let mut settings = Vec::new();
+    for (file, value) in entries {
+        let field = format!("unified.{file}");
+        let controller = file.split_once('.').map(|(controller, _)| controller);
+        let Some(controller) = controller.filter(|_| !file.contains('/')) else {
+            let reason = "the key is the name of a file, as memory.high";
+            return Err(CgroupError::invalid(field, value, reason));
+        };
+        match unified.filter(|unified| controller == "cgroup" || unified.has(controller)) {
+            Some(unified) => settings.push(Setting::new(field, &unified.path, file, value)),
+            None => {
+                let reason = format!("{controller} is not a controller of cgroup v2 on this host");
+                return Err(CgroupError::unsupported(field, reason));
+            }
+        }
+    }
+    Ok(settings)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use oci_spec::runtime::{LinuxPidsBuilder, LinuxResourcesBuilder};
+
+    use super::*;
+
+    fn directory(version: Version, controllers: &[&str]) -> Directory {
+        Directory {
+            version,
+            controllers: controllers.iter().map(|&name| name.to_owned()).collect(),
+            path: Path::new("/cg").join(controllers.join(",")),
+        }
+    }
+
+    #[test]
+    fn each_controller_is_found_in_its_own_hierarchy() {
+        let directories = [
+            directory(Version::V2, &["hugetlb", "pids"]),
+            directory(Version::V1, &["memory"]),
+        ];
+        let resources: LinuxResources =
+            serde_json::from_str(r#"{"memory":{"limit":1000},"pids":{"limit":7}}"#).unwrap();
+        let settings = plan(&directories, &resources).unwrap();
+        let files: Vec<_> = settings
+            .iter()
+            .map(|setting| setting.file.to_str().unwrap())
+            .collect();
+        assert_eq!(
+            files,
+            [
+                "/cg/memory/memory.limit_in_bytes",
+                "/cg/hugetlb,pids/pids.max"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_no_hierarchy_can_do_is_refused_by_its_field_and_an_empty_wish_is_granted() {
+        let directories = [
+            directory(Version::V1, &["memory"]),
+            directory(Version::V2, &[]),
+        ];
+        for (json, field) in [
+            (r#"{"pids":{"limit":7}}"#, "pids.limit"),
+            (r#"{"cpu":{"cpus":"0"}}"#, "cpu.cpus"),
+            (r#"{"network":{"classID":5}}"#, "network.classID"),
+            (
+                r#"{"network":{"priorities":[{"name":"eth0","priority":1}]}}"#,
+                "network.priorities",
+            ),
+            (r#"{"rdma":{"mlx5_1":{"hcaHandles":3}}}"#, "rdma.mlx5_1"),
+            (r#"{"unified":{"memory.high":"5"}}"#, "unified.memory.high"),
+            (r#"{"unified":{"../x.y":"5"}}"#, "unified.../x.y"),
+            (
+                r#"{"blockIO":{"throttleReadBpsDevice":[{"major":8,"minor":0,"rate":5}]}}"#,
+                "blockIO.throttleReadBpsDevice",
+            ),
+        ] {
+            let resources: LinuxResources = serde_json::from_str(json).unwrap();
+            let text = plan(&directories, &resources).unwrap_err().to_string();
+            assert!(
+                text.starts_with(&format!("linux.resources.{field}")),
+                "{json}: {text}"
+            );
+        }
+        for json in [
+            r#"{"cpu":{}}"#,
+            r#"{"network":{}}"#,
+            r#"{"blockIO":{}}"#,
+            "{}",
+        ] {
+            let resources: LinuxResources = serde_json::from_str(json).unwrap();
+            assert_eq!(plan(&directories, &resources).unwrap(), [], "{json}");
+        }
+    }
+
+    #[test]
+    fn no_pids_limit_can_be_said_in_two_ways() {
+        for (limit, value) in [(5, "5"), (0, "max"), (-1, "max")] {
+            let pids = LinuxPidsBuilder::default().limit(limit).build().unwrap();
+            let settings = plan_pids(&directory(Version::V1, &["pids"]), &pids);
+            assert_eq!(settings[0].value, value);
+        }
+    }
+
+    #[test]
+    fn raw_files_of_v2_are_written_in_the_order_of_their_names() {
+        let files = ["memory.high", "cgroup.max.depth", "memory.min"];
+        let unified: HashMap<_, _> = files
+            .iter()
+            .map(|&file| (file.to_owned(), "1".to_owned()))
+            .collect();
+        let resources = LinuxResourcesBuilder::default()
+            .unified(unified)
+            .build()
+            .unwrap();
+        let settings = plan(&[directory(Version::V2, &["memory"])], &resources).unwrap();
+        let fields: Vec<_> = settings
+            .iter()
+            .map(|setting| setting.field.as_ref())
+            .collect();
+        assert_eq!(
+            fields,
+            [
+                "unified.cgroup.max.depth",
+                "unified.memory.high",
+                "unified.memory.min"
+            ]
+        );
+    }
+}
