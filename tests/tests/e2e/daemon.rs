@@ -1,0 +1,40 @@
+//! hostd may die at any time; instances do not.
+
+use tests::{Host, Kind};
+
+use crate::KindTest;
+use crate::lifecycle::await_log;
+
+pub(crate) const TESTS: &[(&str, KindTest)] =
+    &[("a_killed_daemon_finds_every_instance_again", kill_daemon)];
+
+fn kill_daemon(host: &Host, kind: Kind) {
+    let name = format!("alive-{}", kind.name());
+    let script = "echo started; read line </tmp/wake; echo woken; exit 4";
+    let script = format!("mkfifo /tmp/wake; {script}");
+    host.hostctl(&[
+        "run",
+        "-d",
+        "--name",
+        &name,
+        "--isolation",
+        kind.name(),
+        "busybox",
+        "sh",
+        "-c",
+        &script,
+    ])
+    .ok();
+    await_log(host, &name, "started");
+    let before = host.hostctl(&["inspect", "--json", &name]).json();
+    host.kill_and_restart_daemon();
+    let after = host.hostctl(&["inspect", "--json", &name]).json();
+    assert_eq!(after["state"], "running");
+    assert_eq!(after["pid"], before["pid"], "it is not the same process");
+    assert_eq!(after["address"], before["address"]);
+    host.hostctl(&["exec", &name, "sh", "-c", "echo go >/tmp/wake"])
+        .ok();
+    host.hostctl(&["wait", &name]).exits(4);
+    assert_eq!(host.hostctl(&["logs", &name]).ok(), "started\nwoken\n");
+    host.hostctl(&["rm", &name]).ok();
+}

@@ -1,0 +1,217 @@
+//! From creation to removal, and what is left: nothing.
+
+use std::fs;
+
+use tests::{Host, Kind};
+
+use crate::KindTest;
+use crate::process::start_idle;
+
+pub(crate) const TESTS: &[(&str, KindTest)] = &[
+    ("the_states_follow_the_verbs", states),
+    ("a_stop_lets_the_workload_finish", graceful_stop),
+    ("a_paused_instance_does_no_work", pause),
+    ("logs_keep_what_the_workload_said", logs),
+    ("removal_leaves_nothing_behind", removal),
+    ("a_stopped_instance_starts_again_with_its_files", restart),
+];
+
+fn state(host: &Host, name: &str) -> String {
+    let instance = host.hostctl(&["inspect", "--json", name]).json();
+    instance["state"]
+        .as_str()
+        .expect("an instance has a state")
+        .to_owned()
+}
+
+fn states(host: &Host, kind: Kind) {
+    let name = format!("states-{}", kind.name());
+    let create = [
+        "create",
+        "--name",
+        &name,
+        "--isolation",
+        kind.name(),
+        "busybox",
+    ];
+    host.hostctl(&[&create[..], &["sleep", "1000000"]].concat())
+        .ok();
+    assert_eq!(state(host, &name), "created");
+    host.hostctl(&["start", &name]).ok();
+    assert_eq!(state(host, &name), "running");
+    let twice = host.hostctl(&[&create[..], &["true"]].concat()).exits(125);
+    assert!(
+        twice.stderr.contains(&name),
+        "the error names the name: {}",
+        twice.stderr
+    );
+    host.hostctl(&["kill", &name]).ok();
+    host.hostctl(&["wait", &name]).exits(137);
+    assert_eq!(state(host, &name), "stopped");
+    host.hostctl(&["rm", &name]).ok();
+    host.hostctl(&["inspect", &name]).exits(125);
+}
+
+fn graceful_stop(host: &Host, kind: Kind) {
+    let name = format!("stop-{}", kind.name());
+    let script = "trap 'echo bye; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
+    host.hostctl(&[
+        "run",
+        "-d",
+        "--name",
+        &name,
+        "--isolation",
+        kind.name(),
+        "busybox",
+        "sh",
+        "-c",
+        script,
+    ])
+    .ok();
+    await_log(host, &name, "ready");
+    host.hostctl(&["stop", &name]).ok();
+    let instance = host.hostctl(&["inspect", "--json", &name]).json();
+    assert_eq!(instance["exit"]["code"], 5, "{instance:#}");
+    assert!(host.hostctl(&["logs", &name]).ok().contains("bye"));
+    host.hostctl(&["rm", &name]).ok();
+}
+
+/// Returns once the log holds `text`; `logs --follow` ends by itself when the instance does.
+pub(crate) fn await_log(host: &Host, name: &str, text: &str) {
+    use std::io::{BufRead, BufReader};
+    use std::process::Stdio;
+    let mut command = host.hostctl_command(&["logs", "--follow", name]);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("hostctl runs");
+    let out = BufReader::new(child.stdout.take().expect("the stream is piped"));
+    let found = out
+        .lines()
+        .map_while(Result::ok)
+        .any(|line| line.contains(text));
+    let _ = child.kill();
+    let _ = child.wait();
+    assert!(found, "{name} ended and never said `{text}`");
+}
+
+fn pause(host: &Host, kind: Kind) {
+    let name = format!("pause-{}", kind.name());
+    let script = "while :; do :; done";
+    host.hostctl(&[
+        "run",
+        "-d",
+        "--name",
+        &name,
+        "--isolation",
+        kind.name(),
+        "busybox",
+        "sh",
+        "-c",
+        script,
+    ])
+    .ok();
+    host.hostctl(&["pause", &name]).ok();
+    assert_eq!(state(host, &name), "paused");
+    let used = || {
+        let stats = host
+            .hostctl(&["stats", "--no-stream", "--json", &name])
+            .json();
+        stats["cpu_usage_us"]
+            .as_u64()
+            .or_else(|| stats[0]["cpu_usage_us"].as_u64())
+    };
+    let before = used().expect("stats show the time used");
+    let after = used().expect("stats show the time used");
+    assert_eq!(before, after, "a paused instance uses time");
+    host.hostctl(&["resume", &name]).ok();
+    assert_eq!(state(host, &name), "running");
+    host.hostctl(&["rm", "--force", &name]).ok();
+}
+
+fn logs(host: &Host, kind: Kind) {
+    let name = format!("logs-{}", kind.name());
+    let script = "seq 1 2000; echo last >&2";
+    host.hostctl(&[
+        "run",
+        "-d",
+        "--name",
+        &name,
+        "--isolation",
+        kind.name(),
+        "busybox",
+        "sh",
+        "-c",
+        script,
+    ])
+    .ok();
+    host.hostctl(&["wait", &name]).exits(0);
+    let output = host.hostctl(&["logs", &name]).exits(0);
+    let lines: Vec<&str> = output.stdout.lines().collect();
+    assert_eq!(lines.len(), 2000, "the log is not complete");
+    assert_eq!((lines[0], lines[1999]), ("1", "2000"));
+    assert_eq!(output.stderr, "last\n");
+    let tail = host.hostctl(&["logs", "--tail", "2", &name]).exits(0);
+    assert_eq!(tail.stdout, "2000\n");
+    host.hostctl(&["rm", &name]).ok();
+}
+
+/// What an instance may leave on the host, by where it would show.
+fn traces(host: &Host, name: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").expect("procfs is mounted");
+    found.extend(
+        mounts
+            .lines()
+            .filter(|line| line.contains(name))
+            .map(str::to_owned),
+    );
+    let groups = host.run("find", &["/sys/fs/cgroup", "-name", name]);
+    found.extend(groups.stdout.lines().map(str::to_owned));
+    let rules = host.run("nft", &["list", "ruleset"]);
+    found.extend(
+        rules
+            .stdout
+            .lines()
+            .filter(|line| line.contains(name))
+            .map(str::to_owned),
+    );
+    found
+}
+
+fn removal(host: &Host, kind: Kind) {
+    let name = format!("gone-{}", kind.name());
+    let links = || host.run("ip", &["-oneline", "link"]).ok().lines().count();
+    let before = links();
+    start_idle(host, kind, &name, &["-p", "18099:80"]);
+    assert!(
+        !traces(host, &name).is_empty(),
+        "the test looks for traces in the wrong places"
+    );
+    host.hostctl(&["rm", "--force", &name]).ok();
+    assert_eq!(traces(host, &name), Vec::<String>::new());
+    assert!(links() <= before, "a network interface is left");
+}
+
+fn restart(host: &Host, kind: Kind) {
+    let name = format!("again-{}", kind.name());
+    let script = "cat /root/count 2>/dev/null; echo x >>/root/count; sync";
+    host.hostctl(&[
+        "run",
+        "-d",
+        "--name",
+        &name,
+        "--isolation",
+        kind.name(),
+        "busybox",
+        "sh",
+        "-c",
+        script,
+    ])
+    .ok();
+    host.hostctl(&["wait", &name]).exits(0);
+    host.hostctl(&["start", &name]).ok();
+    host.hostctl(&["wait", &name]).exits(0);
+    assert_eq!(host.hostctl(&["logs", &name]).ok(), "x\n");
+    host.hostctl(&["rm", &name]).ok();
+}

@@ -1,0 +1,116 @@
+//! Every limit binds when it is exceeded, and can be changed on a running instance.
+
+use std::time::Instant;
+
+use serde_json::Value;
+use tests::{Host, Kind};
+
+use crate::KindTest;
+use crate::process::start_idle;
+
+pub(crate) const TESTS: &[(&str, KindTest)] = &[
+    ("a_memory_hog_is_stopped_and_the_exit_says_so", memory),
+    ("a_fork_bomb_is_held", pids),
+    ("processor_time_is_capped_and_the_cap_moves", cpu),
+    (
+        "a_plan_tells_what_a_change_does_and_a_bad_one_changes_nothing",
+        update,
+    ),
+];
+
+fn memory(host: &Host, kind: Kind) {
+    let name = format!("hog-{}", kind.name());
+    let script = "head -c 400m /dev/zero | tail -c 399m >/dev/null";
+    host.hostctl(&[
+        "run",
+        "-d",
+        "--name",
+        &name,
+        "--isolation",
+        kind.name(),
+        "--memory",
+        "128M",
+        "busybox",
+        "sh",
+        "-c",
+        &format!("exec 2>&1; {script}; echo status $?; [ $? = 0 ]; kill -9 $$"),
+    ])
+    .ok();
+    host.hostctl(&["wait", &name]).exits(137);
+    let instance = host.hostctl(&["inspect", "--json", &name]).json();
+    assert_eq!(instance["exit"]["oom"], true, "{instance:#}");
+    host.hostctl(&["rm", &name]).ok();
+}
+
+fn pids(host: &Host, kind: Kind) {
+    let name = format!("forks-{}", kind.name());
+    start_idle(host, kind, &name, &["--pids", "20"]);
+    let bomb = "for i in $(seq 1 60); do sleep 1000 & done; wait";
+    let output = host.hostctl(&["exec", &name, "sh", "-c", bomb]);
+    assert_ne!(
+        output.code, 0,
+        "60 processes ran under a limit of 20: {output:?}"
+    );
+    host.hostctl(&["rm", "--force", &name]).ok();
+}
+
+/// Processors' worth of time that the instance uses, over the time that the work below takes.
+fn load(host: &Host, name: &str) -> f64 {
+    let used = || -> f64 {
+        let stats = host
+            .hostctl(&["stats", "--no-stream", "--json", name])
+            .json();
+        let stats: &Value = if stats.is_array() { &stats[0] } else { &stats };
+        stats["cpu_usage_us"]
+            .as_f64()
+            .expect("stats show the time used")
+            / 1e6
+    };
+    let (before, started) = (used(), Instant::now());
+    // Two seconds of the instance's own clock is what is measured, however long they take.
+    host.hostctl(&["exec", name, "sleep", "2"]).ok();
+    (used() - before) / started.elapsed().as_secs_f64()
+}
+
+fn cpu(host: &Host, kind: Kind) {
+    let name = format!("busy-{}", kind.name());
+    start_idle(host, kind, &name, &["--cpus", "0.3"]);
+    let burn = "while :; do :; done & while :; do :; done & sleep 0";
+    host.hostctl(&["exec", &name, "sh", "-c", burn]).ok();
+    let capped = load(host, &name);
+    assert!(
+        capped < 0.4,
+        "0.3 processors were allowed and {capped:.2} used"
+    );
+    host.hostctl(&["update", "--cpus", "0.1", &name]).ok();
+    let lowered = load(host, &name);
+    assert!(
+        lowered < 0.17,
+        "0.1 processors were allowed and {lowered:.2} used"
+    );
+    host.hostctl(&["rm", "--force", &name]).ok();
+}
+
+fn update(host: &Host, kind: Kind) {
+    let name = format!("update-{}", kind.name());
+    start_idle(host, kind, &name, &["--pids", "50"]);
+    let path = format!("/v1/instances/{name}");
+    let good = host.request("PATCH", &path, Some(r#"{"limits":{"pids":{"max":30}}}"#));
+    assert_eq!(good.status, 200, "{}", good.body);
+    assert_eq!(
+        good.json()["plan"]["/limits/pids/max"],
+        "live",
+        "{}",
+        good.body
+    );
+    let bad = r#"{"limits":{"pids":{"max":40},"cpu":{"cores":100000}}}"#;
+    let bad = host.request("PATCH", &path, Some(bad));
+    assert_eq!(bad.status, 400, "{}", bad.body);
+    assert_eq!(bad.json()["field"], "/limits/cpu/cores", "{}", bad.body);
+    let instance = host.request("GET", &path, None).json();
+    assert_eq!(
+        instance["spec"]["limits"]["pids"]["max"], 30,
+        "a refused change was half made"
+    );
+    host.hostctl(&["rm", "--force", &name]).ok();
+}

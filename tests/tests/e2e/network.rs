@@ -1,0 +1,105 @@
+//! Addresses, names to the outside, published ports.
+
+use tests::{Host, Kind};
+
+use crate::KindTest;
+use crate::process::start_idle;
+
+pub(crate) const TESTS: &[(&str, KindTest)] = &[
+    ("instances_reach_each_other_and_the_host", reach),
+    ("a_published_port_leads_into_the_instance", published),
+    ("an_instance_without_a_network_has_loopback_only", none),
+];
+
+fn address(host: &Host, name: &str) -> String {
+    let instance = host.hostctl(&["inspect", "--json", name]).json();
+    instance["address"]
+        .as_str()
+        .expect("a bridged instance has an address")
+        .to_owned()
+}
+
+fn reach(host: &Host, kind: Kind) {
+    let (server, client) = (
+        format!("one-{}", kind.name()),
+        format!("two-{}", kind.name()),
+    );
+    start_idle(host, Kind::Container, &server, &[]);
+    start_idle(host, kind, &client, &[]);
+    let there = address(host, &server);
+    let ping = ["ping", "-c", "1", "-W", "10"];
+    host.hostctl(&[&["exec", client.as_str()], &ping[..], &[&there]].concat())
+        .ok();
+    let here = address(host, &client);
+    host.hostctl(&[&["exec", server.as_str()], &ping[..], &[&here]].concat())
+        .ok();
+    for name in [server, client] {
+        host.hostctl(&["rm", "--force", &name]).ok();
+    }
+}
+
+fn published(host: &Host, kind: Kind) {
+    let name = format!("web-{}", kind.name());
+    let port = match kind {
+        Kind::Container => "18080",
+        Kind::Vm => "18081",
+    };
+    let script = "echo it works >/tmp/index.html; httpd -p 80 -h /tmp; echo up; sleep 1000000";
+    let publish = format!("{port}:80");
+    let options = [
+        "run",
+        "-d",
+        "--name",
+        &name,
+        "--isolation",
+        kind.name(),
+        "-p",
+        &publish,
+    ];
+    host.hostctl(&[&options[..], &["busybox", "sh", "-c", script]].concat())
+        .ok();
+    super::lifecycle::await_log(host, &name, "up");
+    let bridge = host.hostctl(&["inspect", "--json", &name]).json();
+    for url in [
+        format!("http://127.0.0.1:{port}/"),
+        format!(
+            "http://{}/",
+            bridge["address"].as_str().expect("it has an address")
+        ),
+    ] {
+        let page = host.run("busybox", &["wget", "-q", "-T", "10", "-O", "-", &url]);
+        assert_eq!(
+            page.ok(),
+            "it works
+",
+            "{url}"
+        );
+    }
+    let taken = host.hostctl(&[&["run", "-d", "-p", &publish], &["busybox", "true"][..]].concat());
+    let taken = taken.exits(125);
+    assert!(
+        taken.stderr.contains(port),
+        "the error names the port: {}",
+        taken.stderr
+    );
+    host.hostctl(&["rm", "--force", &name]).ok();
+}
+
+fn none(host: &Host, kind: Kind) {
+    let options = [
+        "run",
+        "--rm",
+        "--isolation",
+        kind.name(),
+        "--network",
+        "none",
+    ];
+    let text = host
+        .hostctl(&[&options[..], &["busybox", "ip", "-o", "link"]].concat())
+        .ok();
+    let links: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.contains(": lo:"))
+        .collect();
+    assert!(links.is_empty(), "{links:#?}");
+}
