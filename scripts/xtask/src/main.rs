@@ -1,6 +1,7 @@
 //! The developer's commands behind `scripts/`: what it takes to build, boot, test and measure hostd.
 
 mod binaries;
+mod demo;
 mod fixtures;
 mod guest;
 mod host_image;
@@ -9,6 +10,7 @@ mod packages;
 mod paths;
 mod sim_host;
 mod step;
+mod test;
 
 use std::process::ExitCode;
 
@@ -31,6 +33,8 @@ enum Command {
     /// Builds the host image: kernel and initramfs that boot into hostd
     HostImage,
     SimHost(sim_host::Arguments),
+    Demo(demo::Arguments),
+    Test(test::Arguments),
 }
 
 fn main() -> Result<ExitCode> {
@@ -49,6 +53,8 @@ fn main() -> Result<ExitCode> {
             packages::ensure(packages::ALL)?;
             return sim_host::run(&arguments);
         }
+        Command::Demo(arguments) => return demo::demo(&arguments),
+        Command::Test(arguments) => test::test(&arguments)?,
     }
     Ok(ExitCode::SUCCESS)
 }

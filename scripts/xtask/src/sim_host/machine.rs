@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -167,6 +167,28 @@ impl Machine {
             .command(arguments, terminal)
             .status()
             .context("Cannot run ssh")
+    }
+
+    /// A command that runs in the machine, for a caller that wants its streams.
+    pub(crate) fn command(&self, arguments: &[String], terminal: bool) -> Command {
+        self.ssh().command(arguments, terminal)
+    }
+
+    /// Copies a program into the machine.
+    pub(crate) fn push(&self, program: &Path, target: &str) -> Result<()> {
+        let script = format!("cat >{target} && chmod 755 {target}");
+        let mut copy = self.command(&["sh".to_owned(), "-c".to_owned(), script], false);
+        let status = copy
+            .stdin(File::open(program)?)
+            .status()
+            .context("Cannot run ssh")?;
+        if !status.success() {
+            bail!(
+                "{} could not be copied into the simulated host",
+                program.display()
+            );
+        }
+        Ok(())
     }
 
     fn ssh(&self) -> Ssh<'_> {

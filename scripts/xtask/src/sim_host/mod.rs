@@ -8,5 +8,5 @@ mod command;
 mod machine;
 mod ssh;
 
-pub(crate) use command::{Arguments, run};
+pub(crate) use command::{Arguments, new_dir, run};
 pub(crate) use machine::{Machine, Options};
