@@ -321,6 +321,36 @@ impl<'a> IoList<'a> {
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
     }
 
+    /// `sendmsg` that neither blocks nor raises SIGPIPE, whatever the socket's flags are.
+    pub(crate) fn send_to(&self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let message = self.message();
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: the header is complete and names memory that lives as long as `self`.
+        let result = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
+        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// `recvmsg` that does not block, whatever the socket's flags are.
+    pub(crate) fn receive_from(&self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let mut message = self.message();
+        let flags = libc::MSG_DONTWAIT;
+        // SAFETY: as in `read_from`; the header is complete.
+        let result = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
+        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn message(&self) -> libc::msghdr {
+        libc::msghdr {
+            msg_name: std::ptr::null_mut(),
+            msg_namelen: 0,
+            msg_iov: self.entries.as_ptr().cast_mut(),
+            msg_iovlen: self.entries.len(),
+            msg_control: std::ptr::null_mut(),
+            msg_controllen: 0,
+            msg_flags: 0,
+        }
+    }
+
     /// Lists are kept within IOVECS_MAX; a longer one is refused by the kernel.
     fn count(&self) -> i32 {
         i32::try_from(self.entries.len()).unwrap_or(i32::MAX)

@@ -10,6 +10,7 @@ mod chain;
 pub mod net;
 pub mod rng;
 pub mod tap;
+pub mod vsock;
 
 use std::io;
 use std::os::fd::RawFd;
