@@ -1,3 +1,4 @@
 //! The daemon and its client. The only crate that sees both kinds of isolation.
 
 pub mod api;
+pub mod network;
