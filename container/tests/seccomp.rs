@@ -11,6 +11,7 @@ use std::{
 };
 
 use container::seccomp::{Filter, compile, default_profile};
+use nix::sys::prctl;
 use oci_spec::runtime::{Capabilities, LinuxSeccomp};
 
 /// Runs a script of a shell under the filter.
@@ -18,7 +19,7 @@ fn run(filter: Filter, script: &str) -> Output {
     let mut command = Command::new("/bin/sh");
     command.args(["-c", script]);
     let install = move || {
-        nix::sys::prctl::set_no_new_privs()?;
+        prctl::set_no_new_privs()?;
         // The message is built in the parent, by the status of the child.
         filter
             .install()
@@ -77,7 +78,7 @@ fn a_listener_is_asked_and_without_one_the_call_fails() {
     let (sender, receiver) = std::sync::mpsc::channel();
     // The filter is the thread's alone, and the descriptor is everybody's.
     let asking = std::thread::spawn(move || {
-        nix::sys::prctl::set_no_new_privs().unwrap();
+        prctl::set_no_new_privs().unwrap();
         sender.send(notify.install().unwrap().unwrap()).unwrap();
         // SAFETY: getpgrp(2) takes nothing and touches nothing.
         let result = unsafe { libc::syscall(libc::SYS_getpgrp) };
