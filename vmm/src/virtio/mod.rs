@@ -7,7 +7,9 @@
 
 pub mod block;
 mod chain;
+pub mod mmio;
 pub mod net;
+pub mod registers;
 pub mod rng;
 pub mod tap;
 pub mod vsock;
