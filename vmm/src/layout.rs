@@ -4,7 +4,7 @@
 //! ```text
 //! 0x0000_0500  descriptor table, zero page, page tables, command line
 //! 0x0009_fc00  end of conventional memory
-//! 0x000e_0000  ACPI tables
+//! 0x000e_0000  ACPI tables; the last 16 bytes below the kernel are the reset vector
 //! 0x0010_0000  kernel; the initramfs ends where low memory ends
 //! 0xc000_0000  end of low memory; boot timer
 //! 0xd000_0000  virtio windows
@@ -37,7 +37,9 @@ pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// The ACPI tables, root pointer first, in the area that guests without boot parameters search.
 pub const ACPI: u64 = 0xe_0000;
 /// The ACPI tables end before this.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = RESET_VECTOR;
+/// Where a processor without a kernel would start, in the last bytes of the first MiB.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Memory that a kernel may be loaded to starts here.
 pub const HIGH_RAM: u64 = 0x10_0000;
 

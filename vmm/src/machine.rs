@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::ops::Range;
+use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -14,6 +15,8 @@ use crate::arch::x86_64::{self, ArchError, acpi};
 use crate::boot::{self, BootError};
 use crate::bus::BusDevice;
 use crate::control::ExitStatus;
+use crate::control::controls::Controls;
+use crate::control::server::Server;
 use crate::devices::boot_timer::{BootTimer, Start};
 use crate::devices::guest_status::{GuestStatus, Readiness as GuestReadiness};
 use crate::devices::ioapic::IoApic;
@@ -25,13 +28,18 @@ use crate::exit::{ExitSwitch, chain};
 use crate::guest_status;
 use crate::kvm::{self, KernelRoutes, KvmError, Vm};
 use crate::layout;
-use crate::plan::{ConsolePlan, Plan};
+use crate::plan::{ConsolePlan, DiskPlan, ListenPlan, NetPlan, Plan, TapPlan, VsockPlan};
 use crate::platform::DevicePlatform;
 use crate::signals::{self, SignalError};
 use crate::terminal::RawTerminal;
 use crate::vcpu::{Buses, VcpuError, Vcpus};
 use crate::virtio::VirtioDevice;
+use crate::virtio::block::{Block, BlockError, BlockHandle, BlockOptions};
 use crate::virtio::mmio::{MmioTransport, Window};
+use crate::virtio::net::{Net, NetHandle};
+use crate::virtio::rng::Rng;
+use crate::virtio::tap::{Tap, TapError};
+use crate::virtio::vsock::{Vsock, VsockError, VsockHost};
 
 /// What the command line decides, apart from the specification.
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,6 +62,13 @@ pub enum MachineError {
         action: &'static str,
         source: io::Error,
     },
+    #[error("cannot listen on {path}; a socket that nobody uses any more can be removed")]
+    Listen { path: String, source: io::Error },
+    #[error("device `{name}` cannot be made")]
+    Device {
+        name: String,
+        source: DeviceSetupError,
+    },
     #[error("device `{name}` asks for queues that cannot be")]
     Queues {
         name: String,
@@ -71,6 +86,19 @@ pub enum MachineError {
     Vcpu(#[from] VcpuError),
     #[error(transparent)]
     Signal(#[from] SignalError),
+}
+
+/// Why a virtio device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceSetupError {
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    #[error("its socket cannot be listened on")]
+    Listen(#[source] io::Error),
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
 }
 
 fn host(action: &'static str) -> impl Fn(io::Error) -> MachineError {
@@ -105,14 +133,15 @@ impl Machine {
         )?;
         acpi::write(&memory, plan.cpus, &plan.windows)?;
 
+        let virtio = VirtioDevices::new(&mut plan)?;
         let mut parts = Parts::new(vm.clone())?;
         let terminal = parts.add_serial_port(plan.console)?;
-        parts.add_power()?;
+        let power_button = parts.add_power()?;
         parts.add_boot_timer(options.boot_timer);
-        for ((name, device), window) in virtio_devices().into_iter().zip(&plan.windows) {
+        for ((name, device), window) in virtio.devices.into_iter().zip(&plan.windows) {
             parts.add_virtio(name, device, *window)?;
         }
-        let parts = parts.finish();
+        parts.finish();
 
         let mut fds = Vec::new();
         for id in 0..plan.cpus {
@@ -120,9 +149,22 @@ impl Machine {
         }
         x86_64::configure(&kvm, &fds, &memory, entry)?;
         let enter: Arc<dyn Fn() + Send + Sync> = Arc::new(|| ());
-        let vcpus = Vcpus::start(fds, &Arc::new(parts.buses), &parts.exit, &enter)?;
+        let buses = Arc::new(parts.buses);
+        let vcpus = Arc::new(Vcpus::start(fds, &buses, &parts.exit, &enter)?);
+        if let Some(listen) = plan.control {
+            let controls = Controls {
+                vcpus: vcpus.clone(),
+                exit: parts.exit.clone(),
+                readiness: parts.readiness,
+                power_button,
+                transports: parts.transports,
+                disks: virtio.disks,
+                nets: virtio.nets,
+            };
+            serve(&mut parts.events, control_listener(listen)?, controls)?;
+        }
         Ok(Machine {
-            vcpus: Arc::new(vcpus),
+            vcpus,
             events: parts.events,
             exit: parts.exit,
             exit_status: plan.exit_status,
@@ -136,7 +178,7 @@ impl Machine {
         if let Err(error) = self.events.run() {
             self.exit.fail(&error);
         }
-        drop(self.vcpus);
+        self.vcpus.finish();
         let status = self
             .exit
             .status()
@@ -144,6 +186,19 @@ impl Machine {
         record(self.exit_status, &status);
         status
     }
+}
+
+/// Puts the control socket on the event loop.
+fn serve(
+    events: &mut EventLoop,
+    listener: UnixListener,
+    controls: Controls,
+) -> Result<(), MachineError> {
+    let source = events.reserve();
+    let server = Server::new(listener, controls, events.poller(), source)
+        .map_err(host("serve the control socket"))?;
+    events.attach(source, Arc::new(server));
+    Ok(())
 }
 
 /// Writes the exit record. A machine that is gone cannot do more about a failure than say so.
@@ -157,9 +212,90 @@ pub fn record(file: Option<File>, status: &ExitStatus) {
     }
 }
 
-/// The list of virtio devices, in the order of their windows.
-fn virtio_devices() -> Vec<(String, Box<dyn VirtioDevice>)> {
-    Vec::new()
+/// Virtio devices, each with its name, and what the control socket keeps of them.
+#[derive(Default)]
+struct VirtioDevices {
+    devices: Vec<(String, Box<dyn VirtioDevice>)>,
+    disks: Vec<BlockHandle>,
+    nets: Vec<NetHandle>,
+}
+
+impl VirtioDevices {
+    /// The list, in the order of the plan's windows.
+    fn new(plan: &mut Plan) -> Result<Self, MachineError> {
+        let mut list = Self::default();
+        for (index, disk) in plan.disks.drain(..).enumerate() {
+            list.add(format!("disk{index}"), block(disk), |list, device| {
+                list.disks.push(device.handle());
+            })?;
+        }
+        for (index, net) in plan.nets.drain(..).enumerate() {
+            list.add(format!("net{index}"), network(net), |list, device| {
+                list.nets.push(device.handle());
+            })?;
+        }
+        if let Some(plan) = plan.vsock.take() {
+            list.add("vsock".to_owned(), vsock(plan), |_, _| ())?;
+        }
+        if plan.rng {
+            list.add("rng".to_owned(), Ok(Rng::new()), |_, _| ())?;
+        }
+        Ok(list)
+    }
+
+    fn add<D: VirtioDevice + 'static>(
+        &mut self,
+        name: String,
+        device: Result<D, DeviceSetupError>,
+        keep: impl FnOnce(&mut Self, &D),
+    ) -> Result<(), MachineError> {
+        match device {
+            Ok(device) => {
+                keep(self, &device);
+                self.devices.push((name, Box::new(device)));
+                Ok(())
+            }
+            Err(source) => Err(MachineError::Device { name, source }),
+        }
+    }
+}
+
+fn block(plan: DiskPlan) -> Result<Block, DeviceSetupError> {
+    let options = BlockOptions {
+        read_only: plan.read_only,
+        serial: plan.serial,
+        limits: plan.limits,
+    };
+    Ok(Block::new(plan.file, options)?)
+}
+
+fn network(plan: NetPlan) -> Result<Net, DeviceSetupError> {
+    let tap = match plan.tap {
+        TapPlan::Name(name) => Tap::open(&name)?,
+        TapPlan::Open(descriptor) => Tap::from_fd(descriptor)?,
+    };
+    Ok(Net::new(tap, plan.mac))
+}
+
+fn vsock(plan: VsockPlan) -> Result<Vsock, DeviceSetupError> {
+    let host = match plan.listen {
+        ListenPlan::Path(path) => VsockHost::bind(&path),
+        ListenPlan::Open(listener) => VsockHost::inherited(listener),
+    };
+    let host = host.map_err(DeviceSetupError::Listen)?;
+    Ok(Vsock::new(plan.cid, host, plan.streams)?)
+}
+
+/// Where clients of the control socket come from.
+fn control_listener(plan: ListenPlan) -> Result<UnixListener, MachineError> {
+    let path = match plan {
+        ListenPlan::Open(listener) => return Ok(listener),
+        ListenPlan::Path(path) => path,
+    };
+    UnixListener::bind(&path).map_err(|source| MachineError::Listen {
+        path: path.display().to_string(),
+        source,
+    })
 }
 
 /// Guest memory of this size, around the hole.
@@ -185,7 +321,6 @@ struct Parts {
     buses: Buses,
     /// The devices' ends of the interrupt lines.
     lines: BTreeMap<u32, EventFd>,
-    power_button: Option<EventFd>,
     transports: Vec<Arc<Mutex<MmioTransport>>>,
 }
 
@@ -201,7 +336,6 @@ impl Parts {
             readiness: GuestReadiness::new().map_err(host("make an event"))?,
             buses: Buses::default(),
             lines: BTreeMap::new(),
-            power_button: None,
             transports: Vec::new(),
         })
     }
@@ -245,9 +379,9 @@ impl Parts {
         Ok(terminal)
     }
 
-    /// All ways in which a guest ends or is asked to end.
-    fn add_power(&mut self) -> Result<(), MachineError> {
-        self.power_button = Some(self.line(layout::POWER_BUTTON_GSI)?);
+    /// All ways in which a guest ends or is asked to end. Returns the power button's line.
+    fn add_power(&mut self) -> Result<EventFd, MachineError> {
+        let power_button = self.line(layout::POWER_BUTTON_GSI)?;
         let exit = self.exit.clone();
         let ports = layout::POWER_PORT..layout::POWER_PORT + layout::POWER_PORTS;
         self.add_port(ports, PowerRegisters::new(exit.clone()));
@@ -255,7 +389,7 @@ impl Parts {
         self.add_port(ports, KeyboardController::new(exit.clone()));
         let ports = u64::from(guest_status::PORT)..u64::from(guest_status::PORT) + 4;
         self.add_port(ports, GuestStatus::new(exit, self.readiness.clone()));
-        Ok(())
+        Ok(power_button)
     }
 
     fn add_boot_timer(&mut self, start: Option<Start>) {
@@ -292,10 +426,9 @@ impl Parts {
     }
 
     /// Joins all lines to the I/O APIC: the last part.
-    fn finish(mut self) -> Self {
+    fn finish(&mut self) {
         let lines = std::mem::take(&mut self.lines);
         let routes = KernelRoutes::new(self.vm.clone(), lines, self.exit.clone());
         self.add_page(layout::IOAPIC, IoApic::new(routes));
-        self
     }
 }

@@ -15,6 +15,7 @@ use crate::spec::{
     Console, ConsoleTarget, Disk, DiskLimits, Net, OneOrMany, Spec, StreamDirection, Vsock,
 };
 use crate::virtio::mmio::Window;
+use crate::virtio::vsock::HostStream;
 
 /// The most processors: local APIC numbers fit in every table.
 pub const CPUS_MAX: u8 = 32;
@@ -119,15 +120,7 @@ pub enum ListenPlan {
 pub struct VsockPlan {
     pub cid: u32,
     pub listen: ListenPlan,
-    pub streams: Vec<StreamPlan>,
-}
-
-/// A guest's connection that is joined to a descriptor.
-#[derive(Debug)]
-pub struct StreamPlan {
-    pub port: u32,
-    pub file: File,
-    pub direction: StreamDirection,
+    pub streams: Vec<HostStream>,
 }
 
 /// The serial port's other end.
@@ -347,7 +340,7 @@ impl Opener {
                 StreamDirection::ToGuest => Access::Read,
                 StreamDirection::FromGuest => Access::Append,
             };
-            Ok(StreamPlan {
+            Ok(HostStream {
                 port: stream.port,
                 file: open.file(&format!("{field}/path"), &stream.path, access)?,
                 direction: stream.direction,

@@ -111,11 +111,13 @@ impl Gate {
     }
 }
 
-/// All processors of a machine. They wait until [`resume`](Self::resume); dropping them ends them.
+/// All processors of a machine. They wait until [`resume`](Self::resume), and are gone after
+/// [`finish`](Self::finish) or a drop.
 #[derive(Debug)]
 pub struct Vcpus {
     gate: Arc<Gate>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    count: usize,
     exits: Vec<Arc<AtomicU64>>,
 }
 
@@ -136,7 +138,8 @@ impl Vcpus {
         });
         let mut all = Self {
             gate,
-            threads: Vec::new(),
+            threads: Mutex::default(),
+            count: vcpus.len(),
             exits: Vec::new(),
         };
         for (id, fd) in (0..).zip(vcpus) {
@@ -157,7 +160,7 @@ impl Vcpus {
                     vcpu.live();
                 })
                 .map_err(|source| VcpuError::Thread { id, source })?;
-            all.threads.push(thread);
+            all.threads().push(thread);
         }
         Ok(all)
     }
@@ -176,7 +179,7 @@ impl Vcpus {
             .gate
             .changed
             .wait_while(state, |state| {
-                state.order == Order::Park && state.still < self.threads.len()
+                state.order == Order::Park && state.still < self.count
             })
             .expect("nothing panics in here");
     }
@@ -194,8 +197,22 @@ impl Vcpus {
             .collect()
     }
 
+    /// Ends them all, and waits until they are gone.
+    pub fn finish(&self) {
+        self.gate.set(Order::Finish);
+        self.interrupt();
+        for thread in self.threads().drain(..) {
+            // A panic has been reported by the thread itself.
+            let _ = thread.join();
+        }
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().expect("nothing panics in here")
+    }
+
     fn interrupt(&self) {
-        for thread in &self.threads {
+        for thread in self.threads().iter() {
             kvm::interrupt(thread);
         }
     }
@@ -203,12 +220,7 @@ impl Vcpus {
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
-        self.gate.set(Order::Finish);
-        self.interrupt();
-        for thread in self.threads.drain(..) {
-            // A panic has been reported by the thread itself.
-            let _ = thread.join();
-        }
+        self.finish();
     }
 }
 

@@ -221,7 +221,7 @@ fn low_address(address: u64) -> u32 {
 fn write_memory_map(memory: &GuestMemoryMmap, parameters: &mut boot_params) {
     let mut map = vec![
         (0, layout::LOW_RAM_END, E820_RAM),
-        (layout::ACPI, layout::ACPI_END, E820_RESERVED),
+        (layout::ACPI, layout::HIGH_RAM, E820_RESERVED),
         (layout::HIGH_RAM, low_memory_end(memory), E820_RAM),
     ];
     for region in memory.iter().skip(1) {

@@ -4,6 +4,7 @@ pub mod acpi;
 mod cpuid;
 mod msrs;
 mod registers;
+mod reset_vector;
 
 use kvm_ioctls::{Kvm, VcpuFd};
 use vm_memory::GuestMemoryMmap;
@@ -21,7 +22,7 @@ pub enum ArchError {
     },
     #[error("KVM does not take model-specific register {index:#x}")]
     Msr { index: u32 },
-    #[error("cannot write the page tables to the guest's memory")]
+    #[error("cannot write to the guest's low memory")]
     Memory(#[source] vm_memory::GuestMemoryError),
 }
 
@@ -48,7 +49,9 @@ pub fn configure(
         // After the features: they decide which registers there are.
         msrs::set_boot_values(vcpu)?;
     }
-    registers::write_tables(memory).map_err(ArchError::Memory)?;
+    registers::write_tables(memory)
+        .and_then(|()| reset_vector::write(memory))
+        .map_err(ArchError::Memory)?;
     if let Some(first) = vcpus.first() {
         registers::set(first, entry)?;
     }
