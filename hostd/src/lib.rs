@@ -1,4 +1,5 @@
 //! The daemon and its client. The only crate that sees both kinds of isolation.
 
 pub mod api;
+pub mod doctor;
 pub mod network;
