@@ -12,6 +12,8 @@ pub mod net;
 pub mod registers;
 pub mod rng;
 pub mod tap;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod vsock;
 
 use std::io;
