@@ -2,4 +2,5 @@
 
 pub mod api;
 pub mod doctor;
+pub mod image;
 pub mod network;
