@@ -3,4 +3,3 @@
 
 pub mod cgroup;
 pub mod monitor;
-pub mod seccomp;

@@ -7,13 +7,9 @@
 
 pub mod block;
 mod chain;
-pub mod mmio;
 pub mod net;
-pub mod registers;
 pub mod rng;
 pub mod tap;
-#[cfg(test)]
-pub(crate) mod testing;
 pub mod vsock;
 
 use std::io;

@@ -480,6 +480,3 @@ fn signal(index: usize, used: bool) -> Signal {
         Signal::NONE
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,0 +1,514 @@
+//! The instances of this host: who there is, and how to talk to each.
+//!
+//! Each instance is owned by one task (`task`), which alone changes it. Others send the task a
+//! letter and watch what it publishes. The one lock here guards the map of names and is never held
+//! across an await.
+
+mod patch;
+mod task;
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::Ipv4Addr;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use jiff::Timestamp;
+use nix::sys::signal::Signal;
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
+
+use crate::api::types::{
+    Instance, InstancePatch, InstanceSpec, InstanceState, NetworkMode, PatchResult, Stats,
+};
+use crate::driver::{Channel, Control, DriverError, Kinds, Session};
+use crate::events::Events;
+use crate::lifecycle::{Refused, Request};
+use crate::limits::Capacity;
+use crate::store::{self, Record, Store, StoreError};
+use crate::validate::{self, FieldError};
+
+use self::task::Task;
+
+/// More than a /16 has addresses for would be no use; this many fit in memory easily.
+pub const INSTANCES_MAX: usize = 4096;
+
+/// Letters that wait for one instance; one more is refused as busy.
+const MAILBOX_LEN: usize = 64;
+
+/// How long the daemon waits at its start for the instances to be found again before it serves.
+const RECOVER_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What creating an instance takes from the rest of the host.
+pub trait Supplies: Send + Sync + 'static {
+    /// The digest of the image's manifest; `None` if the store has no such image.
+    fn digest<'a>(
+        &'a self,
+        reference: &'a str,
+    ) -> BoxFuture<'a, Result<Option<String>, SupplyError>>;
+
+    /// An address that is not among `used`.
+    fn address(&self, used: &HashSet<Ipv4Addr>) -> Result<Ipv4Addr, SupplyError>;
+}
+
+/// Why something that an instance takes could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum SupplyError {
+    #[error("no address is free on the bridge")]
+    NoAddress,
+    #[error("the image store failed")]
+    Image(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// Why an instance could not be made, changed or asked.
+#[derive(Debug, thiserror::Error)]
+pub enum InstanceError {
+    #[error("there is no instance `{0}`")]
+    NotFound(String),
+    #[error("there is no image `{0}` on this host")]
+    NoImage(String),
+    #[error("an instance `{0}` exists with another spec")]
+    Different(String),
+    #[error("this host has as many instances as it can keep, {INSTANCES_MAX}")]
+    Full,
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    #[error("the instance is {}, not running", crate::lifecycle::name(*.0))]
+    NotRunning(InstanceState),
+    #[error(transparent)]
+    Field(#[from] FieldError),
+    #[error("the instance is at generation {found}, not {wanted}")]
+    Stale { wanted: u64, found: u64 },
+    #[error("the start was called off by another request")]
+    CalledOff,
+    #[error("the instance has more requests than it can answer")]
+    Busy,
+    #[error("what runs the instance does not answer")]
+    Unreachable,
+    #[error(transparent)]
+    Supply(#[from] SupplyError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Driver(#[from] Arc<DriverError>),
+}
+
+/// What all instances share.
+pub(crate) struct Shared {
+    pub(crate) store: Store,
+    pub(crate) events: Events,
+    pub(crate) kinds: Kinds,
+    pub(crate) capacity: Capacity,
+    handles: RwLock<BTreeMap<String, Handle>>,
+}
+
+impl Shared {
+    pub(crate) fn forget(&self, name: &str) {
+        self.handles
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(name);
+    }
+}
+
+/// All instances. Clones are the same.
+#[derive(Clone)]
+pub struct Instances {
+    shared: Arc<Shared>,
+    supplies: Arc<dyn Supplies>,
+    /// Held while an instance is made, so that no two get the same address.
+    creating: Arc<Mutex<()>>,
+}
+
+impl std::fmt::Debug for Instances {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Instances").finish_non_exhaustive()
+    }
+}
+
+/// The way to one instance.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    mailbox: mpsc::Sender<Letter>,
+    published: watch::Receiver<Arc<Record>>,
+}
+
+type Reply<T> = oneshot::Sender<Result<T, InstanceError>>;
+
+#[derive(Debug)]
+pub(crate) enum Letter {
+    Request {
+        request: Request,
+        /// For stop and restart: how long to wait before the kill.
+        patience: Option<Duration>,
+        reply: Reply<Instance>,
+    },
+    Patch {
+        patch: InstancePatch,
+        generation: Option<u64>,
+        dry_run: bool,
+        reply: Reply<PatchResult>,
+    },
+    Remove {
+        force: bool,
+        reply: Reply<()>,
+    },
+}
+
+/// Whether `PUT` made the instance or found it as wanted.
+#[derive(Debug)]
+pub enum Made {
+    New(Instance),
+    Existing(Instance),
+}
+
+impl Instances {
+    /// Takes charge of every stored instance: finds what runs, cleans up after what does not.
+    ///
+    /// # Errors
+    /// The store fails.
+    pub async fn open(
+        store: Store,
+        events: Events,
+        kinds: Kinds,
+        capacity: Capacity,
+        supplies: Arc<dyn Supplies>,
+    ) -> Result<Self, StoreError> {
+        let records = store.run(|connection| store::instances(connection)).await?;
+        let shared = Arc::new(Shared {
+            store,
+            events,
+            kinds,
+            capacity,
+            handles: RwLock::default(),
+        });
+        let instances = Self {
+            shared,
+            supplies,
+            creating: Arc::default(),
+        };
+        let (found, mut all_found) = mpsc::channel(1);
+        for record in records {
+            instances.adopt(record, Some(found.clone()));
+        }
+        drop(found);
+        // Each task drops its sender once it knows; nothing is ever sent.
+        if tokio::time::timeout(RECOVER_DEADLINE, all_found.recv())
+            .await
+            .is_err()
+        {
+            tracing::warn!("some instances are still being found; serving without them");
+        }
+        Ok(instances)
+    }
+
+    /// What the host has to give.
+    pub fn capacity(&self) -> &Capacity {
+        &self.shared.capacity
+    }
+
+    /// The rules and driver of each kind.
+    pub fn kinds(&self) -> &Kinds {
+        &self.shared.kinds
+    }
+
+    /// Makes an instance; nothing of it runs yet.
+    ///
+    /// # Errors
+    /// The spec is at fault, the name is taken, or the host has no room.
+    pub async fn create(&self, spec: InstanceSpec) -> Result<Instance, InstanceError> {
+        let rules = self.shared.kinds.of(spec.isolation).rules;
+        validate::check(&spec, rules, &self.shared.capacity)?;
+        let digest = self
+            .supplies
+            .digest(&spec.image)
+            .await?
+            .ok_or_else(|| InstanceError::NoImage(spec.image.clone()))?;
+
+        let _creating = self.creating.lock().await;
+        let taken = self.list();
+        if taken.len() >= INSTANCES_MAX {
+            return Err(InstanceError::Full);
+        }
+        let name = spec.name.clone().unwrap_or_else(|| free_name(&taken));
+        let address = match spec.network.mode {
+            NetworkMode::Bridge => {
+                let used = taken
+                    .iter()
+                    .filter_map(|instance| instance.address)
+                    .collect();
+                Some(self.supplies.address(&used)?)
+            }
+            NetworkMode::None => None,
+        };
+        let instance = new_instance(name, spec, digest, address);
+        let (record, sequence) = self
+            .shared
+            .store
+            .run(move |connection| store::insert(connection, instance))
+            .await?;
+        let instance = record.instance.clone();
+        self.adopt(record, None);
+        self.shared.events.announce(sequence);
+        Ok(instance)
+    }
+
+    /// Makes the instance `name`, unless it is there already as wanted.
+    ///
+    /// # Errors
+    /// As `create`; and the instance is there with another spec.
+    pub async fn ensure(&self, mut spec: InstanceSpec, name: &str) -> Result<Made, InstanceError> {
+        if spec.name.get_or_insert_with(|| name.to_owned()) != name {
+            return Err(
+                FieldError::new("/name", "must be the name in the path, or left out").into(),
+            );
+        }
+        if let Ok(handle) = self.find(name) {
+            return existing(&handle, &spec);
+        }
+        match self.create(spec.clone()).await {
+            Ok(instance) => Ok(Made::New(instance)),
+            // Another client was quicker.
+            Err(InstanceError::Store(StoreError::NameTaken(_))) => {
+                existing(&self.find(name)?, &spec)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All instances, by name.
+    pub fn list(&self) -> Vec<Instance> {
+        self.handles().map(|handle| handle.instance()).collect()
+    }
+
+    /// All records, by name.
+    pub fn records(&self) -> Vec<Arc<Record>> {
+        self.handles().map(|handle| handle.record()).collect()
+    }
+
+    fn handles(&self) -> impl Iterator<Item = Handle> + use<> {
+        let handles = self
+            .shared
+            .handles
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        handles.values().cloned().collect::<Vec<_>>().into_iter()
+    }
+
+    /// # Errors
+    /// There is none of that name.
+    pub fn find(&self, name: &str) -> Result<Handle, InstanceError> {
+        self.shared
+            .handles
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .cloned()
+            .ok_or_else(|| InstanceError::NotFound(name.to_owned()))
+    }
+
+    /// Opens a conversation with a running instance.
+    ///
+    /// # Errors
+    /// There is no such instance, it does not run, or its driver fails.
+    pub async fn talk(&self, name: &str, channel: Channel) -> Result<Session, InstanceError> {
+        let record = self.running(name)?;
+        let driver = &self.shared.kinds.of(record.instance.spec.isolation).driver;
+        Ok(driver.open(&record, channel).await.map_err(Arc::new)?)
+    }
+
+    /// Delivers a signal to a running workload, whatever it makes of it.
+    ///
+    /// # Errors
+    /// There is no such instance, it does not run, or its driver fails.
+    pub async fn signal(&self, name: &str, signal: Signal) -> Result<Instance, InstanceError> {
+        let record = self.running(name)?;
+        let driver = &self.shared.kinds.of(record.instance.spec.isolation).driver;
+        driver
+            .control(&record, Control::Signal(signal))
+            .await
+            .map_err(Arc::new)?;
+        Ok(record.instance.clone())
+    }
+
+    /// What a running instance uses; zeros for one that does not run.
+    ///
+    /// # Errors
+    /// There is no such instance, or its driver fails.
+    pub async fn stats(&self, name: &str) -> Result<Stats, InstanceError> {
+        let record = self.find(name)?.record();
+        let instance = &record.instance;
+        if !matches!(
+            instance.state,
+            InstanceState::Running | InstanceState::Paused | InstanceState::Stopping
+        ) {
+            return Ok(Stats::default());
+        }
+        let driver = &self.shared.kinds.of(instance.spec.isolation).driver;
+        match driver.stats(&record).await {
+            // It ended meanwhile.
+            Err(DriverError::NotRunning) => Ok(Stats::default()),
+            other => Ok(other.map_err(Arc::new)?),
+        }
+    }
+
+    fn running(&self, name: &str) -> Result<Arc<Record>, InstanceError> {
+        let record = self.find(name)?.record();
+        if record.instance.state == InstanceState::Running {
+            Ok(record)
+        } else {
+            Err(InstanceError::NotRunning(record.instance.state))
+        }
+    }
+
+    /// Starts the task that owns the instance. `found` is dropped once it knows what runs.
+    fn adopt(&self, record: Record, found: Option<mpsc::Sender<()>>) {
+        let name = record.instance.name.clone();
+        let (mailbox, letters) = mpsc::channel(MAILBOX_LEN);
+        let (task, published) = Task::new(Arc::clone(&self.shared), record, letters);
+        let handle = Handle { mailbox, published };
+        self.shared
+            .handles
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(name, handle);
+        tokio::spawn(task.run(found));
+    }
+}
+
+impl Handle {
+    /// The instance as it is now.
+    pub fn instance(&self) -> Instance {
+        self.published.borrow().instance.clone()
+    }
+
+    /// The record as it is now.
+    pub fn record(&self) -> Arc<Record> {
+        Arc::clone(&self.published.borrow())
+    }
+
+    /// Asks for a change of state; answered once it has come about.
+    ///
+    /// # Errors
+    /// It is refused, or fails.
+    pub async fn request(
+        &self,
+        request: Request,
+        patience: Option<Duration>,
+    ) -> Result<Instance, InstanceError> {
+        self.send(|reply| Letter::Request {
+            request,
+            patience,
+            reply,
+        })
+        .await
+    }
+
+    /// Changes limits and labels, all or nothing.
+    ///
+    /// # Errors
+    /// The patch is at fault, or the change cannot be made.
+    pub async fn patch(
+        &self,
+        patch: InstancePatch,
+        generation: Option<u64>,
+        dry_run: bool,
+    ) -> Result<PatchResult, InstanceError> {
+        self.send(|reply| Letter::Patch {
+            patch,
+            generation,
+            dry_run,
+            reply,
+        })
+        .await
+    }
+
+    /// Removes the instance and all it has; with `force` also if it runs.
+    ///
+    /// # Errors
+    /// It runs, or removing it fails.
+    pub async fn remove(&self, force: bool) -> Result<(), InstanceError> {
+        match self.send(|reply| Letter::Remove { force, reply }).await {
+            Err(InstanceError::NotFound(_)) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Waits until the instance is in one of `states`.
+    ///
+    /// # Errors
+    /// It is removed before.
+    pub async fn wait(&self, states: &[InstanceState]) -> Result<Instance, InstanceError> {
+        let mut published = self.published.clone();
+        match published
+            .wait_for(|record| states.contains(&record.instance.state))
+            .await
+        {
+            Ok(record) => Ok(record.instance.clone()),
+            Err(_) => Err(self.gone()),
+        }
+    }
+
+    /// Done once the task that owns the instance has ended: it is removed, or hostd goes.
+    pub async fn closed(&self) {
+        self.mailbox.closed().await;
+    }
+
+    async fn send<T>(&self, letter: impl FnOnce(Reply<T>) -> Letter) -> Result<T, InstanceError> {
+        let (reply, answer) = oneshot::channel();
+        self.mailbox
+            .try_send(letter(reply))
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => InstanceError::Busy,
+                mpsc::error::TrySendError::Closed(_) => self.gone(),
+            })?;
+        answer.await.unwrap_or_else(|_| Err(self.gone()))
+    }
+
+    fn gone(&self) -> InstanceError {
+        InstanceError::NotFound(self.published.borrow().instance.name.clone())
+    }
+}
+
+fn existing(handle: &Handle, spec: &InstanceSpec) -> Result<Made, InstanceError> {
+    let instance = handle.instance();
+    if instance.spec == *spec {
+        Ok(Made::Existing(instance))
+    } else {
+        Err(InstanceError::Different(instance.name))
+    }
+}
+
+fn new_instance(
+    name: String,
+    mut spec: InstanceSpec,
+    image_digest: String,
+    address: Option<Ipv4Addr>,
+) -> Instance {
+    spec.name = Some(name.clone());
+    Instance {
+        name,
+        state: InstanceState::Created,
+        reason: None,
+        exit: None,
+        error: None,
+        spec,
+        image_digest,
+        pid: None,
+        address,
+        created_at: Timestamp::now(),
+        started_at: None,
+        finished_at: None,
+        start_us: BTreeMap::new(),
+        generation: 1,
+    }
+}
+
+/// A name that no instance has.
+fn free_name(taken: &[Instance]) -> String {
+    loop {
+        let name = format!("i-{:08x}", crate::random::number() >> 32);
+        if taken.iter().all(|instance| instance.name != name) {
+            return name;
+        }
+    }
+}

@@ -1,0 +1,439 @@
+//! What a limit may be, and what it comes to for the kernel.
+//!
+//! The numbers of [`Limits`] mean the same for both kinds; the few bounds that differ between the
+//! kinds are data in [`Rules`].
+
+use std::collections::BTreeSet;
+
+use oci_spec::runtime::{
+    LinuxBlockIo, LinuxBlockIoBuilder, LinuxCpu, LinuxCpuBuilder, LinuxMemoryBuilder,
+    LinuxPidsBuilder, LinuxResources, LinuxResourcesBuilder, LinuxThrottleDevice,
+    LinuxThrottleDeviceBuilder,
+};
+
+use oci_spec::OciSpecError;
+
+use crate::api::types::{DiskLimits, Effect, Limits};
+use crate::validate::FieldError;
+
+/// The least part of a processor that a limit can be: the kernel's quantum is 1 ms in 100 ms.
+pub const CPU_CORES_MIN: f64 = 0.01;
+pub const CPU_WEIGHT_MAX: u32 = 10_000;
+pub const CPU_WEIGHT_DEFAULT: u32 = 100;
+/// The kernel's own bound on process ids (PID_MAX_LIMIT).
+pub const PIDS_MAX: u32 = 4 * 1024 * 1024;
+/// Below this a file system has no room for its own structures.
+pub const DISK_SIZE_MIN_BYTES: u64 = 16 * MIB;
+pub const DISK_SIZE_MAX_BYTES: u64 = 16 << 40;
+pub const MIB: u64 = 1024 * 1024;
+const CPU_PERIOD_US: u64 = 100_000;
+
+/// What the host has to give.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Capacity {
+    /// The processors that are online.
+    pub cpus: BTreeSet<u32>,
+    pub memory_bytes: u64,
+}
+
+/// What differs between the kinds of isolation, as data.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    pub memory_min_bytes: u64,
+    /// What the kind needs beside `memory.max`.
+    pub memory_overhead_bytes: u64,
+    /// What an instance without `memory.max` takes of the host, if that is bounded.
+    pub memory_default_bytes: Option<u64>,
+    /// Whether directories of the host can be mounted into an instance.
+    pub mounts: bool,
+    /// Whether the writable layer can be bounded.
+    pub disk_size: bool,
+    /// When a change of the field at this JSON pointer takes effect on a running instance, or why
+    /// it cannot be changed. The limits are the instance's before and after the change.
+    pub effect: fn(pointer: &str, before: &Limits, after: &Limits) -> Result<Effect, &'static str>,
+}
+
+/// Checks every limit against its range and the host.
+///
+/// # Errors
+/// The first limit at fault, by its pointer from the instance's root.
+pub fn check(limits: &Limits, rules: &Rules, host: &Capacity) -> Result<(), FieldError> {
+    check_cpu(limits, host)?;
+    check_memory(limits, rules, host)?;
+    if let Some(max) = limits.pids.max
+        && !(1..=PIDS_MAX).contains(&max)
+    {
+        return Err(FieldError::new(
+            "/limits/pids/max",
+            format!("must be from 1 to {PIDS_MAX}, not {max}"),
+        ));
+    }
+    check_disk(&limits.disk, rules)?;
+    let network = &limits.network;
+    for (pointer, rate) in [
+        ("/limits/network/ingress_bps", network.ingress_bps),
+        ("/limits/network/egress_bps", network.egress_bps),
+    ] {
+        check_rate(pointer, rate)?;
+    }
+    Ok(())
+}
+
+fn check_cpu(limits: &Limits, host: &Capacity) -> Result<(), FieldError> {
+    let cpus = host.cpus.len();
+    if let Some(cores) = limits.cpu.cores {
+        #[expect(clippy::cast_precision_loss, reason = "a host has few processors")]
+        let most = cpus as f64;
+        if !(CPU_CORES_MIN..=most).contains(&cores) {
+            return Err(FieldError::new(
+                "/limits/cpu/cores",
+                format!("must be from {CPU_CORES_MIN} to {cpus}, not {cores}"),
+            )
+            .hint(format!("this host has {cpus} processors")));
+        }
+    }
+    if let Some(weight) = limits.cpu.weight
+        && !(1..=CPU_WEIGHT_MAX).contains(&weight)
+    {
+        return Err(FieldError::new(
+            "/limits/cpu/weight",
+            format!("must be from 1 to {CPU_WEIGHT_MAX}, not {weight}"),
+        ));
+    }
+    if let Some(set) = &limits.cpu.set {
+        let wanted = parse_cpu_set(set).ok_or_else(|| {
+            FieldError::new(
+                "/limits/cpu/set",
+                "must be a list of processors such as `0-2,4`",
+            )
+        })?;
+        if let Some(absent) = wanted.difference(&host.cpus).next() {
+            return Err(FieldError::new(
+                "/limits/cpu/set",
+                format!("processor {absent} is not online on this host"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_memory(limits: &Limits, rules: &Rules, host: &Capacity) -> Result<(), FieldError> {
+    let Some(max) = limits.memory.max else {
+        return Ok(());
+    };
+    let most = host
+        .memory_bytes
+        .saturating_sub(rules.memory_overhead_bytes);
+    if max < rules.memory_min_bytes {
+        return Err(FieldError::new(
+            "/limits/memory/max",
+            format!(
+                "must be at least {} bytes, not {max}",
+                rules.memory_min_bytes
+            ),
+        ));
+    }
+    if max > most {
+        return Err(FieldError::new(
+            "/limits/memory/max",
+            format!("must be at most {most} bytes, not {max}"),
+        )
+        .hint(format!(
+            "this host has {} bytes of memory",
+            host.memory_bytes
+        )));
+    }
+    Ok(())
+}
+
+fn check_disk(disk: &DiskLimits, rules: &Rules) -> Result<(), FieldError> {
+    if let Some(size) = disk.size {
+        if !rules.disk_size {
+            return Err(FieldError::new(
+                "/limits/disk/size",
+                "the writable layer of this kind of isolation cannot be bounded",
+            )
+            .hint("leave it out, or use isolation `vm`"));
+        }
+        if !(DISK_SIZE_MIN_BYTES..=DISK_SIZE_MAX_BYTES).contains(&size) {
+            return Err(FieldError::new(
+                "/limits/disk/size",
+                format!(
+                    "must be from {DISK_SIZE_MIN_BYTES} to {DISK_SIZE_MAX_BYTES} bytes, not {size}"
+                ),
+            ));
+        }
+    }
+    for (pointer, rate) in [
+        ("/limits/disk/read_bps", disk.read_bps),
+        ("/limits/disk/write_bps", disk.write_bps),
+        ("/limits/disk/read_iops", disk.read_iops),
+        ("/limits/disk/write_iops", disk.write_iops),
+    ] {
+        check_rate(pointer, rate)?;
+    }
+    Ok(())
+}
+
+fn check_rate(pointer: &str, rate: Option<u64>) -> Result<(), FieldError> {
+    match rate {
+        Some(0) => {
+            Err(FieldError::new(pointer, "must be at least 1, not 0")
+                .hint("leave it out for no limit"))
+        }
+        Some(rate) if i64::try_from(rate).is_err() => Err(FieldError::new(
+            pointer,
+            format!("must be at most {}, not {rate}", i64::MAX),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The processors of a list such as `0-2,4`; `None` if it is not one.
+pub fn parse_cpu_set(text: &str) -> Option<BTreeSet<u32>> {
+    /// More processors than any Linux supports.
+    const CPU_MAX: u32 = 8191;
+    let mut cpus = BTreeSet::new();
+    for part in text.trim().split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (parse_cpu(first)?, parse_cpu(last)?);
+        if first > last || last > CPU_MAX {
+            return None;
+        }
+        cpus.extend(first..=last);
+    }
+    Some(cpus)
+}
+
+fn parse_cpu(text: &str) -> Option<u32> {
+    text.bytes()
+        .all(|byte| byte.is_ascii_digit())
+        .then(|| text.parse().ok())?
+}
+
+/// A block device, as the kernel counts them.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct BlockDevice {
+    pub major: i64,
+    pub minor: i64,
+}
+
+/// The limits on the cgroup of an instance, in the terms of the OCI runtime specification.
+///
+/// `memory_overhead_bytes` is added to `memory.max`; disk rates apply to `disk`, if it is given.
+/// Swap is not counted as memory: an instance gets none beyond its limit.
+///
+/// # Errors
+/// Never, short of a mistake in this function: every field has been set.
+pub fn to_oci(
+    limits: &Limits,
+    memory_overhead_bytes: u64,
+    disk: Option<BlockDevice>,
+) -> Result<LinuxResources, OciSpecError> {
+    let mut resources = LinuxResourcesBuilder::default().cpu(to_oci_cpu(limits)?);
+    if let Some(max) = limits.memory.max {
+        let bytes = i64::try_from(max.saturating_add(memory_overhead_bytes)).unwrap_or(i64::MAX);
+        resources = resources.memory(
+            LinuxMemoryBuilder::default()
+                .limit(bytes)
+                .swap(bytes)
+                .build()?,
+        );
+    }
+    if let Some(max) = limits.pids.max {
+        resources = resources.pids(LinuxPidsBuilder::default().limit(i64::from(max)).build()?);
+    }
+    if let Some(device) = disk {
+        resources = resources.block_io(to_oci_disk(&limits.disk, device)?);
+    }
+    resources.build()
+}
+
+fn to_oci_cpu(limits: &Limits) -> Result<LinuxCpu, OciSpecError> {
+    let weight = limits.cpu.weight.unwrap_or(CPU_WEIGHT_DEFAULT);
+    let mut cpu = LinuxCpuBuilder::default().shares(cpu_shares(weight));
+    if let Some(cores) = limits.cpu.cores {
+        cpu = cpu.period(CPU_PERIOD_US).quota(cpu_quota_us(cores));
+    }
+    if let Some(set) = &limits.cpu.set {
+        cpu = cpu.cpus(set.clone());
+    }
+    cpu.build()
+}
+
+/// The quota in each period of 100 ms, rounded down; the kernel takes no less than 1 ms.
+fn cpu_quota_us(cores: f64) -> i64 {
+    #[expect(clippy::cast_precision_loss, reason = "100000 is exact")]
+    let quota = cores * CPU_PERIOD_US as f64;
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the limit has been checked to be at most the host's processors"
+    )]
+    let quota = quota as i64;
+    quota.max(1000)
+}
+
+/// The least shares that the runtime specification's formula for cgroup v2 turns into `weight`,
+/// `1 + (shares - 2) * 9999 / 262142`. With every instance given shares, the proportions on v1
+/// are those of the weights as well.
+fn cpu_shares(weight: u32) -> u64 {
+    2 + (u64::from(weight.max(1)) - 1)
+        .saturating_mul(262_142)
+        .div_ceil(9999)
+}
+
+fn to_oci_disk(disk: &DiskLimits, device: BlockDevice) -> Result<LinuxBlockIo, OciSpecError> {
+    let throttle = |rate: Option<u64>| -> Result<Vec<LinuxThrottleDevice>, OciSpecError> {
+        rate.map(|rate| {
+            LinuxThrottleDeviceBuilder::default()
+                .major(device.major)
+                .minor(device.minor)
+                .rate(rate)
+                .build()
+        })
+        .into_iter()
+        .collect()
+    };
+    LinuxBlockIoBuilder::default()
+        .throttle_read_bps_device(throttle(disk.read_bps)?)
+        .throttle_write_bps_device(throttle(disk.write_bps)?)
+        .throttle_read_iops_device(throttle(disk.read_iops)?)
+        .throttle_write_iops_device(throttle(disk.write_iops)?)
+        .build()
+}
+
+/// The virtual processors of a VM: as many as its share of time can keep busy.
+pub fn vcpu_count(limits: &Limits) -> u8 {
+    /// As `vmm::spec::Cpus::count`.
+    const VCPUS_MAX: f64 = 32.0;
+    let cores = limits.cpu.cores.unwrap_or(1.0).ceil().clamp(1.0, VCPUS_MAX);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "clamped to 1 to 32"
+    )]
+    let count = cores as u8;
+    count
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn host() -> Capacity {
+        Capacity {
+            cpus: [0, 1].into(),
+            memory_bytes: 1 << 30,
+        }
+    }
+
+    fn rules() -> Rules {
+        Rules {
+            memory_min_bytes: 6 * MIB,
+            memory_overhead_bytes: 0,
+            memory_default_bytes: None,
+            mounts: true,
+            disk_size: true,
+            effect: |_, _, _| Ok(Effect::Live),
+        }
+    }
+
+    #[test]
+    fn a_limit_out_of_range_is_refused_by_its_name() {
+        for (value, field) in [
+            (json!({"cpu": {"cores": 0.0}}), "/limits/cpu/cores"),
+            (json!({"cpu": {"cores": -1.0}}), "/limits/cpu/cores"),
+            (json!({"cpu": {"cores": 2.5}}), "/limits/cpu/cores"),
+            (json!({"cpu": {"weight": 0}}), "/limits/cpu/weight"),
+            (json!({"cpu": {"weight": 10001}}), "/limits/cpu/weight"),
+            (json!({"cpu": {"set": "0-"}}), "/limits/cpu/set"),
+            (json!({"cpu": {"set": ""}}), "/limits/cpu/set"),
+            (json!({"cpu": {"set": "+1"}}), "/limits/cpu/set"),
+            (json!({"cpu": {"set": "1,2"}}), "/limits/cpu/set"),
+            (json!({"memory": {"max": 4096}}), "/limits/memory/max"),
+            (
+                json!({"memory": {"max": 1_u64 << 31}}),
+                "/limits/memory/max",
+            ),
+            (json!({"pids": {"max": 0}}), "/limits/pids/max"),
+            (json!({"disk": {"size": 1}}), "/limits/disk/size"),
+            (json!({"disk": {"read_bps": 0}}), "/limits/disk/read_bps"),
+            (
+                json!({"disk": {"write_iops": u64::MAX}}),
+                "/limits/disk/write_iops",
+            ),
+            (
+                json!({"network": {"egress_bps": 0}}),
+                "/limits/network/egress_bps",
+            ),
+        ] {
+            let limits = serde_json::from_value(value).unwrap();
+            let error = check(&limits, &rules(), &host()).unwrap_err();
+            assert_eq!(error.field, field);
+        }
+    }
+
+    #[test]
+    fn not_a_number_is_no_number_of_cores() {
+        let mut limits = Limits::default();
+        limits.cpu.cores = Some(f64::NAN);
+        assert!(check(&limits, &rules(), &host()).is_err());
+    }
+
+    #[test]
+    fn limits_within_range_are_accepted() {
+        let limits = serde_json::from_value(json!({
+            "cpu": {"cores": 1.5, "weight": 10000, "set": "0-1"},
+            "memory": {"max": 64 * MIB}, "pids": {"max": 1},
+            "disk": {"read_bps": 1}, "network": {"ingress_bps": 1},
+        }))
+        .unwrap();
+        check(&limits, &rules(), &host()).unwrap();
+        check(&Limits::default(), &rules(), &host()).unwrap();
+    }
+
+    #[test]
+    fn shares_come_back_as_the_weight_they_stand_for() {
+        for weight in 1..=CPU_WEIGHT_MAX {
+            let shares = cpu_shares(weight);
+            assert_eq!(1 + (shares - 2) * 9999 / 262_142, u64::from(weight));
+        }
+    }
+
+    #[test]
+    fn oci_resources_carry_every_limit() {
+        let limits = serde_json::from_value(json!({
+            "cpu": {"cores": 0.5, "set": "1"}, "memory": {"max": 64 * MIB},
+            "pids": {"max": 7}, "disk": {"write_bps": 1000},
+        }))
+        .unwrap();
+        let disk = BlockDevice {
+            major: 8,
+            minor: 16,
+        };
+        let resources = to_oci(&limits, MIB, Some(disk)).unwrap();
+        let value = serde_json::to_value(resources).unwrap();
+        assert_eq!(value["cpu"]["quota"], 50_000);
+        assert_eq!(value["cpu"]["period"], 100_000);
+        assert_eq!(value["cpu"]["cpus"], "1");
+        assert_eq!(value["memory"]["limit"], 65 * MIB);
+        assert_eq!(value["memory"]["swap"], 65 * MIB);
+        assert_eq!(value["pids"]["limit"], 7);
+        let throttle = &value["blockIO"]["throttleWriteBpsDevice"][0];
+        assert_eq!(
+            (&throttle["major"], &throttle["rate"]),
+            (&json!(8), &json!(1000))
+        );
+    }
+
+    #[test]
+    fn a_vm_has_as_many_processors_as_its_share_can_keep_busy() {
+        for (cores, count) in [(None, 1), (Some(0.2), 1), (Some(1.0), 1), (Some(1.1), 2)] {
+            let mut limits = Limits::default();
+            limits.cpu.cores = cores;
+            assert_eq!(vcpu_count(&limits), count);
+        }
+    }
+}
