@@ -297,6 +297,16 @@ fn what_cannot_be_honoured_is_named_and_nothing_is_left() {
 }
 
 #[test]
+fn every_hierarchy_has_a_view_by_its_own_name() {
+    let group = Group::new("{}");
+    let views = group.cgroup.views();
+    assert!(views.iter().all(|(_, path)| path.is_dir()));
+    let names: std::collections::BTreeSet<_> = views.iter().map(|(name, _)| name).collect();
+    assert_eq!(names.len(), views.len());
+    assert!(views.len() > 1 || views[0].0.is_empty());
+}
+
+#[test]
 fn a_process_that_is_gone_cannot_be_added() {
     let group = Group::new("{}");
     let mut child = Command::new("true").spawn().unwrap();

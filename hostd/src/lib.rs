@@ -1,9 +1,11 @@
 //! The daemon and its client. The only crate that sees both kinds of isolation.
 
 pub mod api;
+pub mod doctor;
 pub mod driver;
 pub mod events;
 pub mod host;
+pub mod image;
 pub mod instance;
 pub mod lifecycle;
 pub mod limits;

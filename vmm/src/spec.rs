@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spec {
+    /// `/dev/kvm` if absent.
+    #[serde(default)]
+    pub kvm: Option<PathBuf>,
     pub boot: Boot,
     #[serde(default)]
     pub cpus: Cpus,

@@ -109,6 +109,8 @@ struct Directory {
     version: Version,
     controllers: Vec<String>,
     path: PathBuf,
+    /// The last part of where the hierarchy is mounted.
+    mount: String,
 }
 
 impl Directory {
@@ -122,6 +124,7 @@ impl Directory {
             version,
             controllers: vec![controller.to_owned()],
             path: path.to_owned(),
+            mount: controller.to_owned(),
         }
     }
 }
@@ -147,6 +150,12 @@ impl Cgroup {
             .into_iter()
             .map(|hierarchy| Directory {
                 path: hierarchy.root.join(path.relative()),
+                mount: hierarchy
+                    .root
+                    .file_name()
+                    .unwrap_or_default()
+                    .to_string_lossy()
+                    .into_owned(),
                 version: hierarchy.version,
                 controllers: hierarchy.controllers,
             })
@@ -220,6 +229,22 @@ impl Cgroup {
             })?;
         }
         Ok(())
+    }
+
+    /// The group's directories with the names that their hierarchies have, for showing them to a
+    /// container as the host shows them: as `cpu,cpuacct`. Where v2 is alone it has no name.
+    #[must_use]
+    pub fn views(&self) -> Vec<(String, PathBuf)> {
+        let alone = self.legacy().next().is_none();
+        let view = |directory: &Directory| {
+            let name = if alone {
+                String::new()
+            } else {
+                directory.mount.clone()
+            };
+            (name, directory.path.clone())
+        };
+        self.directories.iter().map(view).collect()
     }
 
     /// How a new process gets into the group at once; see [`Entry`].

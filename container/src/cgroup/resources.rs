@@ -99,6 +99,7 @@ fn plan_section(
         version: Version::V2,
         controllers: Vec::new(),
         path: Path::new("/nonexistent").to_owned(),
+        mount: String::new(),
     };
     match plan(&nowhere)?.first() {
         None => Ok(Vec::new()),
@@ -241,6 +242,7 @@ mod tests {
             version,
             controllers: controllers.iter().map(|&name| name.to_owned()).collect(),
             path: Path::new("/cg").join(controllers.join(",")),
+            mount: controllers.join(","),
         }
     }
 

@@ -1,7 +1,11 @@
-//! What a running machine can be asked, and what it says at its end. Data only; `server` answers.
+//! What a running machine can be asked, and what it says at its end. Data only: [`server`] speaks
+//! with clients, [`controls`] does what they ask.
 //!
 //! On the control socket each line is one JSON [`Request`], answered by one line of JSON
 //! [`Response`], in order. A line longer than [`REQUEST_BYTES_MAX`] closes the connection.
+
+pub mod controls;
+pub mod server;
 
 use serde::{Deserialize, Serialize};
 
@@ -89,6 +93,40 @@ pub struct Stats {
     pub vcpu_exits: Vec<u64>,
     /// In the order of their addresses.
     pub devices: Vec<DeviceStats>,
+    /// In the order of `Spec::disks`.
+    pub disks: Vec<DiskStats>,
+    /// In the order of `Spec::nets`.
+    pub nets: Vec<NetStats>,
+}
+
+/// What a disk has done. Requests that failed are counted as failures alone.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskStats {
+    pub reads: u64,
+    pub read_bytes: u64,
+    pub writes: u64,
+    pub written_bytes: u64,
+    pub flushes: u64,
+    /// Discards and write-zeroes.
+    pub zeroes: u64,
+    pub failures: u64,
+    /// Requests that had to wait for a limit.
+    pub throttled: u64,
+}
+
+/// What a network interface has done, as the guest sees it.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetStats {
+    pub received_frames: u64,
+    pub received_bytes: u64,
+    /// Frames that did not fit the guest's buffers.
+    pub received_dropped: u64,
+    pub sent_frames: u64,
+    pub sent_bytes: u64,
+    /// Frames that were malformed, or that the tap refused.
+    pub sent_dropped: u64,
 }
 
 /// Counters of one virtio device.

@@ -543,3 +543,6 @@ fn signal(used: bool) -> Signal {
 fn host(action: &'static str) -> impl FnOnce(io::Error) -> DeviceError {
     move |source| DeviceError::Host { action, source }
 }
+
+#[cfg(test)]
+mod tests;

@@ -400,3 +400,138 @@ pub(crate) fn give_back_together(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{
+        Driver, INDIRECT, NEXT, REGION_BORDER, TRICKS, WRITE, descriptor,
+    };
+
+    fn take(driver: &mut Driver) -> Result<Vec<Chain>, DeviceError> {
+        let mut chains = Vec::new();
+        take_all(0, &mut driver.queues[0], &driver.memory, 0, |chain| {
+            chains.push(chain);
+        })?;
+        Ok(chains)
+    }
+
+    #[test]
+    fn a_chain_is_read_and_written_across_its_buffers() {
+        let mut driver = Driver::new(&[16]);
+        let buffers = [
+            driver.readable(b"hel"),
+            driver.readable(b""),
+            driver.readable(b"lo"),
+            driver.writable(2),
+            driver.writable(4),
+        ];
+        let head = driver.offer(0, &buffers);
+        let [chain] = &take(&mut driver).unwrap()[..] else {
+            panic!("one chain was offered");
+        };
+        assert_eq!((chain.readable_bytes(), chain.writable_bytes()), (5, 6));
+        let mut bytes = [0; 8];
+        assert_eq!(chain.read(1, &mut bytes), 4);
+        assert_eq!(&bytes, b"ello\0\0\0\0");
+        assert_eq!(chain.read(5, &mut bytes), 0);
+        assert_eq!(chain.write(1, b"world!"), 5);
+        let written = [
+            driver.read(buffers[3].address, 2),
+            driver.read(buffers[4].address, 4),
+        ];
+        assert_eq!(written.concat(), b"\0world");
+        chain
+            .give_back(0, &mut driver.queues[0], &driver.memory, 6)
+            .unwrap();
+        assert_eq!(driver.used(0), [(head, 6)]);
+    }
+
+    #[test]
+    fn a_buffer_may_lie_in_two_regions_of_memory() {
+        let mut driver = Driver::new(&[16]);
+        driver.describe(0, 0, (REGION_BORDER - 3, 6), WRITE, 0);
+        driver.make_available(0, 0);
+        let chains = take(&mut driver).unwrap();
+        assert_eq!(chains[0].write(0, b"abcdef"), 6);
+        assert_eq!(driver.read(REGION_BORDER - 3, 6), b"abcdef");
+    }
+
+    #[test]
+    fn an_indirect_table_is_followed_and_may_be_longer_than_the_queue() {
+        let mut driver = Driver::new(&[4]);
+        let table = driver.allocate(16 * 100, false).address;
+        let data = driver.readable(&[7; 100]).address;
+        for index in 0..100u16 {
+            let flags = if index < 99 { NEXT } else { 0 };
+            let at = table + 16 * u64::from(index);
+            driver.write(
+                at,
+                &descriptor(data + u64::from(index), 1, flags, index + 1),
+            );
+        }
+        driver.describe(0, 0, (table, 1600), INDIRECT, 0);
+        driver.make_available(0, 0);
+        let chains = take(&mut driver).unwrap();
+        let mut bytes = [0; 200];
+        assert_eq!(chains[0].read(0, &mut bytes), 100);
+        assert_eq!(bytes[..100], [7; 100]);
+    }
+
+    #[test]
+    fn an_indirect_table_with_more_pieces_than_one_call_takes_is_refused() {
+        let mut driver = Driver::new(&[4]);
+        let count = u16::try_from(PIECES_MAX).unwrap() + 1;
+        let table = driver.allocate(16 * u32::from(count), false).address;
+        for index in 0..count {
+            let flags = if index < count - 1 { NEXT } else { 0 };
+            driver.write(
+                table + 16 * u64::from(index),
+                &descriptor(table, 1, flags, index + 1),
+            );
+        }
+        driver.describe(0, 0, (table, 16 * u32::from(count)), INDIRECT, 0);
+        driver.make_available(0, 0);
+        assert!(matches!(
+            take(&mut driver),
+            Err(DeviceError::Guest { index: 0, .. })
+        ));
+    }
+
+    #[test]
+    fn tricks_are_the_guests_error() {
+        for (name, trick) in TRICKS {
+            let mut driver = Driver::new(&[16]);
+            trick(&mut driver, 0);
+            let result = take(&mut driver);
+            assert!(
+                matches!(result, Err(DeviceError::Guest { index: 0, .. })),
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn chains_given_back_together_are_published_together_and_counted_one_by_one() {
+        let mut driver = Driver::new(&[4]);
+        driver.queues[0].set_event_idx(true);
+        // Twice around the ring, so that the elements wrap.
+        for round in 0..4 {
+            let buffers: Vec<_> = (0..3).map(|_| driver.writable(8)).collect();
+            let heads: Vec<u16> = buffers.iter().map(|one| driver.offer(0, &[*one])).collect();
+            let chains = take(&mut driver).unwrap();
+            let used: Vec<_> = (1..)
+                .zip(&chains)
+                .map(|(len, chain)| (chain.head(), len))
+                .collect();
+            give_back_together(0, &mut driver.queues[0], &driver.memory, &used).unwrap();
+            assert_eq!(
+                driver.used(0),
+                [(heads[0], 1), (heads[1], 2), (heads[2], 3)]
+            );
+            // The driver asked to hear of the first of the three.
+            driver.set_used_event(0, 3 * round);
+            assert!(driver.queues[0].needs_notification(&driver.memory).unwrap());
+        }
+    }
+}

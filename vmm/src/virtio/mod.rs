@@ -7,9 +7,13 @@
 
 pub mod block;
 mod chain;
+pub mod mmio;
 pub mod net;
+pub mod registers;
 pub mod rng;
 pub mod tap;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod vsock;
 
 use std::io;

@@ -480,3 +480,6 @@ fn signal(index: usize, used: bool) -> Signal {
         Signal::NONE
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -84,3 +84,59 @@ fn fill(chain: &Chain) -> io::Result<usize> {
     }
     Ok(filled)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::proptest;
+
+    use super::*;
+    use crate::virtio::testing::{
+        Driver, any_noise, assert_noise_is_survived, assert_tricks_are_the_guests_error,
+    };
+
+    #[test]
+    fn all_writable_buffers_are_filled_with_what_was_not_there_before() {
+        let (mut rng, lens) = (Rng::new(), [1, 100, 5000]);
+        let mut driver = Driver::start(&mut rng);
+        let buffers = lens.map(|len| driver.writable(len));
+        let head = driver.offer(0, &buffers);
+        assert_eq!(driver.kick(&mut rng, 0).unwrap(), Signal::queue(0));
+        assert_eq!(driver.used(0), [(head, lens.iter().sum())]);
+        let end = driver.read(buffers[2].address + 4968, 32);
+        assert_ne!(end, [0; 32]);
+        assert_ne!(end, driver.read(buffers[1].address, 32));
+    }
+
+    #[test]
+    fn a_huge_request_costs_the_host_a_bounded_amount() {
+        let mut rng = Rng::new();
+        let mut driver = Driver::start(&mut rng);
+        let buffer = driver.writable(8 << 20);
+        let head = driver.offer(0, &[buffer]);
+        let _ = driver.kick(&mut rng, 0).unwrap();
+        assert_eq!(driver.used(0), [(head, 64 * 1024)]);
+    }
+
+    #[test]
+    fn a_request_without_a_writable_buffer_is_given_back_as_it_is() {
+        let mut rng = Rng::new();
+        let mut driver = Driver::start(&mut rng);
+        let buffer = driver.readable(b"no");
+        let head = driver.offer(0, &[buffer]);
+        let _ = driver.kick(&mut rng, 0).unwrap();
+        assert_eq!(driver.used(0), [(head, 0)]);
+        assert_eq!(driver.kick(&mut rng, 0).unwrap(), Signal::NONE);
+    }
+
+    #[test]
+    fn tricks_are_the_guests_error() {
+        assert_tricks_are_the_guests_error(&mut Rng::new());
+    }
+
+    proptest! {
+        #[test]
+        fn noise_is_survived(noise in any_noise(1)) {
+            assert_noise_is_survived(&mut Rng::new(), &noise);
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! An image as one read-only file system in a file, for virtual machines.
+//!
+//! Every machine of an image maps the same file, uncompressed, so the host's page cache holds it
+//! once. It is made on first demand by `mkfs.erofs` from the layers under overlayfs, which is
+//! mounted in a mount namespace of the thread that waits for the program: whatever ends hostd ends
+//! the mount. The same layers give the same bytes.
+
+use std::ffi::OsString;
+use std::io::{ErrorKind, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use tempfile::TempDir;
+
+use super::error::ImageError;
+use super::layout::Digest;
+use super::{Disk, ImageStore, blocking};
+
+/// The file system's name, as `mount -t` has it. Debian's cloud kernels have it since version 12.
+const FILE_SYSTEM: &str = "erofs";
+
+const PROGRAM: &str = "mkfs.erofs";
+
+/// What `mkfs.erofs` says in an error is passed on up to this.
+const OUTPUT_BYTES_MAX: u64 = 2048;
+
+impl ImageStore {
+    /// The disk of the image with the manifest `digest`; made now if it was not yet.
+    ///
+    /// # Errors
+    /// [`ImageError::NotFound`], [`ImageError::ToolMissing`], [`ImageError::ToolFailed`],
+    /// [`ImageError::NoSpace`] and [`ImageError::Io`].
+    pub async fn disk(&self, digest: &str) -> Result<Disk, ImageError> {
+        let not_found = || ImageError::NotFound {
+            reference: digest.to_owned(),
+        };
+        let digest = Digest::parse(digest).ok_or_else(not_found)?;
+        let path = self
+            .layout
+            .disks()
+            .join(format!("{}.{FILE_SYSTEM}", digest.hex()));
+        let maker = self.makers.lock(&format!("disk {digest}")).await;
+        let disk = Disk {
+            path,
+            fs: FILE_SYSTEM,
+        };
+        if disk.path.exists() {
+            return Ok(disk);
+        }
+        let store = self.clone();
+        blocking(move || {
+            // Held by the thread, which goes on if the future is dropped: the work is not lost.
+            let _maker = maker;
+            store.make_disk(&digest, &disk.path)?;
+            Ok(disk)
+        })
+        .await
+    }
+
+    fn make_disk(&self, digest: &Digest, path: &Path) -> Result<(), ImageError> {
+        let mut hold = self.holds.hold();
+        hold.add(digest.hex());
+        let layers = self.stack(digest)?.1;
+        for layer in &layers {
+            hold.add(layer.directory());
+        }
+        let names = layers
+            .iter()
+            .map(|layer| layer.directory().to_owned())
+            .collect();
+        let file = self.layout.temporary_file()?;
+        let build = Build {
+            layers: self.layout.layers(),
+            names,
+            scratch: self.layout.temporary_directory()?,
+            disk: file.path().to_owned(),
+            uuid: uuid(digest),
+        };
+        // A thread of its own, since a mount namespace is a thread's and not given back.
+        let built = thread::Builder::new()
+            .name("image-disk".to_owned())
+            .spawn(move || build.run());
+        let built = built.map_err(ImageError::io("start a thread for", path))?;
+        built.join().map_err(|_| ImageError::Cancelled)??;
+        self.layout.keep_file(file, path)
+    }
+}
+
+struct Build {
+    layers: PathBuf,
+    /// Directories in `layers`, lowest first.
+    names: Vec<String>,
+    scratch: TempDir,
+    disk: PathBuf,
+    uuid: String,
+}
+
+impl Build {
+    fn run(self) -> Result<(), ImageError> {
+        let root = self.scratch.path().join("root");
+        // Overlayfs without an upper layer wants two lower ones.
+        let empty = [
+            self.scratch.path().join("empty"),
+            self.scratch.path().join("empty2"),
+        ];
+        for path in empty.iter().chain([&root]) {
+            std::fs::create_dir(path).map_err(ImageError::io("create", path))?;
+        }
+        let failed = |action, path: &Path| {
+            let path = path.to_owned();
+            move |error: nix::Error| ImageError::io(action, path)(error.into())
+        };
+        unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS)
+            .map_err(failed("make a mount namespace for", &root))?;
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+            .map_err(failed("make private", Path::new("/")))?;
+        // Relative names: the options of a mount are one page, whatever the store's path.
+        nix::unistd::chdir(&self.layers).map_err(failed("enter", &self.layers))?;
+        let mut lower = OsString::from("lowerdir=");
+        for name in self.names.iter().rev() {
+            lower.push(name);
+            lower.push(":");
+        }
+        let empties = &empty[..2_usize.saturating_sub(self.names.len()).max(1)];
+        for (index, path) in empties.iter().enumerate() {
+            lower.push(if index == 0 { "" } else { ":" });
+            lower.push(path);
+        }
+        let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
+        mount(
+            Some("overlay"),
+            &root,
+            Some("overlay"),
+            flags,
+            Some(lower.as_os_str()),
+        )
+        .map_err(failed("mount the layers at", &root))?;
+        self.make_file_system(&root)
+    }
+
+    fn make_file_system(&self, root: &Path) -> Result<(), ImageError> {
+        let mut command = Command::new(PROGRAM);
+        // Times of files are kept, and nothing else is taken from the clock or from chance.
+        command.args(["-T0", "--preserve-mtime", "--quiet", "-U", &self.uuid]);
+        command.arg(&self.disk).arg(root);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().map_err(|error| {
+            if error.kind() == ErrorKind::NotFound {
+                ImageError::ToolMissing {
+                    program: PROGRAM,
+                    package: "erofs-utils",
+                }
+            } else {
+                ImageError::io("run", PROGRAM)(error)
+            }
+        })?;
+        let mut output = Vec::new();
+        if let Some(mut stderr) = child.stderr.take() {
+            let mut head = stderr.by_ref().take(OUTPUT_BYTES_MAX);
+            head.read_to_end(&mut output)
+                .map_err(ImageError::io("read from", PROGRAM))?;
+            std::io::copy(&mut stderr, &mut std::io::sink())
+                .map_err(ImageError::io("read from", PROGRAM))?;
+        }
+        let status = child.wait().map_err(ImageError::io("wait for", PROGRAM))?;
+        if status.success() {
+            return Ok(());
+        }
+        let output = String::from_utf8_lossy(&output).trim().to_owned();
+        if output.contains("No space left on device") {
+            return Err(ImageError::NoSpace {
+                path: self.disk.clone(),
+            });
+        }
+        Err(ImageError::ToolFailed {
+            program: PROGRAM,
+            status: status.to_string(),
+            output,
+        })
+    }
+}
+
+/// A name for the file system that depends on the image alone (RFC 9562, version 8).
+fn uuid(digest: &Digest) -> String {
+    let hex = digest.hex();
+    format!(
+        "{}-{}-8{}-8{}-{}",
+        &hex[..8],
+        &hex[8..12],
+        &hex[13..16],
+        &hex[17..20],
+        &hex[20..32]
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_file_system_is_a_uuid_of_the_image() {
+        let name = uuid(&Digest::of(b""));
+        assert_eq!(name, "e3b0c442-98fc-8c14-8afb-f4c8996fb924");
+    }
+}

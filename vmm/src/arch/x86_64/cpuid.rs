@@ -1,0 +1,211 @@
+//! What a guest learns of its processor: what the host's KVM offers, made consistent for this
+//! machine. One package, one thread in each core.
+
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+
+/// Leaf 1, ECX: the guest may set a deadline for its timer; KVM always can.
+const TSC_DEADLINE: u32 = 1 << 24;
+/// Leaf 1, ECX: there is a hypervisor.
+const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1, ECX: performance capabilities, which would need a counter unit.
+const PERFORMANCE_CAPABILITIES: u32 = 1 << 15;
+/// Leaf 1, EDX: the number of logical processors is valid.
+const HYPER_THREADING: u32 = 1 << 28;
+/// Leaf 6, EAX bit 1: turbo boost; ECX bit 3: energy bias.
+const TURBO: u32 = 1 << 1;
+const ENERGY_BIAS: u32 = 1 << 3;
+/// Leaf 7, ECX: user-mode wait instructions, which would hold a processor without an exit.
+const WAIT_PACKAGE: u32 = 1 << 5;
+/// Leaf 0x80000001, ECX: leaves 0x8000001d and 0x8000001e are valid.
+const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
+
+/// Levels of leaves 0xb and 0x1f.
+const LEVEL_THREAD: u32 = 1;
+const LEVEL_CORE: u32 = 2;
+
+/// The features of processor `id` of `count`.
+pub(super) fn normalise(supported: &CpuId, id: u8, count: u8) -> CpuId {
+    let topology = Topology::new(id, count);
+    let mut entries: Vec<kvm_cpuid_entry2> = supported
+        .as_slice()
+        .iter()
+        .filter(|entry| !Topology::LEAVES.contains(&entry.function))
+        .copied()
+        .collect();
+    let amd = entries.iter().any(is_amd);
+    for entry in &mut entries {
+        topology.apply(entry);
+        match entry.function {
+            1 => {
+                entry.ecx |= TSC_DEADLINE | HYPERVISOR;
+                entry.ecx &= !PERFORMANCE_CAPABILITIES;
+            }
+            6 => {
+                entry.eax &= !TURBO;
+                entry.ecx &= !ENERGY_BIAS;
+            }
+            7 if entry.index == 0 => entry.ecx &= !WAIT_PACKAGE,
+            // No performance counters are promised.
+            0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            0x8000_0001 if amd => entry.ecx |= TOPOLOGY_EXTENSIONS,
+            _ => {}
+        }
+    }
+    let highest = entries.iter().find(|entry| entry.function == 0);
+    let highest = highest.map_or(0, |entry| entry.eax);
+    for leaf in Topology::LEAVES {
+        if leaf <= highest {
+            entries.extend(topology.levels(leaf));
+        }
+    }
+    CpuId::from_entries(&entries).expect("fewer than the kernel's limit")
+}
+
+/// "AuthenticAMD", or Hygon's descendants of it.
+fn is_amd(entry: &kvm_cpuid_entry2) -> bool {
+    let name = [entry.ebx, entry.edx, entry.ecx].map(u32::to_le_bytes);
+    entry.function == 0 && matches!(name.as_flattened(), b"AuthenticAMD" | b"HygonGenuine")
+}
+
+/// Where a processor stands among the others.
+struct Topology {
+    id: u32,
+    count: u32,
+    /// Bits of an APIC number that tell cores apart.
+    core_bits: u32,
+}
+
+impl Topology {
+    /// Extended topology enumeration, rewritten as a whole.
+    const LEAVES: [u32; 2] = [0xb, 0x1f];
+
+    fn new(id: u8, count: u8) -> Self {
+        let count = u32::from(count.max(1));
+        Self {
+            id: id.into(),
+            count,
+            core_bits: count.next_power_of_two().trailing_zeros(),
+        }
+    }
+
+    fn apply(&self, entry: &mut kvm_cpuid_entry2) {
+        match entry.function {
+            1 => {
+                entry.ebx &= 0x0000_ffff;
+                entry.ebx |= self.id << 24 | self.count << 16;
+                entry.edx &= !HYPER_THREADING;
+                if self.count > 1 {
+                    entry.edx |= HYPER_THREADING;
+                }
+            }
+            // Caches: who shares each, and the number of cores (Intel).
+            4 if entry.eax & 0x1f != 0 => {
+                entry.eax &= 0x0000_3fff;
+                entry.eax |= (self.count - 1) << 26 | self.sharers(entry.eax) << 14;
+            }
+            // The number of cores and the width of their numbers (AMD).
+            0x8000_0008 => {
+                entry.ecx &= !0xf0ff;
+                entry.ecx |= self.core_bits << 12 | (self.count - 1);
+            }
+            // Caches (AMD).
+            0x8000_001d if entry.eax & 0x1f != 0 => {
+                entry.eax &= 0x0000_3fff;
+                entry.eax |= self.sharers(entry.eax) << 14;
+            }
+            // The core's number; one thread in it; one node.
+            0x8000_001e => {
+                entry.eax = self.id;
+                entry.ebx = self.id;
+                entry.ecx = 0;
+            }
+            _ => {}
+        }
+    }
+
+    /// The number of processors that share a cache of this kind, less one: the third level is the
+    /// package's, the others are each core's own.
+    fn sharers(&self, eax: u32) -> u32 {
+        let level = eax >> 5 & 7;
+        if level >= 3 { self.count - 1 } else { 0 }
+    }
+
+    /// Threads, cores, and the end of the list.
+    fn levels(&self, function: u32) -> [kvm_cpuid_entry2; 3] {
+        [
+            (0, 0, 1, LEVEL_THREAD),
+            (1, self.core_bits, self.count, LEVEL_CORE),
+            (2, 0, 0, 0),
+        ]
+        .map(|(index, shift, processors, level)| kvm_cpuid_entry2 {
+            function,
+            index,
+            flags: kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            eax: shift,
+            ebx: processors,
+            ecx: level << 8 | index,
+            edx: self.id,
+            ..Default::default()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
+        let [eax, ebx, ecx, edx] = registers;
+        kvm_cpuid_entry2 {
+            function,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
+    }
+
+    fn normalised(function: u32, index: u32, id: u8, count: u8) -> [u32; 4] {
+        let name = [b"Auth", b"enti", b"cAMD"].map(|part| u32::from_le_bytes(*part));
+        let host = [
+            entry(0, [0x10, name[0], name[2], name[1]]),
+            entry(1, [0x1234, 0xaabb_ccdd, PERFORMANCE_CAPABILITIES, 0]),
+            entry(0xb, [9, 9, 9, 9]),
+            entry(0x8000_0001, [0; 4]),
+            entry(0x8000_0008, [0x3030, 0, 0x70ff, 0]),
+            entry(0x8000_001e, [99, 0x0199, 7, 0]),
+        ];
+        let all = normalise(&CpuId::from_entries(&host).unwrap(), id, count);
+        let found: Vec<_> = all
+            .as_slice()
+            .iter()
+            .filter(|entry| (entry.function, entry.index) == (function, index))
+            .map(|entry| [entry.eax, entry.ebx, entry.ecx, entry.edx])
+            .collect();
+        assert_eq!(found.len(), 1, "leaf {function:#x}.{index}");
+        found[0]
+    }
+
+    #[test]
+    fn a_processor_knows_its_place_and_not_the_hosts() {
+        let both = TSC_DEADLINE | HYPERVISOR;
+        for (leaf, index, id, count, want) in [
+            (1, 0, 0, 1, [0x1234, 0x0001_ccdd, both, 0]),
+            (1, 0, 3, 6, [0x1234, 0x0306_ccdd, both, HYPER_THREADING]),
+            (0xb, 0, 3, 6, [0, 1, 0x100, 3]),
+            (0xb, 1, 3, 6, [3, 6, 0x201, 3]),
+            (0xb, 2, 3, 6, [0, 0, 2, 3]),
+            (0xb, 1, 0, 1, [0, 1, 0x201, 0]),
+            (0x8000_0001, 0, 0, 1, [0, 0, TOPOLOGY_EXTENSIONS, 0]),
+            (0x8000_0008, 0, 3, 6, [0x3030, 0, 0x3005, 0]),
+            (0x8000_001e, 0, 3, 6, [3, 3, 0, 0]),
+        ] {
+            assert_eq!(
+                normalised(leaf, index, id, count),
+                want,
+                "{leaf:#x} {index}"
+            );
+        }
+    }
+}

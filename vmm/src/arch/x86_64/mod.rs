@@ -1,0 +1,59 @@
+//! An x86-64 processor before its first instruction.
+
+pub mod acpi;
+mod cpuid;
+mod msrs;
+mod registers;
+mod reset_vector;
+
+use kvm_ioctls::{Kvm, VcpuFd};
+use vm_memory::GuestMemoryMmap;
+
+pub use registers::Entry;
+
+/// What went wrong while a processor was set up.
+#[derive(Debug, thiserror::Error)]
+pub enum ArchError {
+    #[error("KVM cannot {action}")]
+    Kvm {
+        /// What was attempted.
+        action: &'static str,
+        source: kvm_ioctls::Error,
+    },
+    #[error("KVM does not take model-specific register {index:#x}")]
+    Msr { index: u32 },
+    #[error("cannot write to the guest's low memory")]
+    Memory(#[source] vm_memory::GuestMemoryError),
+}
+
+fn refused(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> ArchError {
+    move |source| ArchError::Kvm { action, source }
+}
+
+/// Makes `vcpus` ready: all have the same features, the first starts at `entry`, and the others
+/// wait for its start-up message.
+pub fn configure(
+    kvm: &Kvm,
+    vcpus: &[VcpuFd],
+    memory: &GuestMemoryMmap,
+    entry: Entry,
+) -> Result<(), ArchError> {
+    let supported = kvm
+        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .map_err(refused("tell the processor features"))?;
+    let count = u8::try_from(vcpus.len()).expect("the plan allows 32");
+    for (id, vcpu) in (0..).zip(vcpus) {
+        let features = cpuid::normalise(&supported, id, count);
+        vcpu.set_cpuid2(&features)
+            .map_err(refused("set processor features"))?;
+        // After the features: they decide which registers there are.
+        msrs::set_boot_values(vcpu)?;
+    }
+    registers::write_tables(memory)
+        .and_then(|()| reset_vector::write(memory))
+        .map_err(ArchError::Memory)?;
+    if let Some(first) = vcpus.first() {
+        registers::set(first, entry)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! The parts of a machine that requests move.
+
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{DiskStats, ExitReason, ExitStatus, MachineState, NetStats, Request, Response, Stats};
+use crate::devices::guest_status::Readiness;
+use crate::exit::ExitSwitch;
+use crate::spec::DiskLimits;
+use crate::vcpu::Vcpus;
+use crate::virtio::block::BlockHandle;
+use crate::virtio::mmio::MmioTransport;
+use crate::virtio::net::NetHandle;
+
+/// The parts.
+pub struct Controls {
+    pub vcpus: Arc<Vcpus>,
+    pub exit: ExitSwitch,
+    pub readiness: Readiness,
+    /// Its interrupt line.
+    pub power_button: EventFd,
+    pub transports: Vec<Arc<Mutex<MmioTransport>>>,
+    pub disks: Vec<BlockHandle>,
+    pub nets: Vec<NetHandle>,
+}
+
+opaque_debug!(Controls);
+
+/// What becomes of a request.
+#[derive(Debug)]
+pub enum Answer {
+    Now(Response),
+    /// [`Response::Done`], once the guest has said that it is ready.
+    WhenReady,
+}
+
+impl Controls {
+    /// Does what `request` asks.
+    pub fn answer(&self, request: &Request) -> Answer {
+        let done = Response::Done {};
+        Answer::Now(match request {
+            Request::WaitReady {} if !self.readiness.get() => return Answer::WhenReady,
+            Request::WaitReady {} => done,
+            Request::State {} => self.state(),
+            Request::PowerButton {} => {
+                // A counter that is full has presses in it that the guest has not seen.
+                let _ = self.power_button.write(1);
+                done
+            }
+            Request::Pause {} => {
+                self.vcpus.pause();
+                done
+            }
+            Request::Resume {} => {
+                self.vcpus.resume();
+                done
+            }
+            Request::Stats {} => Response::Stats {
+                stats: self.stats(),
+            },
+            Request::SetDiskLimits { disk, limits } => self.set_disk_limits(*disk, *limits),
+            Request::Kill {} => {
+                self.exit.end(ExitStatus::new(ExitReason::Killed));
+                done
+            }
+        })
+    }
+
+    fn state(&self) -> Response {
+        let state = if self.vcpus.paused() {
+            MachineState::Paused
+        } else {
+            MachineState::Running
+        };
+        Response::State {
+            state,
+            ready: self.readiness.get(),
+        }
+    }
+
+    fn set_disk_limits(&self, disk: usize, limits: DiskLimits) -> Response {
+        match self.disks.get(disk) {
+            Some(handle) => {
+                handle.set_limits(limits);
+                Response::Done {}
+            }
+            None => Response::Error {
+                message: format!("there is no disk {disk}; there are {}", self.disks.len()),
+            },
+        }
+    }
+
+    fn stats(&self) -> Stats {
+        let devices = self.transports.iter().map(|transport| {
+            let transport = transport.lock().expect("no device panics");
+            transport.stats()
+        });
+        Stats {
+            vcpu_exits: self.vcpus.exits(),
+            devices: devices.collect(),
+            disks: self.disks.iter().map(disk_stats).collect(),
+            nets: self.nets.iter().map(net_stats).collect(),
+        }
+    }
+}
+
+fn disk_stats(disk: &BlockHandle) -> DiskStats {
+    let stats = disk.stats();
+    DiskStats {
+        reads: stats.reads,
+        read_bytes: stats.read_bytes,
+        writes: stats.writes,
+        written_bytes: stats.written_bytes,
+        flushes: stats.flushes,
+        zeroes: stats.zeroes,
+        failures: stats.failures,
+        throttled: stats.throttled,
+    }
+}
+
+fn net_stats(net: &NetHandle) -> NetStats {
+    let stats = net.stats();
+    NetStats {
+        received_frames: stats.received_frames,
+        received_bytes: stats.received_bytes,
+        received_dropped: stats.received_dropped,
+        sent_frames: stats.sent_frames,
+        sent_bytes: stats.sent_bytes,
+        sent_dropped: stats.sent_dropped,
+    }
+}

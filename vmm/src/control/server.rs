@@ -1,0 +1,242 @@
+//! Answers the control socket, on the event loop: nothing here waits.
+//!
+//! A client that does not read its answers is not read from either, so each costs a bounded amount
+//! of memory.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex};
+
+use super::controls::{Answer, Controls};
+use super::{CLIENTS_MAX, REQUEST_BYTES_MAX, Response};
+use crate::events::{Poller, Readiness, Source};
+
+/// Answers that a client has not read yet, in bytes; with more, its requests wait.
+const ANSWER_BYTES_MAX: usize = 64 * 1024;
+
+/// Tokens: the listener, the guest's readiness, and clients from here up.
+const LISTENER: u32 = 0;
+const READY: u32 = 1;
+const FIRST_CLIENT: u32 = 2;
+
+/// The server.
+pub struct Server {
+    listener: UnixListener,
+    controls: Controls,
+    poller: Arc<Poller>,
+    source: u32,
+    clients: Mutex<Clients>,
+}
+
+opaque_debug!(Server);
+
+struct Clients {
+    next: u32,
+    by_token: BTreeMap<u32, Client>,
+}
+
+/// One connection.
+struct Client {
+    stream: UnixStream,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    /// An answer is owed when the guest is ready.
+    waiting: bool,
+    /// It will send no more.
+    finished: bool,
+    /// What the event loop waits for.
+    watched: Readiness,
+}
+
+/// What a client is to be.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Fate {
+    Keep,
+    Close,
+}
+
+impl Server {
+    /// Serves clients of `listener` as `source` of the event loop.
+    pub fn new(
+        listener: UnixListener,
+        controls: Controls,
+        poller: Arc<Poller>,
+        source: u32,
+    ) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let ready = controls.readiness.wake_fd();
+        poller.add(source, LISTENER, listener.as_raw_fd(), Readiness::READABLE)?;
+        poller.add(source, READY, ready, Readiness::READABLE)?;
+        Ok(Self {
+            listener,
+            controls,
+            poller,
+            source,
+            clients: Mutex::new(Clients {
+                next: FIRST_CLIENT,
+                by_token: BTreeMap::new(),
+            }),
+        })
+    }
+
+    fn accept(&self, clients: &mut Clients) {
+        // A client that is gone before it is accepted is none.
+        let Ok((stream, _)) = self.listener.accept() else {
+            return;
+        };
+        if clients.by_token.len() >= CLIENTS_MAX || stream.set_nonblocking(true).is_err() {
+            return;
+        }
+        let token = clients.next;
+        clients.next = clients.next.checked_add(1).unwrap_or(FIRST_CLIENT);
+        let client = Client {
+            stream,
+            input: Vec::new(),
+            output: Vec::new(),
+            waiting: false,
+            finished: false,
+            watched: Readiness::READABLE,
+        };
+        let fd = client.stream.as_raw_fd();
+        let added = self.poller.add(self.source, token, fd, Readiness::READABLE);
+        if added.is_ok() {
+            clients.by_token.insert(token, client);
+        }
+    }
+
+    /// The guest has said that it is ready.
+    fn on_guest_ready(&self, clients: &mut Clients) {
+        self.controls.readiness.acknowledge();
+        for client in clients
+            .by_token
+            .values_mut()
+            .filter(|client| client.waiting)
+        {
+            client.waiting = false;
+            client.send(&Response::Done {});
+        }
+        let tokens: Vec<u32> = clients.by_token.keys().copied().collect();
+        for token in tokens {
+            self.serve(clients, token, false);
+        }
+    }
+
+    /// Goes on with a client as far as that is possible.
+    fn serve(&self, clients: &mut Clients, token: u32, readable: bool) {
+        let Some(client) = clients.by_token.get_mut(&token) else {
+            return; // It was closed in the same round.
+        };
+        let fate = client.go_on(&self.controls, readable);
+        if fate == Fate::Close || self.rewatch(token, client).is_err() {
+            clients.by_token.remove(&token);
+        }
+    }
+
+    fn rewatch(&self, token: u32, client: &mut Client) -> io::Result<()> {
+        let wanted = Readiness {
+            readable: client.wants_input(),
+            writable: !client.output.is_empty(),
+        };
+        if wanted != client.watched {
+            let fd = client.stream.as_raw_fd();
+            self.poller.modify(self.source, token, fd, wanted)?;
+            client.watched = wanted;
+        }
+        Ok(())
+    }
+}
+
+impl Source for Server {
+    fn on_ready(&self, token: u32, readiness: Readiness) {
+        let mut clients = self.clients.lock().expect("nothing panics in here");
+        match token {
+            LISTENER => self.accept(&mut clients),
+            READY => self.on_guest_ready(&mut clients),
+            token => self.serve(&mut clients, token, readiness.readable),
+        }
+    }
+}
+
+impl Client {
+    fn wants_input(&self) -> bool {
+        !self.waiting && !self.finished && self.output.len() < ANSWER_BYTES_MAX
+    }
+
+    fn go_on(&mut self, controls: &Controls, readable: bool) -> Fate {
+        if readable && !self.wants_input() && self.output.is_empty() {
+            // Nothing was waited for, so this is the end of both directions.
+            return Fate::Close;
+        }
+        if readable && self.wants_input() && self.read().is_err() {
+            return Fate::Close;
+        }
+        while self.wants_answer() {
+            match self.next_line() {
+                Some(line) => self.answer(controls, &line),
+                None if self.input.len() >= REQUEST_BYTES_MAX => return Fate::Close,
+                None => break,
+            }
+        }
+        if self.write().is_err() {
+            return Fate::Close;
+        }
+        let done = self.finished && self.output.is_empty() && !self.waiting;
+        if done { Fate::Close } else { Fate::Keep }
+    }
+
+    /// Whether the next request may be looked at.
+    fn wants_answer(&self) -> bool {
+        !self.waiting && self.output.len() < ANSWER_BYTES_MAX
+    }
+
+    /// Takes what is there, at most the rest of one longest request.
+    fn read(&mut self) -> io::Result<()> {
+        let mut bytes = [0; 4096];
+        let room = (REQUEST_BYTES_MAX - self.input.len()).min(bytes.len());
+        match self.stream.read(&mut bytes[..room]) {
+            Ok(0) => self.finished = true,
+            Ok(count) => self.input.extend(&bytes[..count]),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn next_line(&mut self) -> Option<Vec<u8>> {
+        let end = self.input.iter().position(|byte| *byte == b'\n')?;
+        let rest = self.input.split_off(end + 1);
+        Some(std::mem::replace(&mut self.input, rest))
+    }
+
+    fn answer(&mut self, controls: &Controls, line: &[u8]) {
+        let answer = match serde_json::from_slice(line) {
+            Ok(request) => controls.answer(&request),
+            Err(error) => Answer::Now(Response::Error {
+                message: format!("not a request: {error}"),
+            }),
+        };
+        match answer {
+            Answer::Now(response) => self.send(&response),
+            Answer::WhenReady => self.waiting = true,
+        }
+    }
+
+    fn send(&mut self, response: &Response) {
+        let text = serde_json::to_vec(response).expect("plain data");
+        self.output.extend(text);
+        self.output.push(b'\n');
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        while !self.output.is_empty() {
+            match self.stream.write(&self.output) {
+                Ok(count) => drop(self.output.drain(..count)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}

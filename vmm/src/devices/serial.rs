@@ -1,0 +1,268 @@
+//! The first serial port: a 16550A whose output goes to a file or to standard output, and whose
+//! input is standard input.
+//!
+//! A guest may write as much as it likes, so a file takes a bounded amount, and a reader that does
+//! not read costs the guest a bounded wait.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::{Arc, Mutex};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vm_superio::Trigger;
+use vm_superio::serial::{NoEvents, Serial};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::BusDevice;
+use crate::control::CONSOLE_BYTES_MAX;
+use crate::events::{Poller, Readiness, Source};
+
+/// How long a byte waits for a reader that does not read, in milliseconds. After one such wait
+/// bytes are dropped until there is room again.
+const STALL_MS: u16 = 100;
+
+/// What a full console file ends with.
+const FULL: &[u8] = b"\n[the console file is full]\n";
+
+/// Where the guest's output goes.
+#[derive(Debug)]
+pub enum Output {
+    /// Nowhere.
+    Discard,
+    /// To the end of a file, as long as it has room.
+    File(Bounded),
+    /// To a stream with a reader.
+    Stream(Patient),
+}
+
+/// A file and the bytes that still go in.
+#[derive(Debug)]
+pub struct Bounded {
+    file: File,
+    left: u64,
+}
+
+impl Bounded {
+    /// At the end of `file`, which counts what it holds already.
+    pub fn new(file: File) -> io::Result<Self> {
+        let left = CONSOLE_BYTES_MAX.saturating_sub(file.metadata()?.len());
+        Ok(Self { file, left })
+    }
+}
+
+/// A stream, and whether its reader made us wait.
+#[derive(Debug)]
+pub struct Patient {
+    stream: File,
+    stalled: bool,
+}
+
+impl Patient {
+    /// Of `stream`.
+    pub fn new(stream: File) -> Self {
+        Self {
+            stream,
+            stalled: false,
+        }
+    }
+}
+
+impl Write for Output {
+    /// Never fails and never blocks for long: the guest cannot do anything about it.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Output::Discard => {}
+            Output::File(bounded) => bounded.append(bytes),
+            Output::Stream(patient) => patient.push(bytes),
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Bounded {
+    fn append(&mut self, bytes: &[u8]) {
+        let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        if self.left == 0 {
+            return;
+        }
+        self.left = self.left.saturating_sub(length);
+        let bytes = if self.left == 0 { FULL } else { bytes };
+        // A full disk loses the guest's output, not the guest.
+        let _ = self.file.write_all(bytes);
+    }
+}
+
+impl Patient {
+    fn push(&mut self, bytes: &[u8]) {
+        let patience = if self.stalled { 0 } else { STALL_MS };
+        let mut waiting = [PollFd::new(self.stream.as_fd(), PollFlags::POLLOUT)];
+        let ready = poll(&mut waiting, PollTimeout::from(patience));
+        self.stalled = !matches!(ready, Ok(1));
+        if !self.stalled {
+            // Whoever closed the other end does not want to read it.
+            let _ = self.stream.write_all(bytes);
+        }
+    }
+}
+
+/// Tells the guest of input and of room for output.
+#[derive(Debug)]
+pub struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// The port.
+pub struct SerialPort {
+    uart: Serial<Line, NoEvents, Output>,
+    input: Option<Input>,
+}
+
+opaque_debug!(SerialPort);
+
+/// Standard input, which is waited for only while the port has room.
+struct Input {
+    file: File,
+    poller: Arc<Poller>,
+    source: u32,
+    watched: bool,
+}
+
+impl SerialPort {
+    /// A port that writes to `output` and raises `interrupt`.
+    pub fn new(interrupt: EventFd, output: Output) -> Self {
+        Self {
+            uart: Serial::new(Line(interrupt), output),
+            input: None,
+        }
+    }
+
+    /// Joins `file` to the port's receiver. The event loop is to hand readiness of `source` back.
+    pub fn connect(&mut self, file: File, poller: Arc<Poller>, source: u32) -> io::Result<()> {
+        let mut input = Input {
+            file,
+            poller,
+            source,
+            watched: false,
+        };
+        input.watch(true)?;
+        self.input = Some(input);
+        Ok(())
+    }
+
+    /// Takes what the receiver has room for.
+    fn receive(&mut self) {
+        let Some(input) = &mut self.input else { return };
+        let mut bytes = [0; 64];
+        let room = self.uart.fifo_capacity().min(bytes.len());
+        let count = match room {
+            0 => {
+                // Whoever unwatches a descriptor that is watched cannot fail.
+                let _ = input.watch(false);
+                return;
+            }
+            _ => input.file.read(&mut bytes[..room]).unwrap_or(0),
+        };
+        if count == 0 {
+            let _ = input.watch(false);
+            self.input = None;
+            return;
+        }
+        // The count fits, and an interrupt that cannot be raised is one that is pending.
+        let _ = self.uart.enqueue_raw_bytes(&bytes[..count]);
+    }
+}
+
+impl Input {
+    fn watch(&mut self, readable: bool) -> io::Result<()> {
+        if self.watched == readable {
+            return Ok(());
+        }
+        self.watched = readable;
+        let fd: RawFd = self.file.as_raw_fd();
+        if readable {
+            self.poller.add(self.source, 0, fd, Readiness::READABLE)
+        } else {
+            self.poller.remove(fd)
+        }
+    }
+}
+
+impl BusDevice for SerialPort {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let offset = register(offset);
+        for byte in data.iter_mut() {
+            *byte = self.uart.read(offset);
+        }
+        if let Some(input) = &mut self.input
+            && self.uart.fifo_capacity() > 0
+        {
+            // Only memory exhaustion fails it; then input stops.
+            let _ = input.watch(true);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        for byte in data {
+            // What cannot be delivered is lost, as on a line that nobody listens to.
+            let _ = self.uart.write(register(offset), *byte);
+        }
+    }
+}
+
+fn register(offset: u64) -> u8 {
+    (offset & 7).to_le_bytes()[0]
+}
+
+impl Source for Mutex<SerialPort> {
+    fn on_ready(&self, _token: u32, _readiness: Readiness) {
+        self.lock().expect("no device panics").receive();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Seek;
+
+    use super::*;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    #[test]
+    fn a_console_file_takes_a_bounded_amount_and_says_when_it_is_full() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.set_len(CONSOLE_BYTES_MAX - 3).unwrap();
+        file.seek(io::SeekFrom::End(0)).unwrap();
+        let output = Output::File(Bounded::new(file.try_clone().unwrap()).unwrap());
+        let mut port = SerialPort::new(EventFd::new(EFD_NONBLOCK).unwrap(), output);
+        for _ in 0..1000 {
+            port.write(0, b"x");
+        }
+        let mut tail = Vec::new();
+        file.seek(io::SeekFrom::Start(CONSOLE_BYTES_MAX - 3))
+            .unwrap();
+        file.read_to_end(&mut tail).unwrap();
+        assert_eq!(tail, [b"xx", FULL].concat());
+    }
+
+    #[test]
+    fn a_reader_that_does_not_read_holds_the_guest_up_only_once() {
+        let (_reader, writer) = nix::unistd::pipe().unwrap();
+        let output = Output::Stream(Patient::new(File::from(writer)));
+        let mut port = SerialPort::new(EventFd::new(EFD_NONBLOCK).unwrap(), output);
+        let start = std::time::Instant::now();
+        for _ in 0..100_000 {
+            port.write(0, b"x");
+        }
+        assert!(start.elapsed().as_millis() < u128::from(STALL_MS) * 50);
+    }
+}

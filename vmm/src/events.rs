@@ -1,0 +1,205 @@
+//! The event loop: one thread waits for every descriptor of the machine and hands readiness to its
+//! owner.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::exit::ExitSwitch;
+
+/// Readiness taken from the kernel in one call.
+const BATCH: usize = 32;
+
+/// The source number of the exit switch, which has no owner.
+const EXIT: u32 = u32::MAX;
+
+/// What a descriptor is ready for, or is waited for. A closed other end counts as both.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Readiness {
+    pub readable: bool,
+    pub writable: bool,
+}
+
+impl Readiness {
+    /// Something to read.
+    pub const READABLE: Readiness = Readiness {
+        readable: true,
+        writable: false,
+    };
+
+    fn events(self) -> EventSet {
+        let mut events = EventSet::empty();
+        events.set(EventSet::IN, self.readable);
+        events.set(EventSet::OUT, self.writable);
+        events
+    }
+}
+
+/// The owner of descriptors.
+pub trait Source: Send + Sync {
+    /// The descriptor of `token` is, or very recently was, ready.
+    fn on_ready(&self, token: u32, readiness: Readiness);
+}
+
+/// The set of descriptors that are waited for, level-triggered. Any thread may change it.
+#[derive(Debug)]
+pub struct Poller {
+    epoll: Epoll,
+}
+
+impl Poller {
+    /// Waits for `fd` on behalf of `source`, which is told of it as `token`.
+    pub fn add(&self, source: u32, token: u32, fd: RawFd, wanted: Readiness) -> io::Result<()> {
+        self.control(ControlOperation::Add, source, token, fd, wanted)
+    }
+
+    /// Waits for something else of a descriptor that is in the set.
+    pub fn modify(&self, source: u32, token: u32, fd: RawFd, wanted: Readiness) -> io::Result<()> {
+        self.control(ControlOperation::Modify, source, token, fd, wanted)
+    }
+
+    /// Waits for `fd` no longer. Closing a descriptor does the same.
+    pub fn remove(&self, fd: RawFd) -> io::Result<()> {
+        self.epoll
+            .ctl(ControlOperation::Delete, fd, EpollEvent::default())
+    }
+
+    fn control(
+        &self,
+        operation: ControlOperation,
+        source: u32,
+        token: u32,
+        fd: RawFd,
+        wanted: Readiness,
+    ) -> io::Result<()> {
+        let data = u64::from(source) << 32 | u64::from(token);
+        self.epoll
+            .ctl(operation, fd, EpollEvent::new(wanted.events(), data))
+    }
+}
+
+/// The loop and the owners it serves.
+pub struct EventLoop {
+    poller: Arc<Poller>,
+    sources: Vec<Option<Arc<dyn Source>>>,
+    exit: ExitSwitch,
+}
+
+opaque_debug!(EventLoop);
+
+impl EventLoop {
+    /// A loop that runs until `exit`.
+    pub fn new(exit: ExitSwitch) -> io::Result<Self> {
+        let poller = Poller {
+            epoll: Epoll::new()?,
+        };
+        poller.add(EXIT, 0, exit.wake_fd(), Readiness::READABLE)?;
+        Ok(Self {
+            poller: Arc::new(poller),
+            sources: Vec::new(),
+            exit,
+        })
+    }
+
+    /// The set of descriptors.
+    pub fn poller(&self) -> Arc<Poller> {
+        self.poller.clone()
+    }
+
+    /// A number for a source that is still to be made.
+    pub fn reserve(&mut self) -> u32 {
+        self.sources.push(None);
+        u32::try_from(self.sources.len() - 1).expect("one for each device")
+    }
+
+    /// Hands readiness of number `source` to `owner` from now on.
+    pub fn attach(&mut self, source: u32, owner: Arc<dyn Source>) {
+        let index = usize::try_from(source).expect("u32 fits");
+        self.sources[index] = Some(owner);
+    }
+
+    /// Serves until the machine has ended.
+    pub fn run(&self) -> io::Result<()> {
+        let mut batch = [EpollEvent::default(); BATCH];
+        while self.exit.status().is_none() {
+            let count = match self.poller.epoll.wait(-1, &mut batch) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            for event in &batch[..count] {
+                self.dispatch(*event);
+            }
+        }
+        Ok(())
+    }
+
+    fn dispatch(&self, event: EpollEvent) {
+        let [source, token] = [event.data() >> 32, event.data() & 0xffff_ffff]
+            .map(|half| u32::try_from(half).expect("half of 64 bits"));
+        let owner = usize::try_from(source)
+            .ok()
+            .and_then(|index| self.sources.get(index));
+        if let Some(Some(owner)) = owner {
+            let closed = event
+                .event_set()
+                .intersects(EventSet::HANG_UP | EventSet::ERROR);
+            owner.on_ready(
+                token,
+                Readiness {
+                    readable: closed || event.event_set().contains(EventSet::IN),
+                    writable: closed || event.event_set().contains(EventSet::OUT),
+                },
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::sync::Mutex;
+
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+    use crate::control::{ExitReason, ExitStatus};
+
+    struct Owner {
+        seen: Mutex<Vec<(u32, Readiness)>>,
+        event: EventFd,
+        exit: ExitSwitch,
+    }
+
+    impl Source for Owner {
+        fn on_ready(&self, token: u32, readiness: Readiness) {
+            self.event.read().unwrap();
+            self.seen.lock().unwrap().push((token, readiness));
+            self.exit.end(ExitStatus::new(ExitReason::Reset));
+        }
+    }
+
+    #[test]
+    fn readiness_reaches_the_owner_and_the_loop_ends_with_the_machine() {
+        let exit = ExitSwitch::new().unwrap();
+        let mut events = EventLoop::new(exit.clone()).unwrap();
+        let _other = events.reserve();
+        let source = events.reserve();
+        let owner = Arc::new(Owner {
+            seen: Mutex::default(),
+            event: EventFd::new(EFD_NONBLOCK).unwrap(),
+            exit,
+        });
+        owner.event.write(1).unwrap();
+        let fd = owner.event.as_raw_fd();
+        events
+            .poller()
+            .add(source, 7, fd, Readiness::READABLE)
+            .unwrap();
+        events.attach(source, owner.clone());
+        events.run().unwrap();
+        assert_eq!(*owner.seen.lock().unwrap(), [(7, Readiness::READABLE)]);
+    }
+}

@@ -1,0 +1,569 @@
+//! From what was asked for to what will be done: every number in range, every file open, every
+//! address given. Nothing on the host is changed but for opened files.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use crate::boot::{self, CmdlineError};
+use crate::descriptors::{DescriptorError, Inherited};
+use crate::devices::serial::{Bounded, Output, Patient};
+use crate::layout;
+use crate::spec::{
+    Console, ConsoleTarget, Disk, DiskLimits, Net, OneOrMany, Spec, StreamDirection, Vsock,
+};
+use crate::virtio::mmio::Window;
+use crate::virtio::vsock::HostStream;
+
+/// The most processors: local APIC numbers fit in every table.
+pub const CPUS_MAX: u8 = 32;
+/// The least memory in MiB: below, not even a small kernel starts.
+pub const MEMORY_MIB_MIN: u64 = 16;
+/// The most memory in MiB: 4 TiB, which 42 bits of physical address reach.
+pub const MEMORY_MIB_MAX: u64 = 4 << 20;
+/// The most initramfs files.
+pub const INITRAMFS_FILES_MAX: usize = 16;
+/// The longest serial number of a disk.
+pub const SERIAL_BYTES_MAX: usize = 20;
+/// The least context id of a guest: those below have meanings of their own.
+pub const CID_MIN: u32 = 3;
+
+/// What is wrong with a specification. Each names the field as a JSON pointer.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    #[error("`{field}` is {found}; it must be {wanted}")]
+    Range {
+        field: String,
+        found: String,
+        wanted: String,
+    },
+    #[error("`{field}`: {remedy}")]
+    File {
+        field: String,
+        remedy: &'static str,
+        source: DescriptorError,
+    },
+    #[error("`{field}` is in use by another machine; stop that, or use a copy")]
+    InUse { field: String },
+    #[error("`{field}`: cannot be examined")]
+    Examine {
+        field: &'static str,
+        source: io::Error,
+    },
+    #[error(
+        "{devices} virtio devices were asked for; at most {} are possible",
+        layout::VIRTIO_DEVICES_MAX
+    )]
+    Devices { devices: usize },
+    #[error(transparent)]
+    Cmdline(#[from] CmdlineError),
+}
+
+/// A machine as it will be.
+#[derive(Debug)]
+pub struct Plan {
+    pub kvm: File,
+    pub kernel: File,
+    /// In the order in which they are laid end to end.
+    pub initramfs: Vec<File>,
+    /// With the devices' addresses.
+    pub cmdline: String,
+    pub cpus: u8,
+    pub memory_bytes: u64,
+    /// One for each virtio device, in the order disks, nets, vsock, rng.
+    pub windows: Vec<Window>,
+    pub disks: Vec<DiskPlan>,
+    pub nets: Vec<NetPlan>,
+    pub vsock: Option<VsockPlan>,
+    pub rng: bool,
+    pub console: ConsolePlan,
+    pub control: Option<ListenPlan>,
+    pub exit_status: Option<File>,
+}
+
+/// A disk, open and, if it can be written, locked against other machines.
+#[derive(Debug)]
+pub struct DiskPlan {
+    pub file: File,
+    pub read_only: bool,
+    pub serial: Option<String>,
+    pub limits: DiskLimits,
+}
+
+/// A network interface.
+#[derive(Debug)]
+pub struct NetPlan {
+    pub tap: TapPlan,
+    pub mac: [u8; 6],
+}
+
+/// Where frames go.
+#[derive(Debug)]
+pub enum TapPlan {
+    /// An interface of this name.
+    Name(String),
+    /// One that is open.
+    Open(OwnedFd),
+}
+
+/// A socket to listen on; it is made when the machine is.
+#[derive(Debug)]
+pub enum ListenPlan {
+    Path(PathBuf),
+    Open(UnixListener),
+}
+
+/// The vsock device.
+#[derive(Debug)]
+pub struct VsockPlan {
+    pub cid: u32,
+    pub listen: ListenPlan,
+    pub streams: Vec<HostStream>,
+}
+
+/// The serial port's other end.
+#[derive(Debug)]
+pub struct ConsolePlan {
+    pub output: Output,
+    pub input: Option<File>,
+}
+
+impl Plan {
+    /// Checks `spec` and opens what it names.
+    pub fn new(spec: &Spec) -> Result<Plan, PlanError> {
+        let cpus = in_range("/cpus/count", spec.cpus.count, 1, CPUS_MAX)?;
+        let size = spec.memory.size_mib;
+        let size = in_range("/memory/size_mib", size, MEMORY_MIB_MIN, MEMORY_MIB_MAX)?;
+        let windows = windows(spec)?;
+        let cmdline = boot::cmdline(&spec.boot.cmdline, &windows)?;
+        let initramfs = initramfs_paths(spec)?;
+
+        let mut open = Opener::default();
+        let kvm = spec.kvm.as_deref().unwrap_or_else(|| Path::new("/dev/kvm"));
+        Ok(Plan {
+            kvm: open.file("/kvm", kvm, Access::Device)?,
+            kernel: open.file("/boot/kernel", &spec.boot.kernel, Access::Read)?,
+            initramfs: open.each("/boot/initramfs", &initramfs, |open, field, path| {
+                open.file(field, path, Access::Read)
+            })?,
+            cmdline,
+            cpus,
+            memory_bytes: size << 20,
+            windows,
+            disks: open.each("/disks", &spec.disks, Opener::disk)?,
+            nets: open.each("/nets", &spec.nets, Opener::net)?,
+            vsock: match &spec.vsock {
+                Some(vsock) => Some(open.vsock(vsock)?),
+                None => None,
+            },
+            rng: spec.rng,
+            console: open.console(spec.console.as_ref())?,
+            control: match &spec.control {
+                Some(path) => Some(open.listen("/control", path)?),
+                None => None,
+            },
+            exit_status: match &spec.exit_status {
+                Some(path) => Some(open.file("/exit_status", path, Access::Create)?),
+                None => None,
+            },
+        })
+    }
+}
+
+fn windows(spec: &Spec) -> Result<Vec<Window>, PlanError> {
+    let vsock = usize::from(spec.vsock.is_some());
+    let devices = spec.disks.len() + spec.nets.len() + vsock + usize::from(spec.rng);
+    if devices > layout::VIRTIO_DEVICES_MAX {
+        return Err(PlanError::Devices { devices });
+    }
+    Ok((0..devices).map(Window::nth).collect())
+}
+
+fn initramfs_paths(spec: &Spec) -> Result<Vec<PathBuf>, PlanError> {
+    let paths = match &spec.boot.initramfs {
+        None => Vec::new(),
+        Some(OneOrMany::One(path)) => vec![path.clone()],
+        Some(OneOrMany::Many(paths)) => paths.clone(),
+    };
+    let most = format!("at most {INITRAMFS_FILES_MAX} files");
+    if paths.len() > INITRAMFS_FILES_MAX {
+        let found = format!("{} files", paths.len());
+        return Err(range("/boot/initramfs", found, most));
+    }
+    Ok(paths)
+}
+
+fn in_range<T>(field: &str, value: T, least: T, most: T) -> Result<T, PlanError>
+where
+    T: Copy + PartialOrd + std::fmt::Display,
+{
+    if least <= value && value <= most {
+        Ok(value)
+    } else {
+        let wanted = format!("from {least} to {most}");
+        Err(range(field, value.to_string(), wanted))
+    }
+}
+
+fn range(field: &str, found: String, wanted: impl Into<String>) -> PlanError {
+    PlanError::Range {
+        field: field.to_owned(),
+        found,
+        wanted: wanted.into(),
+    }
+}
+
+/// What a file is opened for.
+#[derive(Clone, Copy)]
+enum Access {
+    Read,
+    ReadWrite,
+    Device,
+    /// To be written anew.
+    Create,
+    /// To be written at its end.
+    Append,
+}
+
+impl Access {
+    fn options(self) -> OpenOptions {
+        let mut options = OpenOptions::new();
+        match self {
+            Access::Read => options.read(true),
+            Access::ReadWrite | Access::Device => options.read(true).write(true),
+            Access::Create => options.write(true).create(true).truncate(true),
+            Access::Append => options.append(true).create(true),
+        };
+        options
+    }
+
+    fn remedy(self) -> &'static str {
+        match self {
+            Access::Read => "name a file that this user may read",
+            Access::ReadWrite => "name a file that this user may read and write, or set read_only",
+            Access::Device => {
+                "load kvm_intel or kvm_amd, and let this user read and write the device"
+            }
+            Access::Create | Access::Append => "name a file that this user may write",
+        }
+    }
+}
+
+/// Opens files for fields.
+#[derive(Default)]
+struct Opener {
+    inherited: Inherited,
+}
+
+impl Opener {
+    fn file(&mut self, field: &str, path: &Path, access: Access) -> Result<File, PlanError> {
+        self.inherited
+            .open(path, &access.options())
+            .map_err(|source| PlanError::File {
+                field: field.to_owned(),
+                remedy: access.remedy(),
+                source,
+            })
+    }
+
+    fn each<S, P>(
+        &mut self,
+        field: &str,
+        specs: &[S],
+        plan: impl Fn(&mut Self, &str, &S) -> Result<P, PlanError>,
+    ) -> Result<Vec<P>, PlanError> {
+        let mut plans = Vec::new();
+        for (index, spec) in specs.iter().enumerate() {
+            plans.push(plan(self, &format!("{field}/{index}"), spec)?);
+        }
+        Ok(plans)
+    }
+
+    fn disk(&mut self, field: &str, disk: &Disk) -> Result<DiskPlan, PlanError> {
+        if let Some(serial) = &disk.serial
+            && serial.len() > SERIAL_BYTES_MAX
+        {
+            let field = format!("{field}/serial");
+            let found = format!("{} bytes long", serial.len());
+            let wanted = format!("at most {SERIAL_BYTES_MAX}");
+            return Err(range(&field, found, wanted));
+        }
+        let access = if disk.read_only {
+            Access::Read
+        } else {
+            Access::ReadWrite
+        };
+        let path = format!("{field}/path");
+        let file = self.file(&path, &disk.path, access)?;
+        lock(&path, &file, disk.read_only)?;
+        Ok(DiskPlan {
+            file,
+            read_only: disk.read_only,
+            serial: disk.serial.clone(),
+            limits: disk.limits,
+        })
+    }
+
+    fn net(&mut self, field: &str, net: &Net) -> Result<NetPlan, PlanError> {
+        let position = field.rsplit('/').next().and_then(|last| last.parse().ok());
+        let mac = match &net.mac {
+            None => [2, 0, 0, 0, 0, position.unwrap_or(0) + 1],
+            Some(text) => parse_mac(text).ok_or_else(|| {
+                let field = format!("{field}/mac");
+                let wanted = "six bytes in hexadecimal such as 02:00:00:00:00:01, not a group's";
+                range(&field, format!("{text:?}"), wanted)
+            })?,
+        };
+        let field = format!("{field}/tap");
+        let open = self.descriptor(&field, Path::new(&net.tap))?;
+        let tap = match open {
+            Some(descriptor) => TapPlan::Open(descriptor),
+            None if (1..16).contains(&net.tap.len()) && !net.tap.contains('/') => {
+                TapPlan::Name(net.tap.clone())
+            }
+            None => {
+                let wanted = "the name of an interface, 1 to 15 bytes, or fd:N";
+                return Err(range(&field, format!("{:?}", net.tap), wanted));
+            }
+        };
+        Ok(NetPlan { tap, mac })
+    }
+
+    fn vsock(&mut self, vsock: &Vsock) -> Result<VsockPlan, PlanError> {
+        // The highest number means "any".
+        let cid = in_range("/vsock/cid", vsock.cid, CID_MIN, u32::MAX - 1)?;
+        let listen = self.listen("/vsock/path", &vsock.path)?;
+        let streams = self.each("/vsock/streams", &vsock.streams, |open, field, stream| {
+            let access = match stream.direction {
+                StreamDirection::ToGuest => Access::Read,
+                StreamDirection::FromGuest => Access::Append,
+            };
+            Ok(HostStream {
+                port: stream.port,
+                file: open.file(&format!("{field}/path"), &stream.path, access)?,
+                direction: stream.direction,
+            })
+        })?;
+        Ok(VsockPlan {
+            cid,
+            listen,
+            streams,
+        })
+    }
+
+    fn listen(&mut self, field: &str, path: &Path) -> Result<ListenPlan, PlanError> {
+        Ok(match self.descriptor(field, path)? {
+            Some(descriptor) => ListenPlan::Open(descriptor.into()),
+            None => ListenPlan::Path(path.to_owned()),
+        })
+    }
+
+    fn descriptor(&mut self, field: &str, path: &Path) -> Result<Option<OwnedFd>, PlanError> {
+        self.inherited
+            .descriptor(path)
+            .map_err(|source| PlanError::File {
+                field: field.to_owned(),
+                remedy: "name a descriptor that was handed to this process",
+                source,
+            })
+    }
+
+    fn console(&mut self, console: Option<&Console>) -> Result<ConsolePlan, PlanError> {
+        let (output, input) = match console {
+            None => (Output::Discard, None),
+            Some(Console::Target(ConsoleTarget::Path(path))) => {
+                let file = self.file("/console/path", path, Access::Append)?;
+                let bounded = Bounded::new(file).map_err(examine("/console/path"))?;
+                (Output::File(bounded), None)
+            }
+            Some(Console::Name(name)) if name == "stdio" => {
+                let examine = examine("/console");
+                let output = io::stdout().as_fd().try_clone_to_owned();
+                let input = io::stdin().as_fd().try_clone_to_owned();
+                (
+                    Output::Stream(Patient::new(output.map_err(&examine)?.into())),
+                    Some(input.map_err(&examine)?.into()),
+                )
+            }
+            Some(Console::Name(name)) => {
+                let wanted = r#"{"path": FILE} or "stdio""#;
+                return Err(range("/console", format!("{name:?}"), wanted));
+            }
+        };
+        Ok(ConsolePlan { output, input })
+    }
+}
+
+fn examine(field: &'static str) -> impl Fn(io::Error) -> PlanError {
+    move |source| PlanError::Examine { field, source }
+}
+
+/// Keeps two machines from writing to one disk, which would destroy its file system.
+fn lock(field: &str, file: &File, shared: bool) -> Result<(), PlanError> {
+    let locked = if shared {
+        file.try_lock_shared()
+    } else {
+        file.try_lock()
+    };
+    match locked {
+        Err(TryLockError::WouldBlock) => Err(PlanError::InUse {
+            field: field.to_owned(),
+        }),
+        // A file system without locks leaves the care to its user.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
+    }
+}
+
+/// A station's address: six bytes, not a group's.
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2)?;
+        // A number may have a sign, an address may not.
+        if !part.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return None;
+        }
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    let group = mac[0] & 1 != 0;
+    (parts.next().is_none() && !group && mac != [0; 6]).then_some(mac)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// A specification that is all right, with one field changed.
+    fn plan(pointer: &str, value: Value) -> Result<Plan, PlanError> {
+        let mut kernel = tempfile::NamedTempFile::new().unwrap();
+        kernel.write_all(b"kernel").unwrap();
+        let mut spec = json!({
+            "kvm": "/dev/null",
+            "boot": {"kernel": kernel.path(), "initramfs": null, "cmdline": ""},
+            "cpus": {"count": 1},
+            "memory": {"size_mib": 16},
+            "disks": [{"path": kernel.path(), "serial": null}],
+            "nets": [{"tap": "tap0", "mac": null}],
+            "vsock": {"cid": 3, "path": "/run/vsock", "streams": []},
+            "rng": true,
+            "console": null,
+            "control": null,
+        });
+        *spec.pointer_mut(pointer).unwrap() = value;
+        Plan::new(&serde_json::from_value(spec).unwrap())
+    }
+
+    #[test]
+    fn a_plan_has_an_address_for_each_device() {
+        let plan = plan("/rng", json!(true)).unwrap();
+        assert_eq!(plan.windows, [0, 1, 2, 3].map(Window::nth));
+        assert_eq!(plan.nets[0].mac, [2, 0, 0, 0, 0, 1]);
+        assert_eq!(plan.cmdline.matches("virtio_mmio.device=").count(), 4);
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_by_field_and_with_a_remedy() {
+        let long = "x".repeat(21);
+        for (pointer, value, want) in [
+            (
+                "/cpus/count",
+                json!(0),
+                "`/cpus/count` is 0; it must be from 1 to 32",
+            ),
+            ("/cpus/count", json!(33), "`/cpus/count` is 33"),
+            (
+                "/memory/size_mib",
+                json!(15),
+                "`/memory/size_mib` is 15; it must be from 16",
+            ),
+            ("/memory/size_mib", json!(u64::MAX), "`/memory/size_mib`"),
+            (
+                "/boot/kernel",
+                json!("/nowhere/vmlinuz"),
+                "`/boot/kernel`: name a file",
+            ),
+            ("/boot/kernel", json!("fd:1000000"), "`/boot/kernel`"),
+            (
+                "/boot/initramfs",
+                json!(["/nowhere/a"]),
+                "`/boot/initramfs/0`",
+            ),
+            (
+                "/boot/initramfs",
+                json!(vec!["/dev/null"; 17]),
+                "`/boot/initramfs` is 17 files",
+            ),
+            (
+                "/boot/cmdline",
+                json!("x".repeat(2048)),
+                "`/boot/cmdline` takes",
+            ),
+            (
+                "/disks/0/path",
+                json!("/nowhere/disk"),
+                "`/disks/0/path`: name a file",
+            ),
+            (
+                "/disks/0/serial",
+                json!(long),
+                "`/disks/0/serial` is 21 bytes long",
+            ),
+            ("/nets/0/mac", json!("02:00:00:00:00"), "`/nets/0/mac`"),
+            ("/nets/0/mac", json!("01:00:00:00:00:01"), "not a group's"),
+            ("/nets/0/mac", json!("02:00:00:00:00:+1"), "`/nets/0/mac`"),
+            ("/nets/0/tap", json!(""), "`/nets/0/tap`"),
+            ("/nets/0/tap", json!("fd:x"), "`/nets/0/tap`"),
+            (
+                "/vsock/cid",
+                json!(2),
+                "`/vsock/cid` is 2; it must be from 3",
+            ),
+            ("/console", json!("tty"), "`/console` is \"tty\""),
+            (
+                "/console",
+                json!({"path": "/nowhere/log"}),
+                "`/console/path`",
+            ),
+            (
+                "/kvm",
+                json!("/nowhere/kvm"),
+                "`/kvm`: load kvm_intel or kvm_amd",
+            ),
+        ] {
+            let error = plan(pointer, value.clone()).unwrap_err().to_string();
+            assert!(error.contains(want), "{value}: {error}");
+        }
+    }
+
+    #[test]
+    fn there_are_no_more_devices_than_interrupt_lines() {
+        let nets = |count| json!(vec![json!({"tap": "tap0"}); count]);
+        plan("/nets", nets(layout::VIRTIO_DEVICES_MAX - 3)).unwrap();
+        let error = plan("/nets", nets(layout::VIRTIO_DEVICES_MAX - 2)).unwrap_err();
+        assert!(error.to_string().contains("19 virtio devices"), "{error}");
+    }
+
+    #[test]
+    fn a_disk_that_another_machine_writes_is_refused() {
+        let disk = tempfile::NamedTempFile::new().unwrap();
+        let disks = |read_only| json!([{"path": disk.path(), "read_only": read_only}]);
+        let writer = plan("/disks", disks(false)).unwrap();
+        for read_only in [false, true] {
+            let error = plan("/disks", disks(read_only)).unwrap_err();
+            assert!(
+                error.to_string().contains("`/disks/0/path` is in use"),
+                "{error}"
+            );
+        }
+        drop(writer);
+        let _readers =
+            [plan("/disks", disks(true)), plan("/disks", disks(true))].map(Result::unwrap);
+    }
+}

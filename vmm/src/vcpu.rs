@@ -1,0 +1,293 @@
+//! A virtual processor: a thread that goes from state to state, each a function that returns the
+//! next.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::bus::Bus;
+use crate::control::{ExitReason, ExitStatus};
+use crate::exit::ExitSwitch;
+use crate::kvm;
+
+/// The address spaces of the machine.
+#[derive(Debug, Default)]
+pub struct Buses {
+    /// I/O ports.
+    pub ports: Bus,
+    /// Physical memory that is not RAM.
+    pub memory: Bus,
+}
+
+/// Why a processor cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    #[error("cannot start a thread for virtual processor {id}")]
+    Thread { id: u8, source: io::Error },
+    #[error("virtual processor {id} cannot run")]
+    Run { id: u8, source: kvm_ioctls::Error },
+    #[error("virtual processor {id} stopped for an unknown reason: {exit}")]
+    Unexpected { id: u8, exit: String },
+}
+
+/// What processors are to do.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Order {
+    Park,
+    Run,
+    Finish,
+}
+
+/// Where a processor is.
+#[derive(Clone, Copy)]
+enum State {
+    Parked,
+    Running,
+    Finished,
+}
+
+impl From<Order> for State {
+    fn from(order: Order) -> State {
+        match order {
+            Order::Park => State::Parked,
+            Order::Run => State::Running,
+            Order::Finish => State::Finished,
+        }
+    }
+}
+
+/// Where processors get their orders and wait.
+#[derive(Debug)]
+struct Gate {
+    inner: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct GateState {
+    order: Order,
+    /// Processors that wait, or that are gone for good.
+    still: usize,
+}
+
+impl Gate {
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        self.inner.lock().expect("nothing panics in here")
+    }
+
+    fn order(&self) -> Order {
+        self.lock().order
+    }
+
+    fn set(&self, order: Order) {
+        let mut state = self.lock();
+        if state.order != Order::Finish {
+            state.order = order;
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Waits as long as the order is to.
+    fn park(&self) -> Order {
+        let mut state = self.lock();
+        state.still += 1;
+        self.changed.notify_all();
+        let mut state = self
+            .changed
+            .wait_while(state, |state| state.order == Order::Park)
+            .expect("nothing panics in here");
+        state.still -= 1;
+        state.order
+    }
+
+    /// A processor will not run again.
+    fn leave(&self) {
+        self.lock().still += 1;
+        self.changed.notify_all();
+    }
+}
+
+/// All processors of a machine. They wait until [`resume`](Self::resume), and are gone after
+/// [`finish`](Self::finish) or a drop.
+#[derive(Debug)]
+pub struct Vcpus {
+    gate: Arc<Gate>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    count: usize,
+    exits: Vec<Arc<AtomicU64>>,
+}
+
+impl Vcpus {
+    /// Starts a thread for each of `vcpus`. `enter` runs first in each thread.
+    pub fn start(
+        vcpus: Vec<VcpuFd>,
+        buses: &Arc<Buses>,
+        exit: &ExitSwitch,
+        enter: &Arc<dyn Fn() + Send + Sync>,
+    ) -> Result<Self, VcpuError> {
+        let gate = Arc::new(Gate {
+            inner: Mutex::new(GateState {
+                order: Order::Park,
+                still: 0,
+            }),
+            changed: Condvar::new(),
+        });
+        let mut all = Self {
+            gate,
+            threads: Mutex::default(),
+            count: vcpus.len(),
+            exits: Vec::new(),
+        };
+        for (id, fd) in (0..).zip(vcpus) {
+            let vcpu = Vcpu {
+                id,
+                fd,
+                buses: buses.clone(),
+                exit: exit.clone(),
+                gate: all.gate.clone(),
+                exits: Arc::default(),
+            };
+            all.exits.push(vcpu.exits.clone());
+            let enter = enter.clone();
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{id}"))
+                .spawn(move || {
+                    enter();
+                    vcpu.live();
+                })
+                .map_err(|source| VcpuError::Thread { id, source })?;
+            all.threads().push(thread);
+        }
+        Ok(all)
+    }
+
+    /// Lets them run.
+    pub fn resume(&self) {
+        self.gate.set(Order::Run);
+    }
+
+    /// Stops them; when it returns, none runs guest code or is in a device.
+    pub fn pause(&self) {
+        self.gate.set(Order::Park);
+        self.interrupt();
+        let state = self.gate.lock();
+        let _state = self
+            .gate
+            .changed
+            .wait_while(state, |state| {
+                state.order == Order::Park && state.still < self.count
+            })
+            .expect("nothing panics in here");
+    }
+
+    /// Whether they are to wait.
+    pub fn paused(&self) -> bool {
+        self.gate.order() == Order::Park
+    }
+
+    /// For each, how often it came out of guest mode.
+    pub fn exits(&self) -> Vec<u64> {
+        self.exits
+            .iter()
+            .map(|exits| exits.load(Ordering::Relaxed))
+            .collect()
+    }
+
+    /// Ends them all, and waits until they are gone.
+    pub fn finish(&self) {
+        self.gate.set(Order::Finish);
+        self.interrupt();
+        for thread in self.threads().drain(..) {
+            // A panic has been reported by the thread itself.
+            let _ = thread.join();
+        }
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().expect("nothing panics in here")
+    }
+
+    fn interrupt(&self) {
+        for thread in self.threads().iter() {
+            kvm::interrupt(thread);
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+struct Vcpu {
+    id: u8,
+    fd: VcpuFd,
+    buses: Arc<Buses>,
+    exit: ExitSwitch,
+    gate: Arc<Gate>,
+    exits: Arc<AtomicU64>,
+}
+
+impl Vcpu {
+    fn live(mut self) {
+        kvm::accept_interrupts(&mut self.fd);
+        let mut state = State::Parked;
+        loop {
+            state = match state {
+                State::Parked => self.gate.park().into(),
+                State::Running => self.running(),
+                State::Finished => break,
+            };
+        }
+        kvm::refuse_interrupts();
+        self.gate.leave();
+    }
+
+    /// Runs guest code until it needs something of us.
+    fn running(&mut self) -> State {
+        self.run_once().unwrap_or_else(|error| {
+            self.exit.fail(&error);
+            State::Finished
+        })
+    }
+
+    fn run_once(&mut self) -> Result<State, VcpuError> {
+        self.exits.fetch_add(1, Ordering::Relaxed);
+        match self.fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => self.buses.ports.read(port.into(), data),
+            Ok(VcpuExit::IoOut(port, data)) => self.buses.ports.write(port.into(), data),
+            Ok(VcpuExit::MmioRead(address, data)) => self.buses.memory.read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => self.buses.memory.write(address, data),
+            // The guest's processor has nowhere to go: a real one would reset.
+            Ok(VcpuExit::Shutdown) => {
+                self.exit.end(ExitStatus::new(ExitReason::Reset));
+                return Ok(State::Finished);
+            }
+            Ok(other) => {
+                return Err(VcpuError::Unexpected {
+                    id: self.id,
+                    exit: format!("{other:?}"),
+                });
+            }
+            Err(error) if error.errno() == libc::EINTR => {
+                // Cleared before the order is read: whoever gives one interrupts after.
+                self.fd.set_kvm_immediate_exit(0);
+                return Ok(self.gate.order().into());
+            }
+            // A processor that is still switched off was woken.
+            Err(error) if error.errno() == libc::EAGAIN => {}
+            Err(source) => {
+                return Err(VcpuError::Run {
+                    id: self.id,
+                    source,
+                });
+            }
+        }
+        Ok(State::Running)
+    }
+}

@@ -1,0 +1,570 @@
+//! The virtio transport over memory-mapped registers, version 2 (virtio 1.2, section 4.2).
+//!
+//! It owns negotiation, status, queue addresses, suppression of notifications in both directions,
+//! and interrupts. A driver that leaves the order of section 3.1 finds its write ignored.
+
+use std::io;
+use std::sync::Mutex;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::registers::{self as register, status};
+use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
+use crate::bus::BusDevice;
+use crate::control::DeviceStats;
+use crate::events::{Readiness, Source};
+use crate::layout;
+
+/// Tokens from here up are kicks of a queue; a device's own are below.
+pub const KICK_TOKEN: u32 = 1 << 31;
+
+/// How often a queue is served in one go before other devices get their turn.
+const ROUNDS_MAX: usize = 4;
+
+/// Where a device's registers and its interrupt line are.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Window {
+    pub address: u64,
+    pub gsi: u32,
+}
+
+impl Window {
+    /// The place of device number `index`.
+    pub fn nth(index: usize) -> Window {
+        let number = u32::try_from(index).expect("a few devices");
+        Window {
+            address: layout::VIRTIO + u64::from(number) * layout::VIRTIO_BYTES,
+            gsi: layout::VIRTIO_GSI + number,
+        }
+    }
+}
+
+/// What the transport needs of the machine around it.
+pub trait Platform: Send {
+    /// Raises the device's interrupt line.
+    fn interrupt(&self) -> io::Result<()>;
+
+    /// Hands kicks of `queues` queues to the event loop, as tokens from [`KICK_TOKEN`].
+    fn watch_kicks(&mut self, queues: usize) -> io::Result<()>;
+
+    /// The end of [`watch_kicks`](Self::watch_kicks).
+    fn unwatch_kicks(&mut self) -> io::Result<()>;
+
+    /// Takes notice of a kick, or makes one as the driver does.
+    fn kick(&self, queue: usize, kick: Kick) -> io::Result<()>;
+
+    /// Waits for `new` instead of `old` descriptors.
+    fn watch(&mut self, old: &[Interest], new: &[Interest]) -> io::Result<()>;
+
+    /// Ends the machine: the device cannot go on.
+    fn fail(&self, error: DeviceError);
+}
+
+/// What to do with a kick.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Kick {
+    Take,
+    Make,
+}
+
+/// What a driver writes before it says that a queue is ready.
+#[derive(Clone, Copy, Debug, Default)]
+struct QueueSetup {
+    size: u32,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+}
+
+/// A device and its registers.
+pub struct MmioTransport {
+    device: Box<dyn VirtioDevice>,
+    info: DeviceInfo,
+    platform: Box<dyn Platform>,
+    memory: GuestMemoryMmap,
+    queues: Vec<Queue>,
+    setups: Vec<QueueSetup>,
+    interests: Vec<Interest>,
+    status: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    queue_select: u32,
+    interrupt_status: u32,
+    config_generation: u32,
+    stats: DeviceStats,
+}
+
+opaque_debug!(MmioTransport);
+
+/// What is behind a call into the device.
+type Outcome = Result<Signal, DeviceError>;
+
+impl MmioTransport {
+    /// `device`, reset, in front of a driver.
+    ///
+    /// # Errors
+    ///
+    /// If the device asks for a queue that cannot be.
+    pub fn new(
+        name: String,
+        device: Box<dyn VirtioDevice>,
+        memory: GuestMemoryMmap,
+        platform: Box<dyn Platform>,
+    ) -> Result<Self, virtio_queue::Error> {
+        let info = device.info();
+        let queues = info
+            .queue_sizes
+            .iter()
+            .map(|size| Queue::new(*size))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Self {
+            setups: vec![QueueSetup::default(); queues.len()],
+            device,
+            info,
+            platform,
+            memory,
+            queues,
+            interests: Vec::new(),
+            status: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+            queue_select: 0,
+            interrupt_status: 0,
+            config_generation: 0,
+            stats: DeviceStats {
+                name,
+                ..DeviceStats::default()
+            },
+        })
+    }
+
+    /// What the device has done so far.
+    pub fn stats(&self) -> DeviceStats {
+        self.stats.clone()
+    }
+
+    fn offered_features(&self) -> u64 {
+        self.info.features
+            | 1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    /// Whether the device may touch its queues.
+    fn active(&self) -> bool {
+        self.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
+    }
+
+    fn has(&self, bit: u32) -> bool {
+        self.status & bit != 0
+    }
+
+    fn selected(&self) -> Option<usize> {
+        usize::try_from(self.queue_select)
+            .ok()
+            .filter(|index| *index < self.queues.len())
+    }
+
+    // Status (section 2.1) and negotiation.
+
+    fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            return self.reset();
+        }
+        let old = self.status & !status::NEEDS_RESET;
+        let added = value & !self.status & !status::NEEDS_RESET;
+        if value & old != old || self.has(status::FAILED) {
+            return; // Bits are cleared by a reset alone.
+        }
+        let next = match old {
+            0 => status::ACKNOWLEDGE,
+            status::HAS_ACKNOWLEDGE => status::DRIVER,
+            status::HAS_DRIVER => status::FEATURES_OK,
+            status::HAS_FEATURES => status::DRIVER_OK,
+            _ => 0,
+        };
+        match added {
+            status::FAILED => self.status |= status::FAILED,
+            status::FEATURES_OK if added == next && !self.features_acceptable() => {}
+            status::DRIVER_OK if added == next => self.activate(),
+            _ if added == next => self.status |= added,
+            _ => {}
+        }
+    }
+
+    fn features_acceptable(&self) -> bool {
+        self.driver_features & !self.offered_features() == 0
+            && self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0
+    }
+
+    fn activate(&mut self) {
+        self.status |= status::DRIVER_OK;
+        let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        for queue in &mut self.queues {
+            queue.set_event_idx(event_idx);
+        }
+        if let Err(error) = self.platform.watch_kicks(self.queues.len()) {
+            return self.host_failure("watch for kicks", error);
+        }
+        let outcome = self.device.activate(self.driver_features);
+        if self.settle(outcome.map(|()| Signal::NONE)) {
+            // A kick may have come before it was watched for.
+            for index in 0..self.queues.len() {
+                self.process(index);
+            }
+        }
+    }
+
+    fn reset(&mut self) {
+        if self.has(status::DRIVER_OK) {
+            self.device.reset();
+            let kicks = self.platform.unwatch_kicks();
+            let watch = self.platform.watch(&self.interests, &[]);
+            self.interests.clear();
+            if let Err(error) = kicks.and(watch) {
+                self.host_failure("forget a driver", error);
+            }
+        }
+        for queue in &mut self.queues {
+            queue.reset();
+        }
+        self.setups.fill(QueueSetup::default());
+        self.status = 0;
+        self.device_features_select = 0;
+        self.driver_features_select = 0;
+        self.driver_features = 0;
+        self.queue_select = 0;
+        self.interrupt_status = 0;
+    }
+
+    // Queues (section 2.6).
+
+    /// The selected queue's setup, while the driver may write it.
+    fn setup(&mut self) -> Option<&mut QueueSetup> {
+        let index = self.selected()?;
+        let open = self.status & !status::NEEDS_RESET == status::HAS_FEATURES;
+        (open && !self.queues[index].ready()).then(|| &mut self.setups[index])
+    }
+
+    fn set_queue_ready(&mut self, value: u32) {
+        let open = self.status & !status::NEEDS_RESET == status::HAS_FEATURES;
+        let (Some(index), true) = (self.selected(), open) else {
+            return;
+        };
+        let queue = &mut self.queues[index];
+        match value {
+            0 => queue.set_ready(false),
+            1 if queue.ready() || configure(queue, self.setups[index], &self.memory) => {}
+            1 => self.need_reset(),
+            _ => {}
+        }
+    }
+
+    /// Serves a queue until it is empty, or until the device wants no more of it for now.
+    fn process(&mut self, index: usize) {
+        let mut declined = false;
+        for _ in 0..ROUNDS_MAX {
+            if !self.active() || !self.queues.get(index).is_some_and(Queue::ready) {
+                return;
+            }
+            let before = self.queues[index].next_avail();
+            let outcome = self.device.process(index, &mut self.queues, &self.memory);
+            if !self.settle(outcome) || !self.rearm(index) {
+                return;
+            }
+            if before == self.queues[index].next_avail() {
+                if declined {
+                    return; // It has seen all there is, and leaves it for later.
+                }
+                // Either it leaves buffers for later, or one was added after it had looked.
+                declined = true;
+            }
+        }
+        if !declined && let Err(error) = self.platform.kick(index, Kick::Make) {
+            self.host_failure("put work off", error);
+        }
+    }
+
+    /// Asks the driver for a kick when it adds a buffer. Returns whether there is one already.
+    fn rearm(&mut self, index: usize) -> bool {
+        match self.queues[index].enable_notification(&self.memory) {
+            Ok(more) => more,
+            Err(source) => {
+                self.settle(Err(DeviceError::Guest { index, source }));
+                false
+            }
+        }
+    }
+
+    /// One of the device's own descriptors is ready.
+    fn on_device_ready(&mut self, token: u32) {
+        // The device may have lost interest since the kernel was asked.
+        if !self.active()
+            || !self
+                .interests
+                .iter()
+                .any(|interest| interest.token == token)
+        {
+            return;
+        }
+        let before: Vec<u16> = self.queues.iter().map(Queue::next_avail).collect();
+        let outcome = self.device.on_ready(token, &mut self.queues, &self.memory);
+        if !self.settle(outcome) {
+            return;
+        }
+        for (index, before) in before.into_iter().enumerate() {
+            let queue = &self.queues[index];
+            if queue.ready() && queue.next_avail() != before && self.rearm(index) {
+                self.process(index);
+            }
+        }
+    }
+
+    // What the driver is told.
+
+    /// Passes on what a call into the device gave. Returns whether the device goes on.
+    fn settle(&mut self, outcome: Outcome) -> bool {
+        let told = match outcome {
+            Ok(signal) => self.signal(signal),
+            Err(error) => Err(error),
+        };
+        match told {
+            Ok(()) => {}
+            Err(DeviceError::Guest { .. }) => self.need_reset(),
+            Err(error @ DeviceError::Host { .. }) => {
+                self.platform.fail(error);
+                self.status |= status::NEEDS_RESET;
+            }
+        }
+        let wanted = if self.active() {
+            self.device.interests()
+        } else {
+            Vec::new()
+        };
+        if wanted != self.interests {
+            if let Err(error) = self.platform.watch(&self.interests, &wanted) {
+                self.host_failure("wait for a descriptor", error);
+            }
+            self.interests = wanted;
+        }
+        self.active()
+    }
+
+    fn signal(&mut self, signal: Signal) -> Result<(), DeviceError> {
+        let mut used = false;
+        for index in 0..self.queues.len() {
+            if signal.queues & 1 << index != 0 && self.wants_interrupt(index)? {
+                used = true;
+            }
+        }
+        if used {
+            self.interrupt(register::INTERRUPT_USED);
+        }
+        if signal.config {
+            self.config_generation = self.config_generation.wrapping_add(1);
+            self.interrupt(register::INTERRUPT_CONFIG);
+        }
+        Ok(())
+    }
+
+    /// Whether the driver wants to hear of used buffers (section 2.7.7).
+    fn wants_interrupt(&mut self, index: usize) -> Result<bool, DeviceError> {
+        let queue = &mut self.queues[index];
+        let guest = |source| DeviceError::Guest { index, source };
+        if queue.event_idx_enabled() {
+            return queue.needs_notification(&self.memory).map_err(guest);
+        }
+        fence(Ordering::SeqCst); // The used index is written before the flags are read.
+        let flags: u16 = self
+            .memory
+            .load(GuestAddress(queue.avail_ring()), Ordering::Relaxed)
+            .map_err(|error| guest(virtio_queue::Error::GuestMemory(error)))?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    fn interrupt(&mut self, cause: u32) {
+        self.interrupt_status |= cause;
+        self.stats.interrupts = self.stats.interrupts.wrapping_add(1);
+        if let Err(error) = self.platform.interrupt() {
+            self.host_failure("raise an interrupt", error);
+        }
+    }
+
+    /// The driver broke the rules: nothing moves until it resets the device (section 2.1.2).
+    fn need_reset(&mut self) {
+        self.status |= status::NEEDS_RESET;
+        self.stats.failures = self.stats.failures.wrapping_add(1);
+        if self.has(status::DRIVER_OK) {
+            self.interrupt(register::INTERRUPT_CONFIG);
+        }
+    }
+
+    fn host_failure(&mut self, action: &'static str, source: io::Error) {
+        self.status |= status::NEEDS_RESET;
+        self.platform.fail(DeviceError::Host { action, source });
+    }
+
+    // Registers (section 4.2.2).
+
+    fn read_register(&self, offset: u64) -> u32 {
+        match offset {
+            register::MAGIC => register::MAGIC_VALUE,
+            register::VERSION => 2,
+            register::DEVICE_ID => self.info.id,
+            register::VENDOR_ID => register::VENDOR_ID_VALUE,
+            register::DEVICE_FEATURES => half(self.offered_features(), self.device_features_select),
+            register::QUEUE_SIZE_MAX => self
+                .selected()
+                .map_or(0, |index| self.queues[index].max_size().into()),
+            register::QUEUE_READY => self
+                .selected()
+                .map_or(0, |index| self.queues[index].ready().into()),
+            register::INTERRUPT_STATUS => self.interrupt_status,
+            register::STATUS => self.status,
+            register::CONFIG_GENERATION => self.config_generation,
+            // There is no shared memory: its length and place are all ones.
+            register::SHARED_MEMORY_LENGTH_LOW..=register::SHARED_MEMORY_BASE_HIGH => u32::MAX,
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) {
+        match offset {
+            register::DEVICE_FEATURES_SELECT => self.device_features_select = value,
+            register::DRIVER_FEATURES_SELECT => self.driver_features_select = value,
+            register::DRIVER_FEATURES => self.set_driver_features(value),
+            register::QUEUE_SELECT => self.queue_select = value,
+            register::QUEUE_READY => self.set_queue_ready(value),
+            register::QUEUE_NOTIFY => self.on_notify(value),
+            register::INTERRUPT_ACKNOWLEDGE => self.interrupt_status &= !value,
+            register::STATUS => self.set_status(value),
+            _ => self.write_queue_register(offset, value),
+        }
+    }
+
+    fn set_driver_features(&mut self, value: u32) {
+        if self.status & !status::NEEDS_RESET != status::HAS_DRIVER {
+            return;
+        }
+        match self.driver_features_select {
+            0 => set_half(&mut self.driver_features, Half::Low, value),
+            1 => set_half(&mut self.driver_features, Half::High, value),
+            _ => {}
+        }
+    }
+
+    fn write_queue_register(&mut self, offset: u64, value: u32) {
+        let Some(setup) = self.setup() else { return };
+        match offset {
+            register::QUEUE_SIZE => setup.size = value,
+            register::QUEUE_DESCRIPTORS_LOW => set_half(&mut setup.descriptors, Half::Low, value),
+            register::QUEUE_DESCRIPTORS_HIGH => set_half(&mut setup.descriptors, Half::High, value),
+            register::QUEUE_AVAILABLE_LOW => set_half(&mut setup.available, Half::Low, value),
+            register::QUEUE_AVAILABLE_HIGH => set_half(&mut setup.available, Half::High, value),
+            register::QUEUE_USED_LOW => set_half(&mut setup.used, Half::Low, value),
+            register::QUEUE_USED_HIGH => set_half(&mut setup.used, Half::High, value),
+            _ => {}
+        }
+    }
+
+    fn on_notify(&mut self, value: u32) {
+        if let Ok(index) = usize::try_from(value) {
+            self.on_kick(index);
+        }
+    }
+
+    fn on_kick(&mut self, index: usize) {
+        self.stats.kicks = self.stats.kicks.wrapping_add(1);
+        self.process(index);
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config = self.device.config();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let bytes = config.get(start..).unwrap_or_default();
+        let length = bytes.len().min(data.len());
+        data[..length].copy_from_slice(&bytes[..length]);
+    }
+}
+
+/// Gives a queue the addresses its driver wrote. Returns whether they are usable.
+fn configure(queue: &mut Queue, setup: QueueSetup, memory: &GuestMemoryMmap) -> bool {
+    let size = u16::try_from(setup.size).unwrap_or(0);
+    let set = queue
+        .try_set_size(size)
+        .and_then(|()| queue.try_set_desc_table_address(GuestAddress(setup.descriptors)))
+        .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(setup.available)))
+        .and_then(|()| queue.try_set_used_ring_address(GuestAddress(setup.used)));
+    queue.set_ready(true);
+    let usable = set.is_ok() && queue.is_valid(memory);
+    queue.set_ready(usable);
+    usable
+}
+
+#[derive(Clone, Copy)]
+enum Half {
+    Low,
+    High,
+}
+
+fn set_half(target: &mut u64, half: Half, value: u32) {
+    *target = match half {
+        Half::Low => *target & !0xffff_ffff | u64::from(value),
+        Half::High => *target & 0xffff_ffff | u64::from(value) << 32,
+    };
+}
+
+fn half(value: u64, select: u32) -> u32 {
+    let shifted = match select {
+        0 => value,
+        1 => value >> 32,
+        _ => 0,
+    };
+    u32::try_from(shifted & 0xffff_ffff).expect("masked")
+}
+
+impl BusDevice for MmioTransport {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(register::CONFIG) {
+            self.read_config(offset, data);
+        } else if data.len() == 4 {
+            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        // No device here has a configuration that drivers may write.
+        if offset < register::CONFIG
+            && let Ok(value) = data.try_into()
+        {
+            self.write_register(offset, u32::from_le_bytes(value));
+        }
+    }
+}
+
+impl Source for Mutex<MmioTransport> {
+    fn on_ready(&self, token: u32, _readiness: Readiness) {
+        let mut transport = self.lock().expect("no device panics");
+        match token.checked_sub(KICK_TOKEN) {
+            None => transport.on_device_ready(token),
+            Some(queue) => {
+                let index = usize::try_from(queue).expect("u32 fits");
+                // A kick that was taken before, or whose queue is gone, is none.
+                if transport.platform.kick(index, Kick::Take).is_ok() {
+                    transport.on_kick(index);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "mmio_tests.rs"]
+mod tests;
