@@ -1,1 +1,516 @@
+//! The transport in front of a device that echoes, behind a driver that may lie.
 
+use std::sync::{Arc, Mutex};
+
+use virtio_queue::QueueOwnedT;
+
+use super::*;
+use crate::virtio::registers::QUEUE_NOTIFY;
+
+const DESCRIPTORS: u64 = 0x1000;
+const AVAILABLE: u64 = 0x2000;
+const USED: u64 = 0x3000;
+const QUEUE_SIZE: u16 = 8;
+
+/// What happened around the transport.
+#[derive(Debug, Default, PartialEq)]
+struct World {
+    interrupts: u32,
+    watched_queues: usize,
+    postponed: u32,
+    watched: Vec<Interest>,
+    failures: Vec<String>,
+}
+
+#[derive(Clone, Default)]
+struct TestPlatform(Arc<Mutex<World>>);
+
+impl Platform for TestPlatform {
+    fn interrupt(&self) -> io::Result<()> {
+        self.0.lock().unwrap().interrupts += 1;
+        Ok(())
+    }
+
+    fn watch_kicks(&mut self, queues: usize) -> io::Result<()> {
+        self.0.lock().unwrap().watched_queues = queues;
+        Ok(())
+    }
+
+    fn unwatch_kicks(&mut self) -> io::Result<()> {
+        self.watch_kicks(0)
+    }
+
+    fn kick(&self, _queue: usize, kick: Kick) -> io::Result<()> {
+        assert_eq!(kick, Kick::Make);
+        self.0.lock().unwrap().postponed += 1;
+        Ok(())
+    }
+
+    fn watch(&mut self, old: &[Interest], new: &[Interest]) -> io::Result<()> {
+        let mut world = self.0.lock().unwrap();
+        assert_eq!(world.watched, old);
+        world.watched = new.to_vec();
+        Ok(())
+    }
+
+    fn fail(&self, error: DeviceError) {
+        self.0.lock().unwrap().failures.push(error.to_string());
+    }
+}
+
+/// Gives every buffer back with as many bytes as it has taken buffers. What it is to do next is
+/// in the first byte of guest memory.
+struct Echo {
+    taken: u32,
+    active: bool,
+}
+
+const ORDER: GuestAddress = GuestAddress(0);
+const BEHAVE: u8 = 0;
+const FAIL_ON_HOST: u8 = 1;
+/// Take no buffers.
+const DECLINE: u8 = 2;
+/// Add another buffer for each that was taken, as a driver on another processor would.
+const NEVER_ENDING: u8 = 3;
+
+impl VirtioDevice for Echo {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            id: 42,
+            features: 1 << 5,
+            queue_sizes: vec![QUEUE_SIZE, 16],
+        }
+    }
+
+    fn config(&self) -> Vec<u8> {
+        vec![1, 2, 3, 4, 5]
+    }
+
+    fn activate(&mut self, _features: u64) -> Result<(), DeviceError> {
+        self.active = true;
+        Ok(())
+    }
+
+    fn process(
+        &mut self,
+        index: usize,
+        queues: &mut [Queue],
+        mem: &GuestMemoryMmap,
+    ) -> Result<Signal, DeviceError> {
+        assert!(self.active);
+        let order: u8 = mem.read_obj(ORDER).unwrap();
+        let source = io::ErrorKind::BrokenPipe.into();
+        match order {
+            FAIL_ON_HOST => {
+                let action = "break";
+                return Err(DeviceError::Host { action, source });
+            }
+            DECLINE => return Ok(Signal::NONE),
+            _ => {}
+        }
+        let guest = |source| DeviceError::Guest { index, source };
+        let queue = &mut queues[index];
+        let chains: Vec<_> = queue.iter(mem).map_err(guest)?.collect();
+        for chain in &chains {
+            self.taken += 1;
+            queue
+                .add_used(mem, chain.head_index(), self.taken)
+                .map_err(guest)?;
+            if order == NEVER_ENDING {
+                let next: u16 = mem.read_obj(GuestAddress(AVAILABLE + 2)).unwrap();
+                mem.write_obj(next.wrapping_add(1), GuestAddress(AVAILABLE + 2))
+                    .unwrap();
+            }
+        }
+        if chains.is_empty() {
+            return Ok(Signal::NONE);
+        }
+        Ok(Signal::queue(index))
+    }
+
+    fn interests(&self) -> Vec<Interest> {
+        vec![Interest {
+            token: 7,
+            fd: 99,
+            readable: true,
+            writable: false,
+        }]
+    }
+
+    fn reset(&mut self) {
+        self.active = false;
+    }
+}
+
+/// A driver, and what is behind its device.
+struct Driver {
+    transport: MmioTransport,
+    platform: TestPlatform,
+    memory: GuestMemoryMmap,
+    available: u16,
+}
+
+const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+
+impl Driver {
+    fn new() -> Self {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let platform = TestPlatform::default();
+        let device = Box::new(Echo {
+            taken: 0,
+            active: false,
+        });
+        let boxed = Box::new(platform.clone());
+        let transport = MmioTransport::new("echo".into(), device, memory.clone(), boxed).unwrap();
+        Self {
+            transport,
+            platform,
+            memory,
+            available: 0,
+        }
+    }
+
+    /// A driver whose device is in use.
+    fn active(features: u64) -> Self {
+        let mut driver = Self::new();
+        driver.negotiate(features);
+        driver.set_up_queue(QUEUE_SIZE.into(), DESCRIPTORS);
+        driver.write(register::STATUS, 15);
+        assert_eq!(driver.read(register::STATUS), 15);
+        driver
+    }
+
+    fn read(&mut self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.transport.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(&mut self, offset: u64, value: u32) {
+        self.transport.write(offset, &value.to_le_bytes());
+    }
+
+    fn negotiate(&mut self, features: u64) {
+        self.write(register::STATUS, 1);
+        self.write(register::STATUS, 3);
+        for select in [0, 1] {
+            self.write(register::DRIVER_FEATURES_SELECT, select);
+            self.write(register::DRIVER_FEATURES, half(features, select));
+        }
+        self.write(register::STATUS, 11);
+    }
+
+    fn set_up_queue(&mut self, size: u32, descriptors: u64) {
+        self.write(register::QUEUE_SELECT, 0);
+        self.write(register::QUEUE_SIZE, size);
+        for (low, address) in [
+            (register::QUEUE_DESCRIPTORS_LOW, descriptors),
+            (register::QUEUE_AVAILABLE_LOW, AVAILABLE),
+            (register::QUEUE_USED_LOW, USED),
+        ] {
+            self.write(low, half(address, 0));
+            self.write(low + 4, half(address, 1));
+        }
+        self.write(register::QUEUE_READY, 1);
+    }
+
+    /// Makes descriptor 0 available once more.
+    fn add_buffer(&mut self) {
+        self.available = self.available.wrapping_add(1);
+        self.memory
+            .write_obj(self.available, GuestAddress(AVAILABLE + 2))
+            .unwrap();
+    }
+
+    fn kick(&mut self) {
+        self.write(QUEUE_NOTIFY, 0);
+    }
+
+    fn order(&self, order: u8) {
+        self.memory.write_obj(order, ORDER).unwrap();
+    }
+
+    fn used(&self) -> u16 {
+        self.memory.read_obj(GuestAddress(USED + 2)).unwrap()
+    }
+
+    fn set_used_event(&self, value: u16) {
+        let at = AVAILABLE + 4 + 2 * u64::from(QUEUE_SIZE);
+        self.memory.write_obj(value, GuestAddress(at)).unwrap();
+    }
+
+    fn available_event(&self) -> u16 {
+        let at = USED + 4 + 8 * u64::from(QUEUE_SIZE);
+        self.memory.read_obj(GuestAddress(at)).unwrap()
+    }
+
+    fn interrupts(&self) -> u32 {
+        self.platform.0.lock().unwrap().interrupts
+    }
+
+    fn needs_reset(&mut self) -> bool {
+        self.read(register::STATUS) & status::NEEDS_RESET != 0
+    }
+}
+
+#[test]
+fn a_device_is_recognised_and_offers_its_features() {
+    let mut driver = Driver::new();
+    for (offset, want) in [
+        (register::MAGIC, 0x7472_6976),
+        (register::VERSION, 2),
+        (register::DEVICE_ID, 42),
+        (register::QUEUE_SIZE_MAX, 8),
+        (register::SHARED_MEMORY_LENGTH_LOW, u32::MAX),
+        (register::STATUS, 0),
+        (0x7c, 0),
+    ] {
+        assert_eq!(driver.read(offset), want, "{offset:#x}");
+    }
+    driver.write(register::QUEUE_SELECT, 2);
+    assert_eq!(driver.read(register::QUEUE_SIZE_MAX), 0);
+    for (select, want) in [(0, 1 << 5 | 1 << 28 | 1 << 29), (1, 1), (2, 0)] {
+        driver.write(register::DEVICE_FEATURES_SELECT, select);
+        assert_eq!(driver.read(register::DEVICE_FEATURES), want);
+    }
+    let mut config = [9; 3];
+    driver
+        .transport
+        .read(register::CONFIG + 3, &mut config[..2]);
+    assert_eq!(config, [4, 5, 9]);
+    let mut beyond = [0; 4];
+    driver.transport.read(register::CONFIG + 5000, &mut beyond);
+    assert_eq!(beyond, [0; 4]);
+}
+
+#[test]
+fn status_goes_forward_step_by_step_and_back_by_reset_alone() {
+    // Writes in order, and the status that is left.
+    for (writes, want) in [
+        (&[1][..], 1),
+        (&[3], 0),
+        (&[1, 3], 3),
+        (&[1, 2], 1),
+        (&[1, 3, 1], 3),
+        (&[1, 3, 7], 3),
+        (&[1, 3, 15], 3),
+        (&[1, 0], 0),
+        (&[1, 0x81], 0x81),
+        (&[1, 0x81, 0x83], 0x81),
+        (&[1, 0x81, 0, 1], 1),
+        (&[1, 3, 0x43], 3),
+        (&[1, 3, 0x103], 3),
+    ] {
+        let mut driver = Driver::new();
+        for value in writes {
+            driver.write(register::STATUS, *value);
+        }
+        assert_eq!(driver.read(register::STATUS), want, "{writes:?}");
+    }
+}
+
+#[test]
+fn features_are_accepted_once_and_only_as_offered() {
+    for (features, want) in [
+        (VERSION_1, 11),
+        (VERSION_1 | 1 << 5 | EVENT_IDX, 11),
+        (1 << 5, 3),
+        (VERSION_1 | 1 << 6, 3),
+        (VERSION_1 | 1 << 63, 3),
+    ] {
+        let mut driver = Driver::new();
+        driver.negotiate(features);
+        assert_eq!(driver.read(register::STATUS), want, "{features:#x}");
+    }
+    let mut driver = Driver::new();
+    driver.negotiate(VERSION_1);
+    driver.write(register::DRIVER_FEATURES, u32::MAX);
+    assert_eq!(driver.transport.driver_features, VERSION_1);
+}
+
+#[test]
+fn buffers_go_round_and_the_driver_hears_of_it() {
+    let mut driver = Driver::active(VERSION_1);
+    assert_eq!(driver.platform.0.lock().unwrap().watched_queues, 2);
+    driver.add_buffer();
+    driver.add_buffer();
+    driver.kick();
+    assert_eq!((driver.used(), driver.interrupts()), (2, 1));
+    assert_eq!(driver.read(register::INTERRUPT_STATUS), 1);
+    driver.write(register::INTERRUPT_ACKNOWLEDGE, 1);
+    assert_eq!(driver.read(register::INTERRUPT_STATUS), 0);
+    driver.kick();
+    assert_eq!((driver.used(), driver.interrupts()), (2, 1));
+    let stats = driver.transport.stats();
+    assert_eq!((stats.kicks, stats.interrupts, stats.failures), (2, 1, 0));
+}
+
+#[test]
+fn buffers_that_were_there_before_activation_are_served() {
+    let mut driver = Driver::new();
+    driver.negotiate(VERSION_1);
+    driver.set_up_queue(8, DESCRIPTORS);
+    driver.add_buffer();
+    driver.kick();
+    assert_eq!(driver.used(), 0);
+    driver.write(register::STATUS, 15);
+    assert_eq!(driver.used(), 1);
+}
+
+#[test]
+fn a_driver_that_wants_no_interrupt_gets_none() {
+    let mut driver = Driver::active(VERSION_1);
+    driver
+        .memory
+        .write_obj(1_u16, GuestAddress(AVAILABLE))
+        .unwrap();
+    driver.add_buffer();
+    driver.kick();
+    assert_eq!((driver.used(), driver.interrupts()), (1, 0));
+
+    let mut driver = Driver::active(VERSION_1 | EVENT_IDX);
+    driver.set_used_event(1); // After the second buffer.
+    driver.add_buffer();
+    driver.kick();
+    assert_eq!((driver.used(), driver.interrupts()), (1, 0));
+    driver.add_buffer();
+    driver.kick();
+    assert_eq!((driver.used(), driver.interrupts()), (2, 1));
+}
+
+#[test]
+fn the_next_kick_is_asked_for_after_each_round() {
+    let mut driver = Driver::active(VERSION_1 | EVENT_IDX);
+    for count in 1..20 {
+        driver.add_buffer();
+        driver.kick();
+        assert_eq!(driver.available_event(), count);
+    }
+}
+
+#[test]
+fn a_device_that_leaves_buffers_alone_is_not_asked_for_ever() {
+    let mut driver = Driver::active(VERSION_1 | EVENT_IDX);
+    driver.order(DECLINE);
+    driver.add_buffer();
+    driver.kick();
+    assert_eq!(driver.used(), 0);
+    assert_eq!(driver.platform.0.lock().unwrap().postponed, 0);
+    driver.order(BEHAVE);
+    driver.kick();
+    assert_eq!(driver.used(), 1);
+}
+
+#[test]
+fn a_driver_that_adds_without_end_does_not_starve_others() {
+    let mut driver = Driver::active(VERSION_1);
+    driver.order(NEVER_ENDING);
+    driver.add_buffer();
+    driver.kick();
+    assert!(driver.used() < 20 * QUEUE_SIZE);
+    assert_eq!(driver.platform.0.lock().unwrap().postponed, 1);
+}
+
+#[test]
+fn an_impossible_queue_is_refused() {
+    for (size, descriptors) in [
+        (0, DESCRIPTORS),
+        (3, DESCRIPTORS),
+        (16, DESCRIPTORS),
+        (1 << 16 | 8, DESCRIPTORS),
+        (8, DESCRIPTORS + 8),
+        (8, 0xfff0),
+        (8, 0x10000),
+        (8, u64::MAX - 15),
+    ] {
+        let mut driver = Driver::new();
+        driver.negotiate(VERSION_1);
+        driver.set_up_queue(size, descriptors);
+        assert_eq!(driver.read(register::QUEUE_READY), 0);
+        assert!(driver.needs_reset(), "{size} at {descriptors:#x}");
+        driver.write(register::STATUS, 15);
+        driver.add_buffer();
+        driver.kick();
+        assert_eq!(driver.used(), 0);
+    }
+}
+
+#[test]
+fn queue_registers_are_closed_before_features_and_after_activation() {
+    let mut driver = Driver::new();
+    driver.set_up_queue(8, DESCRIPTORS);
+    assert_eq!(driver.read(register::QUEUE_READY), 0);
+
+    let mut driver = Driver::active(VERSION_1);
+    driver.set_up_queue(4, 0x8000);
+    driver.write(register::QUEUE_READY, 0);
+    assert_eq!(driver.read(register::QUEUE_READY), 1);
+    let queue = &driver.transport.queues[0];
+    assert_eq!((queue.size(), queue.desc_table()), (8, DESCRIPTORS));
+}
+
+#[test]
+fn an_index_that_jumps_stops_the_device_until_it_is_reset() {
+    let mut driver = Driver::active(VERSION_1);
+    driver.available = QUEUE_SIZE;
+    driver.add_buffer(); // One more than fit.
+    driver.kick();
+    assert!(driver.needs_reset());
+    assert_eq!(driver.read(register::INTERRUPT_STATUS), 2);
+    assert_eq!(driver.platform.0.lock().unwrap().watched, []);
+    assert_eq!(driver.platform.0.lock().unwrap().failures, [""; 0]);
+    assert_eq!(driver.transport.stats().failures, 1);
+
+    driver.kick();
+    assert_eq!(driver.used(), 0);
+    driver.write(register::STATUS, 0);
+    assert_eq!(driver.read(register::STATUS), 0);
+    assert_eq!(driver.platform.0.lock().unwrap().watched_queues, 0);
+
+    driver.available = 0;
+    driver
+        .memory
+        .write_obj(0_u16, GuestAddress(AVAILABLE + 2))
+        .unwrap();
+    driver.negotiate(VERSION_1);
+    driver.set_up_queue(8, DESCRIPTORS);
+    driver.write(register::STATUS, 15);
+    driver.add_buffer();
+    driver.kick();
+    assert_eq!(driver.used(), 1);
+}
+
+#[test]
+fn a_failure_of_the_host_ends_the_machine() {
+    let mut driver = Driver::active(VERSION_1);
+    driver.order(FAIL_ON_HOST);
+    driver.kick();
+    let world = driver.platform.0.lock().unwrap();
+    assert_eq!(world.failures, ["The device's backend failed: break"]);
+    assert_eq!(world.watched, []);
+}
+
+#[test]
+fn a_descriptor_is_waited_for_while_the_device_is_active() {
+    let mut driver = Driver::new();
+    assert_eq!(driver.platform.0.lock().unwrap().watched, []);
+    driver.transport.on_device_ready(7);
+    driver = Driver::active(VERSION_1);
+    assert_eq!(driver.platform.0.lock().unwrap().watched[0].token, 7);
+    driver.write(register::STATUS, 0);
+    assert_eq!(driver.platform.0.lock().unwrap().watched, []);
+}
+
+#[test]
+fn accesses_of_another_width_do_nothing() {
+    let mut driver = Driver::new();
+    driver.transport.write(register::STATUS, &[1]);
+    driver
+        .transport
+        .write(register::STATUS, &[1, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(driver.read(register::STATUS), 0);
+    let mut data = [0; 1];
+    driver.transport.read(register::MAGIC, &mut data);
+    assert_eq!(data, [0]);
+}
