@@ -1,6 +1,32 @@
 //! Confinement of processes on Linux: the OCI runtime verbs and the monitor. Knows nothing of VMs
 //! or hostd.
+//!
+//! A configuration goes one way: [`spec`] (its shape) → `plan` (its meaning; every file open) →
+//! [`create`] (the creator's side) and `init` (the first process), which talk by `handshake`. What
+//! exists is in [`state`], and what can be done with it in [`verbs`].
 
 pub mod cgroup;
+mod copy;
+pub mod create;
+mod devices;
+pub mod error;
+mod handshake;
+mod hooks;
+mod init;
+mod launch;
+pub mod log;
+mod masks;
 pub mod monitor;
+mod mounts;
+mod namespaces;
+mod plan;
+pub mod process;
+mod relay;
+mod root;
+mod rootfs;
 pub mod seccomp;
+pub mod spec;
+pub mod state;
+mod sys;
+mod tty;
+pub mod verbs;

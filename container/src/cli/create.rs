@@ -1,0 +1,110 @@
+//! `create`, `start` and `run`.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use container::create::{self, CreateOptions, Stdio};
+use container::log;
+use container::verbs;
+use container::verbs::run::RunMode;
+
+use super::Global;
+
+/// What `create` and `run` have in common.
+#[derive(Args, Debug)]
+struct Making {
+    /// Directory of the bundle: config.json and, usually, the root file system
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    bundle: PathBuf,
+    /// Unix socket that gets the other side of the terminal
+    #[arg(long, value_name = "SOCKET")]
+    console_socket: Option<PathBuf>,
+    /// File to write the pid of the first process to
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    /// Pass this many descriptors more than the standard streams
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    preserve_fds: u16,
+    /// Keep the caller's session keyring
+    #[arg(long)]
+    no_new_keyring: bool,
+    /// Accepted as runc does; a root that cannot be pivoted from is handled without it
+    #[arg(long)]
+    no_pivot: bool,
+    /// Name of the container
+    id: String,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Create {
+    #[command(flatten)]
+    making: Making,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Run {
+    #[command(flatten)]
+    making: Making,
+    /// Return as soon as the container runs
+    #[arg(short, long)]
+    detach: bool,
+    /// Do not delete the container at its end
+    #[arg(long)]
+    keep: bool,
+    /// Accepted as runc does
+    #[arg(long)]
+    no_subreaper: bool,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Start {
+    /// Name of the container
+    id: String,
+}
+
+impl Making {
+    fn options(self, global: &Global) -> Result<CreateOptions> {
+        Ok(CreateOptions {
+            root: global.root.clone(),
+            id: self.id,
+            bundle: self.bundle,
+            stdio: self
+                .console_socket
+                .map_or(Stdio::Inherit, Stdio::ConsoleSocket),
+            executable: None,
+            descriptors: super::preserved(self.preserve_fds)?,
+            pid_file: self.pid_file,
+            no_new_keyring: self.no_new_keyring,
+        })
+    }
+}
+
+impl Create {
+    pub(super) fn run(self, global: &Global) -> Result<i32> {
+        let created = create::create(self.making.options(global)?)?;
+        created
+            .warnings
+            .iter()
+            .for_each(|warning| log::warn(warning));
+        Ok(0)
+    }
+}
+
+impl Start {
+    pub(super) fn run(self, global: &Global) -> Result<i32> {
+        verbs::start::start(&global.root, &self.id)?;
+        Ok(0)
+    }
+}
+
+impl Run {
+    pub(super) fn run(self, global: &Global) -> Result<i32> {
+        let mode = RunMode {
+            detach: self.detach,
+            keep: self.keep,
+        };
+        let exit = verbs::run::run(self.making.options(global)?, mode)?;
+        Ok(exit.map_or(0, container::process::Exit::status))
+    }
+}

@@ -1,0 +1,120 @@
+//! The command line: one file a verb, and the options that come before it.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use container::log::{Format, Log};
+use container::verbs::run::default_root;
+
+mod create;
+mod delete;
+mod kill;
+mod list;
+mod state;
+
+/// Runs containers as the Open Container Initiative specifies them.
+#[derive(Debug, Parser)]
+#[command(name = "hostd-oci", version, disable_help_subcommand = false)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Global {
+    /// Directory that holds the containers' states
+    #[arg(long, value_name = "DIR", default_value = default_root().as_os_str())]
+    root: PathBuf,
+    /// File to write errors and warnings to, beside standard error
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// Format of that file
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    /// Write details, too
+    #[arg(long)]
+    debug: bool,
+    /// Manage control groups through systemd (refused where it is not supported)
+    #[arg(long)]
+    systemd_cgroup: bool,
+    /// Accepted as runc does; whether rights are missing is found out
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    rootless: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+impl Global {
+    pub(crate) fn log(&self) -> Log {
+        let format = match self.log_format {
+            LogFormat::Text => Format::Text,
+            LogFormat::Json => Format::Json,
+        };
+        Log {
+            file: self.log.clone(),
+            format,
+            debug: self.debug,
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Create a container, to be started later
+    Create(create::Create),
+    /// Start a created container
+    Start(create::Start),
+    /// Create and start a container, and wait for it
+    Run(create::Run),
+    /// Show a container's state as JSON
+    State(state::Show),
+    /// Send a signal to a container
+    Kill(kill::Kill),
+    /// Delete a container
+    Delete(delete::Delete),
+    /// List the containers
+    List(list::List),
+}
+
+/// Carries out the command, and says with which status to exit.
+pub(crate) fn run(arguments: Arguments) -> Result<i32> {
+    let Arguments { global, verb } = arguments;
+    anyhow::ensure!(!global.systemd_cgroup, "--systemd-cgroup is not supported");
+    match verb {
+        Verb::Create(create) => create.run(&global),
+        Verb::Start(start) => start.run(&global),
+        Verb::Run(run) => run.run(&global),
+        Verb::State(show) => show.run(&global),
+        Verb::Kill(kill) => kill.run(&global),
+        Verb::Delete(delete) => delete.run(&global),
+        Verb::List(list) => list.run(&global),
+    }
+}
+
+/// Prints a result: the one thing that standard output is for.
+pub(crate) fn print(text: &str) -> Result<()> {
+    use std::io::Write;
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    Ok(stdout.flush()?)
+}
+
+/// The descriptors that `--preserve-fds` passes on, and those of systemd's socket activation.
+pub(crate) fn preserved(count: u16) -> Result<Vec<std::os::fd::OwnedFd>> {
+    let activated = std::env::var("LISTEN_FDS")
+        .ok()
+        .and_then(|count| count.parse::<u16>().ok());
+    let count = count.saturating_add(activated.unwrap_or(0));
+    let copy = |number: i32| {
+        container::process::copy_inherited(number)
+            .map_err(|error| anyhow::anyhow!("descriptor {number} is not open: {error}"))
+    };
+    (3..3 + i32::from(count)).map(copy).collect()
+}

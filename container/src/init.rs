@@ -1,0 +1,296 @@
+//! The first process of a container, from the fork to the exec: a straight list of small steps.
+//!
+//! It runs with the creator's memory, copied, and all it needs was prepared and opened there. It must
+//! not return into the creator's code: [`run`] ends in exec or in the process's end. An error goes to
+//! whoever waits: the creator until the container is created, `start` afterwards.
+//!
+//! The process is not dumpable until it executes its program, so that nobody in the container can trace
+//! it or follow `/proc/PID/exe` to the host's file of this program (CVE-2019-5736, CVE-2016-9962). What
+//! remains is a container program that is a link to /proc/self/exe; the binary therefore runs from a
+//! read-only copy of its mount (see `sealed` in the binary).
+
+use std::convert::Infallible;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use nix::sys::signal::SigSet;
+use rustix::net::{SocketFlags, accept_with};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior, setsid};
+use rustix::system::{setdomainname, sethostname};
+
+use crate::cgroup::Entry;
+use crate::create::Stdio;
+use crate::handshake::{Channel, Message};
+use crate::launch::{self, Program};
+use crate::mounts::{self, CgroupTrees};
+use crate::plan::namespaces::Kind;
+use crate::plan::{Inherited, Plan};
+use crate::root::Root;
+use crate::tty::{self, Terminal};
+use crate::{devices, hooks, masks, namespaces, rootfs, sys};
+
+/// What connects the first process to the outside.
+#[derive(Debug)]
+pub(crate) struct Wiring {
+    /// To the creator.
+    pub(crate) channel: Channel,
+    /// The way into the cgroup.
+    pub(crate) entry: Entry,
+    /// Where `start` will connect. Without it the creator itself starts the container.
+    pub(crate) listener: Option<OwnedFd>,
+    pub(crate) stdio: Stdio,
+    pub(crate) inherited: Inherited,
+    pub(crate) cgroups: CgroupTrees,
+    /// The name of a session keyring to start; none to keep the caller's.
+    pub(crate) keyring: Option<std::ffi::CString>,
+}
+
+type Error = Box<dyn std::error::Error>;
+
+/// Sets the container up, waits for `start`, and becomes the program. Never returns.
+pub(crate) fn run(plan: &Plan, mut wiring: Wiring) -> ! {
+    let prepared = match prepare(plan, &mut wiring) {
+        Ok(prepared) => prepared,
+        Err(error) => fail(&wiring.channel, &*error),
+    };
+    match await_start(wiring) {
+        Ok((starter, descriptors)) => match launch(plan, prepared, &starter, descriptors) {
+            Ok(never) => match never {},
+            Err(error) => fail(&starter, &*error),
+        },
+        // The creator has died, or the container is deleted: there is nobody to tell.
+        Err(_) => sys::exit_now(1),
+    }
+}
+
+/// What the last steps need.
+struct Prepared {
+    program: Program,
+    env: Vec<std::ffi::CString>,
+    /// The OCI state, for hooks.
+    state: String,
+    has_identity: bool,
+}
+
+fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
+    sys::reset_signal_handlers();
+    SigSet::empty().thread_set_mask()?;
+    step("enter the cgroup", wiring.entry.join())?;
+    let state = wiring.channel.await_proceed()?;
+    step("enter the namespaces", namespaces::enter(&plan.namespaces))?;
+    step(
+        "stop being traceable",
+        set_dumpable_behavior(DumpableBehavior::NotDumpable),
+    )?;
+    step("start a session", setsid())?;
+    if let Some(name) = &wiring.keyring {
+        join_keyring(name)?;
+    }
+    set_names(plan)?;
+
+    let root = step("attach the root file system", rootfs::attach(&plan.rootfs))?;
+    mounts::make(&plan.mounts, &root, &wiring.cgroups)?;
+    let in_user_namespace = plan.namespaces.has(Kind::USER);
+    devices::make(&plan.devices, plan.device_links, in_user_namespace, &root)?;
+    // It need not exist in the image. On a read-only root it stays as it is, and the change fails.
+    let _ = root.make_directory(&plan.process.cwd);
+    run_hooks(plan, &wiring.channel, &state)?;
+    let terminal = open_terminal(plan, &root)?;
+    masks::hide(&plan.masked_paths, &root)?;
+    set_sysctl(plan)?;
+    masks::make_readonly(&plan.readonly_paths, &root)?;
+    if let Some(label) = &plan.process.label {
+        launch::set_label(label)?;
+    }
+    step("make the root file system `/`", rootfs::pivot(&root))?;
+    step("finish the root file system", rootfs::finish(plan, &root))?;
+    drop(root);
+
+    set_streams(terminal, wiring)?;
+    launch::change_directory(&plan.process)?;
+    launch::set_attributes(&plan.process, plan.personality)?;
+    let program = match wiring.inherited.executable.take() {
+        Some(file) => Program::Descriptor(file),
+        None => launch::find_program(&plan.process)?,
+    };
+    let env = launch::environment(&plan.process);
+    // Without no_new_privs a filter needs rights to be installed, and it must come last: then the
+    // identity waits for `start` too.
+    let has_identity = plan.filter.is_none() || plan.process.no_new_privileges;
+    if has_identity {
+        launch::take_on_identity(&plan.process)?;
+    }
+    Ok(Prepared {
+        program,
+        env,
+        state,
+        has_identity,
+    })
+}
+
+/// Tells the creator that all is set up, and waits until someone says that the program may run.
+fn await_start(wiring: Wiring) -> io::Result<(Channel, Vec<OwnedFd>)> {
+    let Wiring {
+        channel,
+        listener,
+        inherited,
+        ..
+    } = wiring;
+    channel.send(&Message::Ready)?;
+    channel.await_proceed()?;
+    let Some(listener) = listener else {
+        return Ok((channel, inherited.descriptors));
+    };
+    drop(channel);
+    loop {
+        let starter = Channel::new(accept_with(&listener, SocketFlags::CLOEXEC)?);
+        // A starter that dies before it has said so has not started anything.
+        if starter.await_proceed().is_ok() {
+            return Ok((starter, inherited.descriptors));
+        }
+    }
+}
+
+fn launch(
+    plan: &Plan,
+    prepared: Prepared,
+    starter: &Channel,
+    descriptors: Vec<OwnedFd>,
+) -> Result<Infallible, Error> {
+    let start_hooks = plan.hooks.start_container().as_deref().unwrap_or_default();
+    hooks::run(start_hooks, "startContainer", &prepared.state)?;
+    starter.send(&Message::Executing)?;
+    if !prepared.has_identity {
+        install_filter(plan, starter)?;
+        launch::take_on_identity(&plan.process)?;
+    }
+    let starter = Channel::new(lift(starter, descriptors.len())?);
+    let program = match prepared.program {
+        Program::Descriptor(file) => Program::Descriptor(lift(file, descriptors.len())?),
+        program @ Program::Path(_) => program,
+    };
+    launch::place_descriptors(descriptors)?;
+    if prepared.has_identity {
+        install_filter(plan, &starter)?;
+    }
+    launch::execute(&program, &plan.process.args, &prepared.env)
+        .or_else(|error| fail(&starter, &error))
+}
+
+fn fail(channel: &Channel, error: &dyn std::error::Error) -> ! {
+    let message = crate::error::chain(error);
+    // If the other side is gone there is nobody to tell.
+    let _ = channel.send(&Message::Failed { message });
+    sys::exit_now(1)
+}
+
+/// A failed step, by what it was to do.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {step}")]
+struct StepError {
+    step: &'static str,
+    source: io::Error,
+}
+
+fn step<T, E: Into<io::Error>>(step: &'static str, result: Result<T, E>) -> Result<T, StepError> {
+    result.map_err(|error| StepError {
+        step,
+        source: error.into(),
+    })
+}
+
+fn join_keyring(name: &std::ffi::CStr) -> Result<(), StepError> {
+    match sys::join_session_keyring(name) {
+        // No keyrings in this kernel, or no quota left for one: then there are no keys to hide either.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EDQUOT)) => Ok(()),
+        result => step("start a session keyring", result),
+    }
+}
+
+fn set_names(plan: &Plan) -> Result<(), StepError> {
+    if let Some(name) = &plan.hostname {
+        step("set the host name", sethostname(name.as_bytes()))?;
+    }
+    if let Some(name) = &plan.domainname {
+        step("set the domain name", setdomainname(name.as_bytes()))?;
+    }
+    Ok(())
+}
+
+/// Has the creator run its hooks, and runs those that belong into the container's namespaces. Both
+/// see the mounts, and the host's tree as `/`.
+fn run_hooks(plan: &Plan, channel: &Channel, state: &str) -> Result<(), Error> {
+    let some = |hooks: &Option<Vec<_>>| hooks.as_ref().is_some_and(|hooks| !hooks.is_empty());
+    if some(plan.hooks.prestart()) || some(plan.hooks.create_runtime()) {
+        channel.send(&Message::Hooks)?;
+        channel.await_proceed()?;
+    }
+    let hooks = plan.hooks.create_container().as_deref().unwrap_or_default();
+    Ok(hooks::run(hooks, "createContainer", state)?)
+}
+
+/// Writes through the host's /proc, which nothing in the container can have replaced
+/// (CVE-2025-52881); the files there act on the namespaces of the writer.
+fn set_sysctl(plan: &Plan) -> Result<(), Error> {
+    for (path, value) in &plan.sysctl {
+        let path = Path::new("/proc/sys").join(path);
+        std::fs::write(&path, value)
+            .map_err(|error| format!("cannot write `{value}` to {}: {error}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn open_terminal(plan: &Plan, root: &Root) -> Result<Option<Terminal>, StepError> {
+    let Some(size) = plan.process.terminal else {
+        return Ok(None);
+    };
+    let terminal = Terminal::open(root, size, plan.process.user.uid);
+    let terminal = step("open a terminal of the container's /dev/pts", terminal)?;
+    step(
+        "bind the terminal on /dev/console",
+        terminal.bind_console(root),
+    )?;
+    Ok(Some(terminal))
+}
+
+fn set_streams(terminal: Option<Terminal>, wiring: &mut Wiring) -> Result<(), Error> {
+    if let Some(Terminal { master, slave }) = terminal {
+        step("take on the terminal", tty::take_on(slave.as_fd()))?;
+        wiring.channel.send(&Message::Console(Some(master)))?;
+        return Ok(());
+    }
+    if let Stdio::Fds {
+        stdin,
+        stdout,
+        stderr,
+    } = &wiring.stdio
+    {
+        let set = || -> io::Result<()> {
+            rustix::stdio::dup2_stdin(stdin)?;
+            rustix::stdio::dup2_stdout(stdout)?;
+            rustix::stdio::dup2_stderr(stderr)?;
+            Ok(())
+        };
+        step("set the standard streams", set())?;
+    }
+    Ok(())
+}
+
+/// A copy of a descriptor with a number that is not in the way of those that will be inherited.
+fn lift(descriptor: impl AsFd, inherited: usize) -> io::Result<OwnedFd> {
+    let first_free = 3 + i32::try_from(inherited).map_err(io::Error::other)?;
+    Ok(rustix::io::fcntl_dupfd_cloexec(descriptor, first_free)?)
+}
+
+/// Installs the filter, and sends its listener on if it has one: whoever starts the container knows
+/// where it belongs.
+fn install_filter(plan: &Plan, starter: &Channel) -> Result<(), Error> {
+    let Some(filter) = &plan.filter else {
+        return Ok(());
+    };
+    if let Some(listener) = filter.install()? {
+        starter.send(&Message::Notify(Some(listener)))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,318 @@
+//! The last steps of a process before it is the container's program: who it is, what it may do, exec.
+//! Shared by the first process and by `exec`.
+
+use std::convert::Infallible;
+use std::ffi::{CStr, CString, OsStr};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::AtFlags;
+use nix::sys::personality::{self, Persona};
+use oci_spec::runtime::LinuxPersonalityDomain;
+use rustix::process::{chdir, getcwd, umask};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, Gid, Uid, clear_ambient_capability_set,
+    configure_capability_in_ambient_set, remove_capability_from_bounding_set, set_capabilities,
+    set_keep_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid,
+};
+
+use crate::plan::capability::{self, Capabilities};
+use crate::plan::process::{Label, ProcessPlan, UserPlan};
+use crate::sys;
+
+/// Where programs are looked for if the environment has no PATH.
+const PATH_DEFAULT: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Why the program could not be executed. Engines tell the kinds apart by these texts.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LaunchError {
+    #[error("executable file `{name}` not found in $PATH")]
+    NotInPath { name: String, source: io::Error },
+    #[error("cannot execute `{name}`")]
+    Execute { name: String, source: io::Error },
+    #[error("cannot change to the working directory `{path}`")]
+    WorkingDirectory { path: String, source: io::Error },
+    #[error("the working directory `{path}` is outside of the container")]
+    Outside { path: String },
+    #[error("cannot {step}")]
+    Step {
+        step: &'static str,
+        source: io::Error,
+    },
+}
+
+/// `PER_LINUX32` of <linux/personality.h>.
+const PER_LINUX32: i32 = 0x0008;
+
+/// Names the step that failed.
+pub(crate) fn step<T, E: Into<io::Error>>(
+    step: &'static str,
+    result: Result<T, E>,
+) -> Result<T, LaunchError> {
+    result.map_err(|error| LaunchError::Step {
+        step,
+        source: error.into(),
+    })
+}
+
+/// What is executed.
+#[derive(Debug)]
+pub(crate) enum Program {
+    Path(CString),
+    Descriptor(OwnedFd),
+}
+
+/// Finds the program that `args[0]` names, as the container sees its file tree.
+pub(crate) fn find_program(process: &ProcessPlan) -> Result<Program, LaunchError> {
+    let name = process.args[0].as_c_str();
+    let text = || name.to_string_lossy().into_owned();
+    if name.to_bytes().contains(&b'/') {
+        check_executable(Path::new(OsStr::from_bytes(name.to_bytes()))).map_err(|source| {
+            LaunchError::Execute {
+                name: text(),
+                source,
+            }
+        })?;
+        return Ok(Program::Path(name.to_owned()));
+    }
+    let path = variable(&process.env, b"PATH").unwrap_or(PATH_DEFAULT.as_bytes());
+    let mut found: io::Error = io::Error::from_raw_os_error(libc::ENOENT);
+    for directory in path.split(|byte| *byte == b':') {
+        let directory = if directory.is_empty() {
+            b"."
+        } else {
+            directory
+        };
+        let path =
+            PathBuf::from(OsStr::from_bytes(directory)).join(OsStr::from_bytes(name.to_bytes()));
+        match check_executable(&path) {
+            Ok(()) => {
+                let path = CString::new(path.into_os_string().into_encoded_bytes());
+                return step("name the program", path.map_err(io::Error::other)).map(Program::Path);
+            }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => found = error,
+            Err(_) => {}
+        }
+    }
+    if found.kind() == io::ErrorKind::PermissionDenied {
+        return Err(LaunchError::Execute {
+            name: text(),
+            source: found,
+        });
+    }
+    Err(LaunchError::NotInPath {
+        name: text(),
+        source: found,
+    })
+}
+
+fn check_executable(path: &Path) -> io::Result<()> {
+    let metadata = std::fs::metadata(path)?;
+    if metadata.is_file() && metadata.mode() & 0o111 != 0 {
+        return Ok(());
+    }
+    Err(io::Error::from_raw_os_error(libc::EACCES))
+}
+
+/// The environment, with HOME as the container's /etc/passwd has it where it is not given.
+pub(crate) fn environment(process: &ProcessPlan) -> Vec<CString> {
+    let mut env = process.env.clone();
+    if variable(&env, b"HOME").is_none() {
+        let home = home_of(process.user.uid).unwrap_or_else(|| "/".to_owned());
+        env.extend(CString::new(format!("HOME={home}")));
+    }
+    env
+}
+
+fn variable<'a>(env: &'a [CString], name: &[u8]) -> Option<&'a [u8]> {
+    // The last one wins, as with the other runtimes.
+    env.iter().rev().find_map(|entry| {
+        entry
+            .to_bytes()
+            .strip_prefix(name)
+            .and_then(|rest| rest.strip_prefix(b"="))
+    })
+}
+
+fn home_of(uid: u32) -> Option<String> {
+    /// A longer file is read to here.
+    const PASSWD_BYTES_MAX: u64 = 1024 * 1024;
+    let file = std::fs::File::open("/etc/passwd").ok()?;
+    let text = io::read_to_string(io::Read::take(file, PASSWD_BYTES_MAX)).ok()?;
+    text.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let found = fields.nth(2)?.parse() == Ok(uid);
+        fields
+            .nth(2)
+            .filter(|home| found && !home.is_empty())
+            .map(str::to_owned)
+    })
+}
+
+/// Changes to the working directory and makes sure that it is inside: a descriptor that leaked could
+/// otherwise be used as one (CVE-2024-21626).
+pub(crate) fn change_directory(process: &ProcessPlan) -> Result<(), LaunchError> {
+    let path = || process.cwd.display().to_string();
+    chdir(&process.cwd).map_err(|error| LaunchError::WorkingDirectory {
+        path: path(),
+        source: error.into(),
+    })?;
+    match getcwd(Vec::new()) {
+        Ok(directory) if directory.to_bytes().starts_with(b"/") => Ok(()),
+        _ => Err(LaunchError::Outside { path: path() }),
+    }
+}
+
+/// Takes on what must be done with all rights: label, scheduling, personality.
+pub(crate) fn set_attributes(
+    process: &ProcessPlan,
+    domain: Option<LinuxPersonalityDomain>,
+) -> Result<(), LaunchError> {
+    if let Some(priority) = process.io_priority {
+        step("set the I/O priority", sys::set_io_priority(priority))?;
+    }
+    if let Some(scheduler) = process.scheduler {
+        step("set the scheduler", sys::set_scheduler(scheduler))?;
+    }
+    if let Some(domain) = domain {
+        let persona = match domain {
+            LinuxPersonalityDomain::PerLinux => Persona::empty(),
+            LinuxPersonalityDomain::PerLinux32 => Persona::from_bits_retain(PER_LINUX32),
+        };
+        step("set the personality", personality::set(persona))?;
+    }
+    Ok(())
+}
+
+/// Sets the label that exec gives. `/proc` must be the host's, or one that was checked.
+pub(crate) fn set_label(label: &Label) -> Result<(), LaunchError> {
+    let written = match label {
+        Label::AppArmor(profile) => {
+            let own = Path::new("/proc/self/attr/apparmor/exec");
+            let path = if own.exists() {
+                own
+            } else {
+                Path::new("/proc/self/attr/exec")
+            };
+            std::fs::write(path, format!("exec {profile}"))
+        }
+        Label::Selinux(label) => std::fs::write("/proc/self/attr/exec", label),
+    };
+    step("set the security label", written)
+}
+
+/// Takes on the user, its groups and its capabilities. Nothing that is given up comes back.
+pub(crate) fn take_on_identity(process: &ProcessPlan) -> Result<(), LaunchError> {
+    drop_bounding(process.capabilities.bounding)?;
+    // The change of user would take away what the configuration grants.
+    step("keep the capabilities", set_keep_capabilities(true))?;
+    set_user(&process.user)?;
+    step(
+        "keep the capabilities no longer",
+        set_keep_capabilities(false),
+    )?;
+    set_capability_sets(&process.capabilities)?;
+    if process.no_new_privileges {
+        step("set no_new_privs", set_no_new_privs(true))?;
+    }
+    Ok(())
+}
+
+fn drop_bounding(keep: CapabilitySet) -> Result<(), LaunchError> {
+    for index in 0..capability::COUNT {
+        let bit = CapabilitySet::from_bits_retain(1 << index);
+        if keep.contains(bit) {
+            continue;
+        }
+        match remove_capability_from_bounding_set(bit) {
+            // An older kernel has fewer.
+            Ok(()) | Err(rustix::io::Errno::INVAL) => {}
+            failed => return step("limit the capabilities", failed),
+        }
+    }
+    Ok(())
+}
+
+fn set_user(user: &UserPlan) -> Result<(), LaunchError> {
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    let groups: Vec<Gid> = user
+        .groups
+        .iter()
+        .map(|group| Gid::from_raw(*group))
+        .collect();
+    match set_thread_groups(&groups) {
+        // In a user namespace of a user without rights, groups can be neither set nor given up.
+        Err(rustix::io::Errno::PERM) if groups.is_empty() => {}
+        result => step("set the groups", result)?,
+    }
+    step("set the group id", set_thread_res_gid(gid, gid, gid))?;
+    step("set the user id", set_thread_res_uid(uid, uid, uid))?;
+    if let Some(mask) = user.umask {
+        umask(rustix::fs::Mode::from_raw_mode(mask & 0o777));
+    } else {
+        umask(rustix::fs::Mode::from_raw_mode(0o022));
+    }
+    Ok(())
+}
+
+fn set_capability_sets(asked: &Capabilities) -> Result<(), LaunchError> {
+    let sets = CapabilitySets {
+        effective: asked.effective,
+        permitted: asked.permitted,
+        inheritable: asked.inheritable,
+    };
+    step("set the capabilities", set_capabilities(None, sets))?;
+    step(
+        "clear the ambient capabilities",
+        clear_ambient_capability_set(),
+    )?;
+    for bit in asked.ambient.iter() {
+        // The kernel takes only what is permitted and inheritable; the others do not give more either.
+        match configure_capability_in_ambient_set(bit, true) {
+            Ok(()) | Err(rustix::io::Errno::PERM) => {}
+            failed => step("set the ambient capabilities", failed)?,
+        }
+    }
+    Ok(())
+}
+
+/// Puts descriptors at 3, 4, …, to be inherited, and marks all others to be closed by exec.
+pub(crate) fn place_descriptors(descriptors: Vec<OwnedFd>) -> io::Result<()> {
+    let count = u32::try_from(descriptors.len()).map_err(io::Error::other)?;
+    let first_free = 3 + count.cast_signed();
+    // First out of the way of the numbers that will be used.
+    let moved: Vec<OwnedFd> = descriptors
+        .iter()
+        .map(|descriptor| rustix::io::fcntl_dupfd_cloexec(descriptor, first_free))
+        .collect::<Result<_, _>>()?;
+    sys::close_on_exec_from(3)?;
+    for (number, descriptor) in (3..first_free).zip(&moved) {
+        sys::place_descriptor(descriptor.as_fd(), number)?;
+    }
+    // Their numbers may have been given to the copies: closing them now would close those.
+    descriptors.into_iter().for_each(std::mem::forget);
+    Ok(())
+}
+
+/// Becomes the program.
+pub(crate) fn execute(
+    program: &Program,
+    args: &[CString],
+    env: &[CString],
+) -> Result<Infallible, LaunchError> {
+    let error = match program {
+        Program::Path(path) => nix::unistd::execve(path, args, env),
+        Program::Descriptor(file) => {
+            let empty: &CStr = c"";
+            nix::unistd::execveat(file, empty, args, env, AtFlags::AT_EMPTY_PATH)
+        }
+    };
+    error.map_err(|error| LaunchError::Execute {
+        name: args[0].to_string_lossy().into_owned(),
+        source: error.into(),
+    })
+}

@@ -1,0 +1,263 @@
+//! Makes the mounts of a container, in the order of the configuration.
+//!
+//! Each is made detached and complete, with all its attributes, and only then attached to a descriptor
+//! of its destination that was found under the container's root: it is never there in a weaker form,
+//! and never outside.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use libc::MS_SLAVE;
+use rustix::fs::{CWD, Mode, PROC_SUPER_MAGIC, fstat, fstatfs, mkdirat, symlinkat};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen,
+};
+
+use crate::copy::copy_contents;
+use crate::plan::mounts::{MountKind, MountPlan, Tree, clone_tree};
+use crate::plan::options::Options;
+use crate::root::Root;
+use crate::rootfs::{attach_at, set_propagation};
+use crate::sys::{MountAttributes, mount_setattr};
+
+/// Files of /proc that may be replaced: they tell about the machine and decide nothing
+/// (the list that runc and lxcfs agree on).
+const PROC_FILES: &[&str] = &[
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/loadavg",
+    "/proc/meminfo",
+    "/proc/net/dev",
+    "/proc/slabinfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/sys/kernel/ns_last_pid",
+    "/proc/sys/crypto/fips_enabled",
+    "/proc/uptime",
+];
+
+/// Why a mount could not be made.
+#[derive(Debug, thiserror::Error)]
+#[error("{field}: cannot mount {what} on `{destination}`{hint}")]
+pub(crate) struct MountError {
+    field: String,
+    what: String,
+    destination: String,
+    /// What the kernel's log of the mount says, if anything.
+    hint: String,
+    source: io::Error,
+}
+
+/// The control groups that a `cgroup` mount shows: directories of the host, detached, by the name they
+/// get. One without a name is a cgroup v2 hierarchy, alone.
+pub(crate) type CgroupTrees = Vec<(String, OwnedFd)>;
+
+pub(crate) fn make(
+    mounts: &[MountPlan],
+    root: &Root,
+    cgroups: &CgroupTrees,
+) -> Result<(), MountError> {
+    for mount in mounts {
+        let mut hint = String::new();
+        make_one(mount, root, cgroups, &mut hint).map_err(|source| MountError {
+            field: mount.field.clone(),
+            what: match &mount.what {
+                MountKind::Bind { .. } => "the source".to_owned(),
+                MountKind::FileSystem { name, .. } => name.clone(),
+                MountKind::Cgroup => "cgroup".to_owned(),
+                MountKind::Remount => "again".to_owned(),
+            },
+            destination: mount.destination.display().to_string(),
+            hint,
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+fn make_one(
+    mount: &MountPlan,
+    root: &Root,
+    cgroups: &CgroupTrees,
+    hint: &mut String,
+) -> io::Result<()> {
+    match &mount.what {
+        MountKind::Bind {
+            source,
+            recursive,
+            directory,
+        } => {
+            let destination = if *directory {
+                root.make_directory(&mount.destination)?
+            } else {
+                root.make_file(&mount.destination)?
+            };
+            let opened;
+            let tree = match source {
+                Tree::Detached(tree) => tree.as_fd(),
+                Tree::Path(path) => {
+                    opened = clone_tree(CWD, path, *recursive)?;
+                    opened.as_fd()
+                }
+            };
+            attach(tree, &mount.options, mount, &destination)
+        }
+        MountKind::FileSystem { name, source } => {
+            let existing = root.find(&mount.destination).ok();
+            let destination = root.make_directory(&mount.destination)?;
+            let tree = new_file_system(name, source, &mount.options, existing.as_ref(), hint)?;
+            if name == "tmpfs" && mount.options.copy_up {
+                copy_contents(destination.as_fd(), tree.as_fd())?;
+            }
+            attach(tree.as_fd(), &mount.options, mount, &destination)
+        }
+        MountKind::Cgroup => make_cgroup(mount, root, cgroups),
+        MountKind::Remount => {
+            let target = root.find(&mount.destination)?;
+            apply(target.as_fd(), &mount.options)
+        }
+    }
+}
+
+fn attach(
+    tree: BorrowedFd<'_>,
+    options: &Options,
+    mount: &MountPlan,
+    destination: &OwnedFd,
+) -> io::Result<()> {
+    check_destination(mount, destination)?;
+    // Unless it is asked for, nothing that is mounted here spreads to the host.
+    let (propagation, recursive) = options.propagation.unwrap_or((MS_SLAVE, true));
+    set_propagation(tree, propagation, recursive)?;
+    apply(tree, options)?;
+    attach_at(tree, destination, Path::new(""))
+}
+
+fn apply(tree: BorrowedFd<'_>, options: &Options) -> io::Result<()> {
+    if !options.attributes.is_empty() {
+        mount_setattr(tree, options.attributes, false, None)?;
+    }
+    if !options.recursive.is_empty() {
+        mount_setattr(tree, options.recursive, true, None)?;
+    }
+    Ok(())
+}
+
+/// A mount over a file of /proc could fool the programs, and this one, that trust what /proc says
+/// (CVE-2019-16884, CVE-2025-52881).
+fn check_destination(mount: &MountPlan, destination: &OwnedFd) -> io::Result<()> {
+    let on_proc = fstatfs(destination)?.f_type == PROC_SUPER_MAGIC;
+    let allowed = PROC_FILES
+        .iter()
+        .any(|file| mount.destination == Path::new(file));
+    if on_proc && !allowed && mount.destination != Path::new("/proc") {
+        return Err(io::Error::other(
+            "only some files of /proc may be mounted over",
+        ));
+    }
+    Ok(())
+}
+
+/// A new file system, detached.
+fn new_file_system(
+    name: &str,
+    source: &str,
+    options: &Options,
+    destination: Option<&OwnedFd>,
+    hint: &mut String,
+) -> io::Result<OwnedFd> {
+    let context = fsopen(name, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    let configure = || -> io::Result<OwnedFd> {
+        fsconfig_set_string(&context, "source", source)?;
+        for (key, value) in &options.data {
+            match value {
+                Some(value) => fsconfig_set_string(&context, key, value)?,
+                None => fsconfig_set_flag(&context, key)?,
+            }
+        }
+        // A tmpfs takes on the mode of the directory that it hides, as with the other runtimes.
+        if let Some(destination) = destination
+            && name == "tmpfs"
+            && !options.data.iter().any(|(key, _)| key == "mode")
+        {
+            let mode = fstat(destination)?.st_mode & 0o7777;
+            fsconfig_set_string(&context, "mode", format!("{mode:o}"))?;
+        }
+        fsconfig_create(&context)?;
+        let attributes = MountAttrFlags::empty();
+        Ok(fsmount(
+            &context,
+            FsMountFlags::FSMOUNT_CLOEXEC,
+            attributes,
+        )?)
+    };
+    configure().inspect_err(|_| *hint = kernel_messages(&context))
+}
+
+/// What the kernel has to say about a mount that failed: lines that begin with their severity.
+fn kernel_messages(context: &OwnedFd) -> String {
+    const MESSAGE_BYTES_MAX: usize = 256;
+    let mut text = [0; MESSAGE_BYTES_MAX];
+    let length = rustix::io::read(context, &mut text).unwrap_or(0);
+    let text = String::from_utf8_lossy(&text[..length]);
+    let text = text.trim().trim_start_matches("e ");
+    if text.is_empty() {
+        String::new()
+    } else {
+        format!(" ({text})")
+    }
+}
+
+/// Shows the container its control groups.
+fn make_cgroup(mount: &MountPlan, root: &Root, cgroups: &CgroupTrees) -> io::Result<()> {
+    let destination = root.make_directory(&mount.destination)?;
+    if let [(name, tree)] = cgroups.as_slice()
+        && name.is_empty()
+    {
+        return attach(tree.as_fd(), &mount.options, mount, &destination);
+    }
+    // One tree per hierarchy, as Linux distributions lay them out.
+    let mut tmpfs = Options {
+        data: vec![("mode".into(), Some("755".into()))],
+        ..Options::default()
+    };
+    let hierarchies = new_file_system("tmpfs", "tmpfs", &tmpfs, None, &mut String::new())?;
+    attach(hierarchies.as_fd(), &tmpfs, mount, &destination)?;
+    for (name, tree) in cgroups {
+        mkdirat(&hierarchies, name, Mode::from_raw_mode(0o755))?;
+        let directory = Root::new(hierarchies.try_clone()?).find(Path::new(name))?;
+        attach(tree.as_fd(), &mount.options, mount, &directory)?;
+        for part in name.split(',').filter(|part| *part != name) {
+            symlinkat(name, &hierarchies, part)?;
+        }
+    }
+    tmpfs.attributes = mount.options.attributes;
+    apply(hierarchies.as_fd(), &tmpfs)
+}
+
+/// Sets attributes of one mount, for the modules that protect paths.
+pub(crate) fn set_attributes(tree: BorrowedFd<'_>, set: u64) -> io::Result<()> {
+    mount_setattr(
+        tree,
+        MountAttributes {
+            set,
+            ..MountAttributes::default()
+        },
+        false,
+        None,
+    )
+}
+
+/// A new, empty tmpfs, detached.
+pub(crate) fn new_tmpfs(data: &[(&str, &str)]) -> io::Result<OwnedFd> {
+    let data = data
+        .iter()
+        .map(|(key, value)| ((*key).to_owned(), Some((*value).to_owned())));
+    let options = Options {
+        data: data.collect(),
+        ..Options::default()
+    };
+    new_file_system("tmpfs", "tmpfs", &options, None, &mut String::new())
+}

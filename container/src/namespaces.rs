@@ -1,0 +1,214 @@
+//! Makes the first process of a container in its namespaces.
+//!
+//! Whatever the namespaces are, the process becomes a direct child of the caller, so that the caller can
+//! wait for it. Where a process must first join a user namespace, or make a time namespace, which only
+//! holds for its children, a helper does so and makes the first process as its *sibling*
+//! (CLONE_PARENT).
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::sched::{CloneFlags, setns, unshare};
+use rustix::process::{WaitId, WaitIdOptions, waitid};
+use rustix::thread::{Gid, Uid, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+
+use crate::handshake::{Channel, Message};
+use crate::plan::namespaces::{Kind, NamespacePlan};
+use crate::process::Process;
+use crate::sys::{self, Cloned};
+
+/// Which side of a [`fork`] this is.
+#[derive(Debug)]
+pub(crate) enum Forked {
+    Parent(Process),
+    /// The first process. It is in all namespaces but those that [`enter`] joins or makes, and must not
+    /// do anything before it was told to go on.
+    Child,
+}
+
+/// Forks the first process. `ours` and `theirs` are the ends of the channel between the two; `cgroup`
+/// is a cgroup of v2 that it shall start in.
+///
+/// The caller must have a single thread.
+pub(crate) fn fork(
+    plan: &NamespacePlan,
+    cgroup: Option<BorrowedFd<'_>>,
+    ours: &Channel,
+    theirs: &Channel,
+) -> io::Result<Forked> {
+    if needs_helper(plan) {
+        return fork_by_helper(plan, cgroup, ours, theirs);
+    }
+    // A pid namespace is joined by the parent, for its next children, and left again.
+    let own_pid_namespace = match plan.joined(Kind::PID) {
+        Some(namespace) => {
+            let own = std::fs::File::open("/proc/self/ns/pid")?;
+            setns(namespace, CloneFlags::CLONE_NEWPID)?;
+            Some(own)
+        }
+        None => None,
+    };
+    let cloned = sys::clone3(made_by_clone(plan), cgroup);
+    if let (Some(own), false) = (own_pid_namespace, matches!(cloned, Ok(Cloned::Child))) {
+        setns(own, CloneFlags::CLONE_NEWPID)?;
+    }
+    match cloned? {
+        Cloned::Child => Ok(Forked::Child),
+        Cloned::Parent { pid, pidfd } => {
+            let process = Process::from_child(pid, pidfd)?;
+            write_maps(plan, pid)?;
+            Ok(Forked::Parent(process))
+        }
+    }
+}
+
+/// The child's part: joins and makes what its parent could not.
+pub(crate) fn enter(plan: &NamespacePlan) -> io::Result<()> {
+    if !needs_helper(plan) {
+        if plan.makes(Kind::USER) {
+            become_root()?;
+        }
+        join(plan, |kind| kind != Kind::PID)?;
+    }
+    // Now that the process is in its cgroup, which becomes the root of what it sees.
+    if plan.makes(Kind::CGROUP) {
+        unshare(CloneFlags::CLONE_NEWCGROUP)?;
+    }
+    Ok(())
+}
+
+/// In a user namespace, the ids are the overflow ids until the mapped root is taken on.
+pub(crate) fn become_root() -> io::Result<()> {
+    let (uid, gid) = (Uid::from_raw(0), Gid::from_raw(0));
+    // Not allowed where the mapping was written by a user without rights; the groups stay then.
+    let _ = set_thread_groups(&[]);
+    set_thread_res_gid(gid, gid, gid)?;
+    set_thread_res_uid(uid, uid, uid)?;
+    Ok(())
+}
+
+fn needs_helper(plan: &NamespacePlan) -> bool {
+    plan.joined(Kind::USER).is_some() || plan.makes(Kind::TIME)
+}
+
+/// What clone3 makes. A cgroup namespace is made later: its root is the cgroup at that time.
+fn made_by_clone(plan: &NamespacePlan) -> u64 {
+    plan.new & !Kind::CGROUP.0
+}
+
+fn fork_by_helper(
+    plan: &NamespacePlan,
+    cgroup: Option<BorrowedFd<'_>>,
+    ours: &Channel,
+    theirs: &Channel,
+) -> io::Result<Forked> {
+    match sys::clone3(plan.new & Kind::USER.0, None)? {
+        Cloned::Child => {
+            let made = help(plan, cgroup, theirs);
+            match made {
+                Ok(Cloned::Child) => Ok(Forked::Child),
+                Ok(Cloned::Parent { pid, pidfd }) => {
+                    let message = Message::Forked {
+                        pid,
+                        pidfd: Some(pidfd),
+                    };
+                    let sent = theirs.send(&message);
+                    sys::exit_now(i32::from(sent.is_err()));
+                }
+                Err(error) => {
+                    let message = format!("cannot enter the namespaces: {error}");
+                    // There is nobody else to tell.
+                    let _ = theirs.send(&Message::Failed { message });
+                    sys::exit_now(1);
+                }
+            }
+        }
+        Cloned::Parent { pid, pidfd } => {
+            let made = write_maps(plan, pid)
+                .and_then(|()| {
+                    ours.send(&Message::Proceed {
+                        state: String::new(),
+                    })
+                })
+                .and_then(|()| await_sibling(ours, &pidfd));
+            if made.is_err() {
+                // It may have ended already.
+                let _ = sys::pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
+            }
+            waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED)?;
+            made.map(Forked::Parent)
+        }
+    }
+}
+
+fn await_sibling(ours: &Channel, helper: &OwnedFd) -> io::Result<Process> {
+    // The parent holds a copy of the peer's end, so the end of the stream would not be seen; a helper
+    // that dies without a word makes its descriptor readable.
+    let mut fds = [
+        rustix::event::PollFd::new(ours, rustix::event::PollFlags::IN),
+        rustix::event::PollFd::new(helper, rustix::event::PollFlags::IN),
+    ];
+    rustix::event::poll(&mut fds, None)?;
+    if fds[0].revents().is_empty() {
+        return Err(io::Error::other(
+            "the helper that makes the namespaces died",
+        ));
+    }
+    match ours.receive()? {
+        Some(Message::Forked {
+            pid,
+            pidfd: Some(pidfd),
+        }) => Process::from_child(pid, pidfd),
+        Some(Message::Failed { message }) => Err(io::Error::other(message)),
+        _ => Err(io::Error::other(
+            "the helper that makes the namespaces made none",
+        )),
+    }
+}
+
+fn help(
+    plan: &NamespacePlan,
+    cgroup: Option<BorrowedFd<'_>>,
+    theirs: &Channel,
+) -> io::Result<Cloned> {
+    theirs.await_proceed()?;
+    if plan.makes(Kind::USER) {
+        become_root()?;
+    }
+    if plan.makes(Kind::TIME) {
+        unshare(CloneFlags::from_bits_retain(libc::CLONE_NEWTIME))?;
+        // Before a mount namespace is joined: this /proc is the host's.
+        if !plan.time_offsets.is_empty() {
+            std::fs::write("/proc/self/timens_offsets", &plan.time_offsets)?;
+        }
+    }
+    join(plan, |_| true)?;
+    if plan.joined(Kind::USER).is_some() {
+        become_root()?;
+    }
+    let rest = made_by_clone(plan) & !(Kind::USER.0 | Kind::TIME.0);
+    sys::clone3(rest | sys::CLONE_PARENT, cgroup)
+}
+
+fn join(plan: &NamespacePlan, which: impl Fn(Kind) -> bool) -> io::Result<()> {
+    for (kind, file) in plan.joined.iter().filter(|(kind, _)| which(*kind)) {
+        let flag = i32::try_from(kind.0).map_err(io::Error::other)?;
+        setns(file, CloneFlags::from_bits_retain(flag))
+            .map_err(|error| io::Error::other(format!("{}: {error}", kind.file_name())))?;
+    }
+    Ok(())
+}
+
+/// Writes the mappings of a new user namespace from outside, where the rights are.
+fn write_maps(plan: &NamespacePlan, pid: i32) -> io::Result<()> {
+    if !plan.makes(Kind::USER) {
+        return Ok(());
+    }
+    let write = |file: &str, text: &str| std::fs::write(format!("/proc/{pid}/{file}"), text);
+    if !rustix::process::geteuid().is_root() {
+        // The kernel's condition for a mapping written by a user without rights (user_namespaces(7)).
+        write("setgroups", "deny")?;
+    }
+    write("gid_map", &plan.gid_map)?;
+    write("uid_map", &plan.uid_map)
+}

@@ -1,0 +1,427 @@
+//! From what was asked to what will be done: every value checked, every file opened, before anything is
+//! made. Making a [`Plan`] changes nothing on the host.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Hooks, Linux, LinuxPersonalityDomain, LinuxResources, Spec};
+use rustix::thread::CapabilitySet;
+
+use crate::seccomp::{self, Filter};
+use crate::spec::Config;
+
+pub(crate) mod capability;
+pub(crate) mod devices;
+pub(crate) mod mounts;
+pub(crate) mod namespaces;
+pub(crate) mod options;
+pub(crate) mod process;
+
+use devices::DevicePlan;
+use mounts::{MountPlan, Tree};
+use namespaces::{Kind, NamespacePlan};
+use process::ProcessPlan;
+
+/// What will be done.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    /// Absolute path of the root file system on the host, for the record.
+    pub(crate) rootfs_path: PathBuf,
+    pub(crate) rootfs: Tree,
+    pub(crate) readonly_root: bool,
+    /// `MS_` bit, and whether it holds for all mounts below.
+    pub(crate) root_propagation: Option<(u64, bool)>,
+    pub(crate) namespaces: NamespacePlan,
+    pub(crate) mounts: Vec<MountPlan>,
+    pub(crate) devices: Vec<DevicePlan>,
+    /// Whether /dev gets the links that every container has (fd, stdin, ptmx, …).
+    pub(crate) device_links: bool,
+    pub(crate) masked_paths: Vec<PathBuf>,
+    pub(crate) readonly_paths: Vec<PathBuf>,
+    /// Path below /proc/sys, and value.
+    pub(crate) sysctl: Vec<(PathBuf, String)>,
+    pub(crate) hostname: Option<String>,
+    pub(crate) domainname: Option<String>,
+    pub(crate) process: ProcessPlan,
+    pub(crate) personality: Option<LinuxPersonalityDomain>,
+    pub(crate) filter: Option<Filter>,
+    pub(crate) hooks: Hooks,
+    /// The same in every hierarchy; absolute.
+    pub(crate) cgroup: String,
+    pub(crate) resources: Option<LinuxResources>,
+}
+
+/// What a plan is made for, beside the configuration.
+#[derive(Debug)]
+pub(crate) struct Setting<'a> {
+    pub(crate) id: &'a str,
+    /// Absolute.
+    pub(crate) bundle: &'a Path,
+    /// The program comes as a descriptor: the root may be empty, and gets no device that was not
+    /// asked for.
+    pub(crate) bare: bool,
+}
+
+/// Why a configuration cannot be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    #[error("config.json: {field}: {reason}")]
+    Invalid { field: String, reason: String },
+    #[error("config.json: {field}: cannot open {}", path.display())]
+    Open {
+        field: String,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error("config.json: linux.seccomp")]
+    Seccomp(#[from] seccomp::SeccompError),
+}
+
+impl PlanError {
+    pub(crate) fn invalid(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Invalid {
+            field: field.into(),
+            reason: reason.into(),
+        }
+    }
+}
+
+impl Plan {
+    /// # Errors
+    /// The field that is wrong, and why.
+    pub(crate) fn new(config: &Config, setting: &Setting<'_>) -> Result<Self, PlanError> {
+        let spec = &config.spec;
+        check_version(spec.version())?;
+        let empty = Linux::default_empty();
+        let linux = spec.linux().as_ref().unwrap_or(&empty);
+        refuse_unsupported(spec, linux)?;
+
+        let needed = |field: &str| PlanError::invalid(field, "it is needed");
+        let root = spec.root().as_ref().ok_or_else(|| needed("root"))?;
+        let process = spec.process().as_ref().ok_or_else(|| needed("process"))?;
+        let namespaces = NamespacePlan::new(linux)?;
+        let own = capability::available();
+        // In a user namespace of its own a container may have what its creator lacks.
+        let available = if namespaces.has(Kind::USER) {
+            CapabilitySet::from_bits_retain(u64::MAX)
+        } else {
+            own
+        };
+        let privileged = own.contains(CapabilitySet::SYS_ADMIN);
+        let (rootfs_path, rootfs) = mounts::open_rootfs(root, setting.bundle, privileged)?;
+        let mounts = spec.mounts().iter().flatten().enumerate();
+        let mounts = mounts
+            .map(|(index, mount)| MountPlan::new(index, mount, setting.bundle, privileged))
+            .collect::<Result<Vec<_>, _>>()?;
+        let device_defaults = has_device_defaults(&mounts, setting.bare);
+        Ok(Self {
+            rootfs_path,
+            rootfs,
+            readonly_root: root.readonly().unwrap_or(false),
+            root_propagation: root_propagation(linux)?,
+            devices: devices::plan(
+                linux.devices().as_deref().unwrap_or_default(),
+                device_defaults,
+            )?,
+            device_links: device_defaults,
+            masked_paths: paths("linux.maskedPaths", linux.masked_paths())?,
+            readonly_paths: paths("linux.readonlyPaths", linux.readonly_paths())?,
+            sysctl: sysctl(linux.sysctl().as_ref(), &namespaces)?,
+            hostname: host_name("hostname", spec.hostname(), &namespaces)?,
+            domainname: host_name("domainname", spec.domainname(), &namespaces)?,
+            process: ProcessPlan::new(process, available)?,
+            personality: personality(linux)?,
+            filter: linux.seccomp().as_ref().map(seccomp::compile).transpose()?,
+            hooks: hooks(spec)?,
+            cgroup: cgroup_path(linux, setting.id)?,
+            resources: linux.resources().clone(),
+            namespaces,
+            mounts,
+        })
+    }
+}
+
+/// A `Linux` section without any of the defaults that oci-spec's `Default` has.
+trait DefaultEmpty {
+    fn default_empty() -> Self;
+}
+
+impl DefaultEmpty for Linux {
+    fn default_empty() -> Self {
+        serde_json::from_str("{}").expect("every field is optional")
+    }
+}
+
+fn check_version(version: &str) -> Result<(), PlanError> {
+    if version.starts_with("1.") {
+        return Ok(());
+    }
+    Err(PlanError::invalid(
+        "ociVersion",
+        format!("`{version}` is not a version of 1.x, which is what is supported"),
+    ))
+}
+
+/// What would otherwise be ignored in silence.
+fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<(), PlanError> {
+    for (field, given) in [
+        ("vm", spec.vm().is_some()),
+        ("linux.intelRdt", linux.intel_rdt().is_some()),
+        ("linux.memoryPolicy", linux.memory_policy().is_some()),
+        (
+            "linux.netDevices",
+            linux
+                .net_devices()
+                .as_ref()
+                .is_some_and(|map| !map.is_empty()),
+        ),
+    ] {
+        if given {
+            return Err(PlanError::invalid(field, "it is not supported"));
+        }
+    }
+    Ok(())
+}
+
+/// A /dev that is bound from the host has its own nodes, and must not be changed.
+fn has_device_defaults(mounts: &[MountPlan], bare: bool) -> bool {
+    let at_dev = |mount: &&MountPlan| mount.destination == Path::new("/dev");
+    match mounts.iter().rev().find(at_dev) {
+        Some(mount) => !matches!(mount.what, mounts::MountKind::Bind { .. }),
+        None => !bare,
+    }
+}
+
+fn root_propagation(linux: &Linux) -> Result<Option<(u64, bool)>, PlanError> {
+    let Some(text) = linux
+        .rootfs_propagation()
+        .as_deref()
+        .filter(|text| !text.is_empty())
+    else {
+        return Ok(None);
+    };
+    options::parse_propagation(text).map(Some).ok_or_else(|| {
+        let reason = format!("`{text}` is none of (r)shared, (r)slave, (r)private, (r)unbindable");
+        PlanError::invalid("linux.rootfsPropagation", reason)
+    })
+}
+
+fn paths(field: &str, list: &Option<Vec<String>>) -> Result<Vec<PathBuf>, PlanError> {
+    let check = |(index, path): (usize, &String)| {
+        let path = PathBuf::from(path);
+        if path.is_absolute() {
+            return Ok(path);
+        }
+        Err(PlanError::invalid(
+            format!("{field}[{index}]"),
+            "it must be an absolute path",
+        ))
+    };
+    list.iter().flatten().enumerate().map(check).collect()
+}
+
+/// Settings of the kernel that are a namespace's own. Any other would change the host.
+fn sysctl(
+    settings: Option<&HashMap<String, String>>,
+    namespaces: &NamespacePlan,
+) -> Result<Vec<(PathBuf, String)>, PlanError> {
+    const IPC: &[&str] = &[
+        "kernel/msgmax",
+        "kernel/msgmnb",
+        "kernel/msgmni",
+        "kernel/sem",
+        "kernel/shmall",
+        "kernel/shmmax",
+        "kernel/shmmni",
+        "kernel/shm_rmid_forced",
+    ];
+    let mut checked = Vec::new();
+    for (name, value) in settings.into_iter().flatten() {
+        let field = || format!("linux.sysctl.{name}");
+        let path = sysctl_path(name);
+        let kind = if path.starts_with("net/") {
+            Kind::NETWORK
+        } else if IPC.contains(&path.as_str()) || path.starts_with("fs/mqueue/") {
+            Kind::IPC
+        } else if path == "kernel/domainname" || path == "kernel/hostname" {
+            Kind::UTS
+        } else if path.starts_with("user/") {
+            Kind::USER
+        } else {
+            return Err(PlanError::invalid(
+                field(),
+                "it belongs to no namespace, but to the host",
+            ));
+        };
+        if !namespaces.has(kind) {
+            let reason = format!(
+                "it needs a {} namespace of the container's own",
+                kind.file_name()
+            );
+            return Err(PlanError::invalid(field(), reason));
+        }
+        if path.split('/').any(|part| matches!(part, "" | "." | "..")) {
+            return Err(PlanError::invalid(field(), "it is no name of a setting"));
+        }
+        checked.push((PathBuf::from(path), value.clone()));
+    }
+    Ok(checked)
+}
+
+/// sysctl(8): the first of `.` and `/` in the name is the separator; the other one is then a part of
+/// the names, and stands for itself turned around.
+fn sysctl_path(name: &str) -> String {
+    match name.find(['.', '/']) {
+        Some(at) if name.as_bytes()[at] == b'.' => name
+            .chars()
+            .map(|letter| match letter {
+                '.' => '/',
+                '/' => '.',
+                letter => letter,
+            })
+            .collect(),
+        _ => name.to_owned(),
+    }
+}
+
+fn host_name(
+    field: &str,
+    name: &Option<String>,
+    namespaces: &NamespacePlan,
+) -> Result<Option<String>, PlanError> {
+    /// `__NEW_UTS_LEN` of the kernel.
+    const NAME_BYTES_MAX: usize = 64;
+    let Some(name) = name.as_ref().filter(|name| !name.is_empty()) else {
+        return Ok(None);
+    };
+    if name.len() > NAME_BYTES_MAX {
+        let reason = format!("it is longer than {NAME_BYTES_MAX} bytes");
+        return Err(PlanError::invalid(field, reason));
+    }
+    if !namespaces.has(Kind::UTS) {
+        return Err(PlanError::invalid(
+            field,
+            "it needs a uts namespace of the container's own",
+        ));
+    }
+    Ok(Some(name.clone()))
+}
+
+fn personality(linux: &Linux) -> Result<Option<LinuxPersonalityDomain>, PlanError> {
+    let Some(personality) = linux.personality() else {
+        return Ok(None);
+    };
+    if personality
+        .flags()
+        .as_ref()
+        .is_some_and(|flags| !flags.is_empty())
+    {
+        return Err(PlanError::invalid(
+            "linux.personality.flags",
+            "there are none that are known",
+        ));
+    }
+    Ok(Some(personality.domain()))
+}
+
+fn hooks(spec: &Spec) -> Result<Hooks, PlanError> {
+    let hooks = spec.hooks().clone().unwrap_or_default();
+    for (list, name) in crate::hooks::lists(&hooks) {
+        for (index, hook) in list.iter().enumerate() {
+            let field = format!("hooks.{name}[{index}]");
+            if !hook.path().is_absolute() {
+                return Err(PlanError::invalid(
+                    format!("{field}.path"),
+                    "it must be absolute",
+                ));
+            }
+            if hook.timeout().is_some_and(|timeout| timeout <= 0) {
+                return Err(PlanError::invalid(
+                    format!("{field}.timeout"),
+                    "it must be more than 0 seconds",
+                ));
+            }
+        }
+    }
+    Ok(hooks)
+}
+
+fn cgroup_path(linux: &Linux, id: &str) -> Result<String, PlanError> {
+    let field = "linux.cgroupsPath";
+    let Some(path) = linux
+        .cgroups_path()
+        .as_ref()
+        .filter(|path| !path.as_os_str().is_empty())
+    else {
+        return Ok(format!("/{id}"));
+    };
+    let path = path
+        .to_str()
+        .ok_or_else(|| PlanError::invalid(field, "it is not UTF-8"))?;
+    if path.split('/').any(|part| part == "..") {
+        return Err(PlanError::invalid(field, "it must not contain `..`"));
+    }
+    let path = path.trim_matches('/');
+    if path.is_empty() {
+        return Err(PlanError::invalid(field, "it must not be the root"));
+    }
+    Ok(format!("/{path}"))
+}
+
+/// What the process of a container needs open when it is executed, beside its standard streams.
+#[derive(Debug, Default)]
+pub(crate) struct Inherited {
+    /// The program, in place of what `args[0]` names.
+    pub(crate) executable: Option<OwnedFd>,
+    /// They become 3, 4, ….
+    pub(crate) descriptors: Vec<OwnedFd>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_setting_of_the_host_is_refused() {
+        let namespaces = NamespacePlan {
+            new: Kind::NETWORK.0,
+            ..NamespacePlan::default()
+        };
+        let check = |name: &str| {
+            let settings = HashMap::from([(name.to_owned(), "1".to_owned())]);
+            sysctl(Some(&settings), &namespaces)
+        };
+        let path = |name| check(name).unwrap().remove(0).0;
+        assert_eq!(
+            path("net.ipv4.ip_forward"),
+            Path::new("net/ipv4/ip_forward")
+        );
+        assert_eq!(
+            path("net/ipv4/conf/eth0.1/rp_filter"),
+            Path::new("net/ipv4/conf/eth0.1/rp_filter")
+        );
+        assert_eq!(
+            path("net.ipv4.conf.eth0/1.rp_filter"),
+            Path::new("net/ipv4/conf/eth0.1/rp_filter")
+        );
+        for bad in [
+            "kernel.panic",
+            "kernel.shmmax",
+            "net.ipv4/../../kernel",
+            "vm.swappiness",
+        ] {
+            assert!(check(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_cgroup_is_never_the_root_or_outside() {
+        let path = |json: &str| cgroup_path(&serde_json::from_str(json).unwrap(), "a");
+        assert_eq!(path("{}").unwrap(), "/a");
+        assert_eq!(path(r#"{"cgroupsPath":"x/y/"}"#).unwrap(), "/x/y");
+        path(r#"{"cgroupsPath":"/"}"#).unwrap_err();
+        path(r#"{"cgroupsPath":"/a/../../b"}"#).unwrap_err();
+    }
+}

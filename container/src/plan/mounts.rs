@@ -1,0 +1,187 @@
+//! The mounts of a container and its root: sources opened, options understood.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Mount;
+use rustix::fs::{CWD, FileType, OFlags, fstat};
+use rustix::mount::{OpenTreeFlags, open_tree};
+
+use super::PlanError;
+use super::options::{Bind, Options};
+
+/// One mount to make.
+#[derive(Debug)]
+pub(crate) struct MountPlan {
+    /// `mounts[N]`, for errors.
+    pub(crate) field: String,
+    /// In the container's root.
+    pub(crate) destination: PathBuf,
+    pub(crate) what: MountKind,
+    pub(crate) options: Options,
+}
+
+#[derive(Debug)]
+pub(crate) enum MountKind {
+    /// A tree of the host, bound to the destination.
+    Bind {
+        source: Tree,
+        recursive: bool,
+        directory: bool,
+    },
+    /// A file system of its own.
+    FileSystem { name: String, source: String },
+    /// The control groups, as the host has them: one tree of v2, or one of v1 per controller.
+    Cgroup,
+    /// Change the attributes of what is mounted there.
+    Remount,
+}
+
+/// A part of the host's file tree.
+#[derive(Debug)]
+pub(crate) enum Tree {
+    /// Copied from the caller's mounts, and attached nowhere yet. The container's user may be one who
+    /// cannot reach the path.
+    Detached(OwnedFd),
+    /// To be opened by the container's first process, since the caller may not copy mounts.
+    Path(PathBuf),
+}
+
+impl Tree {
+    /// Takes hold of what is at `path` now.
+    pub(crate) fn new(path: &Path, recursive: bool, privileged: bool) -> io::Result<Self> {
+        if privileged {
+            return clone_tree(CWD, path, recursive).map(Tree::Detached);
+        }
+        std::fs::metadata(path)?;
+        Ok(Tree::Path(path.to_path_buf()))
+    }
+}
+
+/// A detached copy of the mounts at `path`.
+pub(crate) fn clone_tree(
+    directory: impl AsFd,
+    path: &Path,
+    recursive: bool,
+) -> io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    if path.as_os_str().is_empty() {
+        flags |= OpenTreeFlags::AT_EMPTY_PATH;
+    }
+    Ok(open_tree(directory, path, flags)?)
+}
+
+impl MountPlan {
+    /// # Errors
+    /// The field that is wrong, and why.
+    pub(crate) fn new(
+        index: usize,
+        mount: &Mount,
+        bundle: &Path,
+        privileged: bool,
+    ) -> Result<Self, PlanError> {
+        let field = format!("mounts[{index}]");
+        let options = mount.options().iter().flatten().map(String::as_str);
+        let options = Options::parse(options);
+        if mount.destination().as_os_str().is_empty() {
+            return Err(PlanError::invalid(
+                format!("{field}.destination"),
+                "it must not be empty",
+            ));
+        }
+        if options.id_map.is_some()
+            || mount.uid_mappings().is_some()
+            || mount.gid_mappings().is_some()
+        {
+            return Err(PlanError::invalid(
+                field,
+                "id-mapped mounts are not supported",
+            ));
+        }
+        let name = mount.typ().as_deref().unwrap_or("none");
+        let what = match (options.bind, name) {
+            _ if options.remount => MountKind::Remount,
+            (Some(bind), _) => bind_plan(&field, mount, bundle, bind, privileged)?,
+            (None, "bind") => bind_plan(&field, mount, bundle, Bind::Single, privileged)?,
+            (None, "none" | "") => {
+                return Err(PlanError::invalid(
+                    format!("{field}.type"),
+                    "it is needed, unless the options have `bind` or `rbind`",
+                ));
+            }
+            (None, "cgroup" | "cgroup2") => MountKind::Cgroup,
+            (None, name) => MountKind::FileSystem {
+                name: name.to_owned(),
+                source: mount
+                    .source()
+                    .as_ref()
+                    .map_or_else(|| name.to_owned(), |source| source.display().to_string()),
+            },
+        };
+        Ok(Self {
+            field,
+            destination: mount.destination().clone(),
+            what,
+            options,
+        })
+    }
+}
+
+fn bind_plan(
+    field: &str,
+    mount: &Mount,
+    bundle: &Path,
+    bind: Bind,
+    privileged: bool,
+) -> Result<MountKind, PlanError> {
+    let field = format!("{field}.source");
+    let Some(source) = mount.source() else {
+        return Err(PlanError::invalid(field, "a bind mount needs one"));
+    };
+    let path = bundle.join(source);
+    let failed = |source| PlanError::Open {
+        field,
+        path: path.clone(),
+        source,
+    };
+    let recursive = bind == Bind::Recursive;
+    let open = || -> io::Result<MountKind> {
+        let tree = Tree::new(&path, recursive, privileged)?;
+        let directory = match &tree {
+            Tree::Detached(tree) => FileType::from_raw_mode(fstat(tree)?.st_mode).is_dir(),
+            Tree::Path(path) => std::fs::metadata(path)?.is_dir(),
+        };
+        Ok(MountKind::Bind {
+            source: tree,
+            recursive,
+            directory,
+        })
+    };
+    open().map_err(failed)
+}
+
+/// The root file system: its path, made absolute, and its tree.
+pub(crate) fn open_rootfs(
+    root: &oci_spec::runtime::Root,
+    bundle: &Path,
+    privileged: bool,
+) -> Result<(PathBuf, Tree), PlanError> {
+    let field = "root.path";
+    let path = bundle.join(root.path());
+    let open = || -> io::Result<(PathBuf, Tree)> {
+        let path = path.canonicalize()?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::openat(CWD, &path, flags, rustix::fs::Mode::empty())?;
+        let tree = Tree::new(&path, true, privileged)?;
+        Ok((path, tree))
+    };
+    open().map_err(|source| PlanError::Open {
+        field: field.to_owned(),
+        path,
+        source,
+    })
+}

@@ -1,0 +1,196 @@
+//! A process, known by its pid and its start time, and held by a descriptor.
+//!
+//! A pid alone means nothing after the process has ended: the kernel gives it to another one.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
+
+use crate::sys;
+
+/// A process of this host that existed when the value was made.
+#[derive(Debug)]
+pub struct Process {
+    pid: i32,
+    start_time: u64,
+    pidfd: OwnedFd,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Exit {
+    /// It exited with this status, 0 to 255.
+    Code(i32),
+    /// This signal killed it.
+    Signal(i32),
+}
+
+impl Exit {
+    /// The status that a shell would report: 128 + the signal's number if a signal killed it.
+    pub fn status(self) -> i32 {
+        match self {
+            Exit::Code(code) => code,
+            Exit::Signal(signal) => 128 + signal,
+        }
+    }
+}
+
+impl Process {
+    /// A child that was just made, so that its pid cannot have been given to another.
+    pub(crate) fn from_child(pid: i32, pidfd: OwnedFd) -> io::Result<Self> {
+        let start_time = start_time(pid)?.ok_or(Errno::SRCH)?;
+        Ok(Self {
+            pid,
+            start_time,
+            pidfd,
+        })
+    }
+
+    /// The process that had this pid and this start time; nothing if it is gone, or a zombie.
+    ///
+    /// # Errors
+    /// When /proc or the pidfd cannot be read: not knowing is not the same as gone.
+    pub fn find(pid: i32, start_time: u64) -> io::Result<Option<Self>> {
+        let Some(raw) = Pid::from_raw(pid).filter(|_| pid > 0) else {
+            return Ok(None);
+        };
+        let pidfd = match pidfd_open(raw, PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
+            Err(Errno::SRCH) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        // Read after the descriptor was opened: if the time is right now, the descriptor was right.
+        match self::start_time(pid)? {
+            Some(found) if found == start_time => Ok(Some(Self {
+                pid,
+                start_time,
+                pidfd,
+            })),
+            _ => Ok(None),
+        }
+    }
+
+    /// The pid, in the pid namespace of the caller.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Field 22 of /proc/PID/stat: clock ticks since boot.
+    pub fn start_time(&self) -> u64 {
+        self.start_time
+    }
+
+    /// Sends a signal, which reaches this process or none.
+    ///
+    /// # Errors
+    /// ESRCH if it has ended; EINVAL if there is no such signal.
+    pub fn signal(&self, signal: i32) -> io::Result<()> {
+        sys::pidfd_send_signal(self.pidfd.as_fd(), signal)
+    }
+
+    /// Waits until the process has ended, whoever its parent is; false if `milliseconds` went by first.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn ended_within(&self, milliseconds: u32) -> io::Result<bool> {
+        let timeout = Timespec {
+            tv_sec: i64::from(milliseconds / 1000),
+            tv_nsec: i64::from(milliseconds % 1000) * 1_000_000,
+        };
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(ready) => Ok(ready > 0),
+            Err(Errno::INTR) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits for a child of this process to end, and reaps it.
+    ///
+    /// # Errors
+    /// ECHILD if it is not a child of the caller, or has been reaped.
+    pub fn wait(&self) -> io::Result<Exit> {
+        loop {
+            match waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED) {
+                Ok(Some(status)) => {
+                    return Ok(match status.exit_status() {
+                        Some(code) => Exit::Code(code),
+                        None => Exit::Signal(status.terminating_signal().unwrap_or_default()),
+                    });
+                }
+                Ok(None) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl AsFd for Process {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+/// A copy of a descriptor that this program was started with.
+///
+/// # Errors
+/// EBADF if there is none of this number.
+pub fn copy_inherited(number: i32) -> io::Result<OwnedFd> {
+    sys::copy_inherited(number)
+}
+
+/// When the process was started, in clock ticks since boot; nothing if it is gone or has ended.
+///
+/// # Errors
+/// When its stat file cannot be read or understood.
+pub fn start_time(pid: i32) -> io::Result<Option<u64>> {
+    let text = match std::fs::read(format!("/proc/{pid}/stat")) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    parse_stat(&text).ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is malformed")))
+}
+
+/// Fields 3 (state) and 22 (start time) of a stat file: the name before them may hold any character,
+/// also `)`. The inner option is nothing for a process that has ended but was not reaped.
+fn parse_stat(text: &[u8]) -> Option<Option<u64>> {
+    let name_end = text.iter().rposition(|byte| *byte == b')')?;
+    let rest = str::from_utf8(text.get(name_end + 1..)?).ok()?;
+    let mut fields = rest.split_ascii_whitespace();
+    let state = fields.next()?;
+    let start: u64 = fields.nth(18)?.parse().ok()?;
+    Some((!matches!(state, "Z" | "X" | "x")).then_some(start))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stat_line_is_read_whatever_the_name_is() {
+        let rest = "1 1 1 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4242 99 1";
+        for (name, state, expected) in [
+            ("sh", "S", Some(Some(4242))),
+            ("a) R (b", "S", Some(Some(4242))),
+            ("sh", "Z", Some(None)),
+        ] {
+            let line = format!("7 ({name}) {state} {rest}");
+            assert_eq!(parse_stat(line.as_bytes()), expected, "{line}");
+        }
+        assert_eq!(parse_stat(b"7 (sh"), None);
+    }
+
+    #[test]
+    fn a_process_is_not_found_under_another_start_time() {
+        let pid = std::process::id().cast_signed();
+        let start = start_time(pid).unwrap().unwrap();
+        assert!(Process::find(pid, start).unwrap().is_some());
+        assert!(Process::find(pid, start + 1).unwrap().is_none());
+        assert!(Process::find(0, start).unwrap().is_none());
+    }
+}

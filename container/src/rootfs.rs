@@ -1,0 +1,108 @@
+//! The container's root: attached, later made `/`, with the host's tree taken away.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use libc::{MOUNT_ATTR_RDONLY, MS_SLAVE};
+use rustix::fs::CWD;
+use rustix::io::Errno;
+use rustix::mount::{
+    MountPropagationFlags, MoveMountFlags, UnmountFlags, mount_change, move_mount, unmount,
+};
+use rustix::process::{chdir, fchdir, pivot_root};
+
+use crate::plan::Plan;
+use crate::plan::mounts::{Tree, clone_tree};
+use crate::plan::options::mount_flags;
+use crate::root::Root;
+use crate::sys::{MountAttributes, mount_setattr};
+
+/// Attaches the root file system in this mount namespace. It lies over the host's root, where no path
+/// of the host is needed to reach it: the container's user may not be allowed to walk there.
+pub(crate) fn attach(tree: &Tree) -> io::Result<Root> {
+    // From here on nothing that is mounted spreads to the host.
+    mount_change(
+        "/",
+        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+    )?;
+    let opened;
+    let tree = match tree {
+        Tree::Detached(tree) => tree.as_fd(),
+        Tree::Path(path) => {
+            opened = clone_tree(CWD, path, true)?;
+            opened.as_fd()
+        }
+    };
+    // pivot_root wants a root that is not shared.
+    set_propagation(tree, MS_SLAVE, true)?;
+    attach_at(tree, CWD, Path::new("/"))?;
+    Ok(Root::new(tree.try_clone_to_owned()?))
+}
+
+/// Attaches a detached tree at a path of this mount namespace, or with an empty path at the directory
+/// itself.
+pub(crate) fn attach_at(tree: BorrowedFd<'_>, directory: impl AsFd, path: &Path) -> io::Result<()> {
+    let mut flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    if path.as_os_str().is_empty() {
+        flags |= MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    }
+    Ok(move_mount(tree, "", directory, path, flags)?)
+}
+
+/// Sets how mounts spread from and to a tree.
+pub(crate) fn set_propagation(
+    tree: BorrowedFd<'_>,
+    propagation: u64,
+    recursive: bool,
+) -> io::Result<()> {
+    let attributes = MountAttributes {
+        propagation,
+        ..MountAttributes::default()
+    };
+    mount_setattr(tree, attributes, recursive, None)
+}
+
+/// Makes the root `/` and detaches the host's tree. No path leads out of the container afterwards.
+pub(crate) fn pivot(root: &Root) -> io::Result<()> {
+    fchdir(root)?;
+    // With both paths the same the old root ends up on top of the new one, and needs no directory in
+    // it (pivot_root(2)).
+    match pivot_root(".", ".") {
+        Err(Errno::INVAL) => pivot_from_initramfs(root)?,
+        result => result?,
+    }
+    unmount(".", UnmountFlags::DETACH)?;
+    chdir("/")?;
+    Ok(())
+}
+
+/// The root of an initramfs cannot be pivoted from, since nothing lies below it. A copy of it is put
+/// over it, which can.
+fn pivot_from_initramfs(root: &Root) -> io::Result<()> {
+    let copy: OwnedFd = clone_tree(CWD, Path::new("/"), false)?;
+    set_propagation(copy.as_fd(), MS_SLAVE, true)?;
+    attach_at(copy.as_fd(), CWD, Path::new("/"))?;
+    fchdir(&copy)?;
+    rustix::process::chroot(".")?;
+    let tree = clone_tree(root, Path::new(""), true)?;
+    attach_at(tree.as_fd(), CWD, Path::new("/"))?;
+    fchdir(&tree)?;
+    Ok(pivot_root(".", ".")?)
+}
+
+/// The last changes of the root, after which nothing more is made in it.
+pub(crate) fn finish(plan: &Plan, root: &Root) -> io::Result<()> {
+    if let Some(propagation) = plan.root_propagation {
+        let flags = u32::try_from(mount_flags(propagation)).map_err(io::Error::other)?;
+        mount_change("/", MountPropagationFlags::from_bits_retain(flags))?;
+    }
+    if plan.readonly_root {
+        let attributes = MountAttributes {
+            set: MOUNT_ATTR_RDONLY,
+            ..MountAttributes::default()
+        };
+        mount_setattr(root.as_fd(), attributes, false, None)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,169 @@
+//! Reads a bundle's config.json. Shape only: what the values mean is checked by `plan`.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Capability, Spec};
+use serde_json::Value;
+
+/// A configuration larger than this is refused.
+pub const CONFIG_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// A configuration as it was asked for.
+#[derive(Debug)]
+pub struct Config {
+    /// The typed form.
+    pub spec: Spec,
+    /// The file as it was read: kept, since the typed form forgets unknown fields.
+    pub text: Vec<u8>,
+    /// What the specification wants reported but not refused.
+    pub warnings: Vec<String>,
+}
+
+/// Why a configuration could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// The file is missing or cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// Where it should have been.
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error("{} is larger than {CONFIG_BYTES_MAX} bytes", path.display())]
+    TooLarge { path: PathBuf },
+    /// It is no JSON, or a field has the wrong type or an unknown value.
+    #[error("{}: {field}: {reason}", path.display())]
+    Invalid {
+        path: PathBuf,
+        /// The JSON path of the field, as `linux.namespaces[2].type`.
+        field: String,
+        /// What was found and what is allowed.
+        reason: String,
+    },
+}
+
+impl Config {
+    /// Reads `config.json` of a bundle.
+    ///
+    /// # Errors
+    /// Those of [`SpecError`].
+    pub fn load(bundle: &Path) -> Result<Self, SpecError> {
+        Self::load_file(&bundle.join("config.json"))
+    }
+
+    /// Reads a configuration from a file of any name.
+    ///
+    /// # Errors
+    /// Those of [`SpecError`].
+    pub fn load_file(path: &Path) -> Result<Self, SpecError> {
+        let text = std::fs::read(path).map_err(|source| SpecError::Read {
+            path: path.to_path_buf(),
+            source,
+        })?;
+        if text.len() > CONFIG_BYTES_MAX {
+            return Err(SpecError::TooLarge {
+                path: path.to_path_buf(),
+            });
+        }
+        Self::parse(text, path)
+    }
+
+    fn parse(text: Vec<u8>, path: &Path) -> Result<Self, SpecError> {
+        // The straight way first: it is several times faster than the one that can name the field.
+        if let Ok(spec) = serde_json::from_slice(&text) {
+            return Ok(Self {
+                spec,
+                text,
+                warnings: Vec::new(),
+            });
+        }
+        let invalid = |field: String, reason: String| SpecError::Invalid {
+            path: path.to_path_buf(),
+            field,
+            reason,
+        };
+        let mut value: Value = serde_json::from_slice(&text)
+            .map_err(|error| invalid("not JSON".to_owned(), error.to_string()))?;
+        let warnings = drop_unknown_capabilities(&mut value);
+        let spec = serde_path_to_error::deserialize(&value)
+            .map_err(|error| invalid(error.path().to_string(), error.inner().to_string()))?;
+        Ok(Self {
+            spec,
+            text,
+            warnings,
+        })
+    }
+}
+
+/// Takes out the capabilities that this program does not know, as the specification asks: they are
+/// warned of, and not an error.
+pub(crate) fn drop_unknown_capabilities(config: &mut Value) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let sets = config
+        .pointer_mut("/process/capabilities")
+        .and_then(Value::as_object_mut)
+        .into_iter()
+        .flatten();
+    for (set, names) in sets {
+        let Some(names) = names.as_array_mut() else {
+            continue;
+        };
+        names.retain(|name| {
+            let known =
+                !name.is_string() || serde_json::from_value::<Capability>(name.clone()).is_ok();
+            if !known {
+                warnings.push(format!(
+                    "config.json: process.capabilities.{set}: unknown capability {name} is ignored"
+                ));
+            }
+            known
+        });
+    }
+    warnings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, SpecError> {
+        Config::parse(text.as_bytes().to_vec(), Path::new("config.json"))
+    }
+
+    #[test]
+    fn an_error_names_the_json_path() {
+        for (text, part) in [
+            ("{", "not JSON"),
+            (
+                r#"{"ociVersion":"1.0.2","linux":{"namespaces":[{"type":"pid"},{"type":"pit"}]}}"#,
+                "linux.namespaces[1].type",
+            ),
+            (
+                r#"{"ociVersion":"1.0.2","process":{"user":{"uid":0,"gid":0},"cwd":7}}"#,
+                "process.cwd",
+            ),
+        ] {
+            let message = parse(text).unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_capability_is_warned_of_and_left_out() {
+        let text = r#"{"ociVersion":"1.0.2","process":{"user":{"uid":0,"gid":0},"cwd":"/",
+            "capabilities":{"bounding":["CAP_KILL","CAP_FLY"]}}}"#;
+        let config = parse(text).unwrap();
+        assert_eq!(config.warnings.len(), 1);
+        assert!(config.warnings[0].contains("CAP_FLY"));
+        let process = config.spec.process().as_ref().unwrap();
+        let bounding = process
+            .capabilities()
+            .as_ref()
+            .unwrap()
+            .bounding()
+            .as_ref()
+            .unwrap();
+        assert_eq!(bounding.iter().collect::<Vec<_>>(), [&Capability::Kill]);
+    }
+}

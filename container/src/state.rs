@@ -1,0 +1,469 @@
+//! A container's directory (`ROOT/ID`): what is recorded of it, who may change it, and what its status
+//! is now.
+//!
+//! Nothing here is a memory of the status. `state.json` says which process was made; whether that
+//! process lives, waits for `start` or is frozen is looked up each time it is asked.
+//!
+//! | file | meaning |
+//! |---|---|
+//! | `state.json` | the record; pid 0 until there is a process |
+//! | `config.json` | the configuration, byte for byte |
+//! | `init.sock` | the process is being set up |
+//! | `start.sock` | the process is set up and waits on this socket for `start` |
+//!
+//! The directory's lock (`flock`) is held while the container is made or deleted; the kernel drops it
+//! when the holder dies, so a half-made container can be told from one that is being made. The
+//! directory lies on a tmpfs like /run and means nothing after a reboot: writes are atomic (a new file,
+//! renamed), and need not reach a disk.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use rustix::fs::{self, AtFlags, CWD, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::cgroup::Cgroup;
+use crate::process::Process;
+
+/// The longest id, so that it fits in a file name beside a suffix.
+pub const ID_BYTES_MAX: usize = 240;
+
+/// The socket of a process that is being set up, and of one that waits for `start`.
+pub(crate) const INIT_SOCKET: &str = "init.sock";
+pub(crate) const START_SOCKET: &str = "start.sock";
+
+const RECORD: &str = "state.json";
+const CONFIG: &str = "config.json";
+
+/// What is known of a container for as long as it exists.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Record {
+    pub oci_version: String,
+    pub id: String,
+    /// Absolute.
+    pub bundle: PathBuf,
+    /// Absolute.
+    pub rootfs: PathBuf,
+    pub created: Timestamp,
+    /// The user that made it.
+    pub owner: u32,
+    /// 0 until there is a process.
+    pub pid: i32,
+    pub start_time: u64,
+    /// Path in every cgroup hierarchy.
+    pub cgroup: String,
+    #[serde(default)]
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// What a container is doing.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    Creating,
+    Created,
+    Running,
+    Paused,
+    Stopped,
+}
+
+impl std::fmt::Display for Status {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Status::Creating => "creating",
+            Status::Created => "created",
+            Status::Running => "running",
+            Status::Paused => "paused",
+            Status::Stopped => "stopped",
+        })
+    }
+}
+
+/// Why a container could not be found, recorded or claimed.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    #[error(
+        "invalid container id `{id}`: use 1 to {ID_BYTES_MAX} letters, digits, `_`, `+`, `-` and `.`"
+    )]
+    Id { id: String },
+    #[error("container `{id}` already exists")]
+    Exists { id: String },
+    /// The text is the one that engines look for.
+    #[error("container `{id}` does not exist")]
+    NotFound { id: String },
+    #[error("container `{id}` is being created or deleted by another process")]
+    Busy { id: String },
+    #[error("cannot {act} {}", path.display())]
+    Io {
+        act: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error("{} is malformed", path.display())]
+    Malformed {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
+}
+
+/// An open `ROOT/ID`.
+#[derive(Debug)]
+pub struct Home {
+    id: String,
+    path: PathBuf,
+    directory: OwnedFd,
+}
+
+impl Home {
+    /// Makes the directory, and holds its lock until the value is dropped. What a creator that died
+    /// left under this id is removed first.
+    ///
+    /// # Errors
+    /// [`StateError::Exists`] if there is such a container.
+    pub(crate) fn claim(root: &Path, id: &str) -> Result<Self, StateError> {
+        check_id(id)?;
+        std::fs::create_dir_all(root).map_err(|source| StateError::Io {
+            act: "make",
+            path: root.to_path_buf(),
+            source,
+        })?;
+        let path = root.join(id);
+        let make = || fs::mkdirat(CWD, &path, Mode::from_raw_mode(0o700));
+        let failed = |error: Errno| match error {
+            Errno::EXIST => StateError::Exists { id: id.to_owned() },
+            error => StateError::Io {
+                act: "make",
+                path: path.clone(),
+                source: error.into(),
+            },
+        };
+        if let Err(error) = make() {
+            if error != Errno::EXIST || !remove_abandoned(root, id)? {
+                return Err(failed(error));
+            }
+            make().map_err(failed)?;
+        }
+        let home = Self::open(root, id)?;
+        match home.lock() {
+            Ok(()) => Ok(home),
+            // Between the two calls another claimant took it for abandoned.
+            Err(StateError::NotFound { .. } | StateError::Busy { .. }) => {
+                Err(StateError::Exists { id: id.to_owned() })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Opens the directory of a container that exists, without its lock.
+    ///
+    /// # Errors
+    /// [`StateError::NotFound`] if there is none.
+    pub fn open(root: &Path, id: &str) -> Result<Self, StateError> {
+        check_id(id)?;
+        let path = root.join(id);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        match fs::openat(CWD, &path, flags, Mode::empty()) {
+            Ok(directory) => Ok(Self {
+                id: id.to_owned(),
+                path,
+                directory,
+            }),
+            Err(Errno::NOENT) => Err(StateError::NotFound { id: id.to_owned() }),
+            Err(error) => Err(StateError::Io {
+                act: "open",
+                path,
+                source: error.into(),
+            }),
+        }
+    }
+
+    /// Takes the lock, or says that another process has it.
+    pub(crate) fn lock(&self) -> Result<(), StateError> {
+        match fs::flock(&self.directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                return Err(StateError::Busy {
+                    id: self.id.clone(),
+                });
+            }
+            Err(error) => return Err(self.failed("lock", error.into())),
+        }
+        // The directory may have been removed while the lock was free.
+        let here = fs::fstat(&self.directory).map_err(|error| self.failed("read", error.into()))?;
+        match fs::statat(CWD, &self.path, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(there) if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino) => Ok(()),
+            Ok(_) | Err(Errno::NOENT) => Err(StateError::NotFound {
+                id: self.id.clone(),
+            }),
+            Err(error) => Err(self.failed("read", error.into())),
+        }
+    }
+
+    /// Whether no other process holds the lock.
+    fn is_unlocked(&self) -> Result<bool, StateError> {
+        match fs::flock(&self.directory, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => {
+                fs::flock(&self.directory, FlockOperation::Unlock)
+                    .map_err(|error| self.failed("unlock", error.into()))?;
+                Ok(true)
+            }
+            Err(Errno::WOULDBLOCK) => Ok(false),
+            Err(error) => Err(self.failed("lock", error.into())),
+        }
+    }
+
+    pub(crate) fn write_record(&self, record: &Record) -> Result<(), StateError> {
+        let text = serde_json::to_vec(record).map_err(|source| StateError::Malformed {
+            path: self.path.join(RECORD),
+            source,
+        })?;
+        self.write(RECORD, &text)
+    }
+
+    pub(crate) fn write_config(&self, text: &[u8]) -> Result<(), StateError> {
+        self.write(CONFIG, text)
+    }
+
+    /// The record.
+    ///
+    /// # Errors
+    /// [`StateError::NotFound`] when there is none: the container is not made yet, or gone again.
+    pub fn record(&self) -> Result<Record, StateError> {
+        let path = self.path.join(RECORD);
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let file = match fs::openat(&self.directory, RECORD, flags, Mode::empty()) {
+            Ok(file) => std::fs::File::from(file),
+            Err(Errno::NOENT) => {
+                return Err(StateError::NotFound {
+                    id: self.id.clone(),
+                });
+            }
+            Err(error) => return Err(self.failed("open", error.into())),
+        };
+        let text = io::read_to_string(file).map_err(|source| self.failed("read", source))?;
+        serde_json::from_str(&text).map_err(|source| StateError::Malformed { path, source })
+    }
+
+    /// Where the configuration was copied to.
+    pub(crate) fn config_path(&self) -> PathBuf {
+        self.path.join(CONFIG)
+    }
+
+    /// A path to `name` in this directory that is short enough for a socket's address.
+    pub(crate) fn socket_path(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!(
+            "/proc/self/fd/{}/{name}",
+            self.directory.as_raw_fd()
+        ))
+    }
+
+    /// Says that the process is set up: its socket gets the name that `start` looks for.
+    pub(crate) fn publish_start_socket(&self) -> Result<(), StateError> {
+        fs::renameat(&self.directory, INIT_SOCKET, &self.directory, START_SOCKET)
+            .map_err(|error| self.failed("rename the socket of", error.into()))
+    }
+
+    pub(crate) fn remove_start_socket(&self) -> Result<(), StateError> {
+        match fs::unlinkat(&self.directory, START_SOCKET, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(self.failed("remove the socket of", error.into())),
+        }
+    }
+
+    /// Removes the directory. Removing it twice is removing it once.
+    pub(crate) fn remove(&self) -> Result<(), StateError> {
+        match std::fs::remove_dir_all(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(self.failed("remove", error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The process and the status of the container, as they are now.
+    ///
+    /// # Errors
+    /// When either cannot be found out; that is never taken for "stopped".
+    pub fn observe(&self, record: &Record) -> Result<(Status, Option<Process>), StateError> {
+        if record.pid == 0 {
+            let status = if self.is_unlocked()? {
+                Status::Stopped
+            } else {
+                Status::Creating
+            };
+            return Ok((status, None));
+        }
+        let process = Process::find(record.pid, record.start_time)
+            .map_err(|source| self.failed("find the process of", source))?;
+        let Some(process) = process else {
+            return Ok((Status::Stopped, None));
+        };
+        let status = if self.has(INIT_SOCKET)? {
+            Status::Creating
+        } else if self.has(START_SOCKET)? {
+            Status::Created
+        } else if is_frozen(record) {
+            Status::Paused
+        } else {
+            Status::Running
+        };
+        Ok((status, Some(process)))
+    }
+
+    fn has(&self, name: &str) -> Result<bool, StateError> {
+        match fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(error) => Err(self.failed("read", error.into())),
+        }
+    }
+
+    fn write(&self, name: &str, text: &[u8]) -> Result<(), StateError> {
+        let temporary = format!(".{name}.new");
+        let write = || -> io::Result<()> {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+            let mode = Mode::from_raw_mode(0o600);
+            let file = fs::openat(&self.directory, &temporary, flags, mode)?;
+            io::Write::write_all(&mut std::fs::File::from(file), text)?;
+            Ok(fs::renameat(
+                &self.directory,
+                &temporary,
+                &self.directory,
+                name,
+            )?)
+        };
+        write().map_err(|source| self.failed("write to", source))
+    }
+
+    fn failed(&self, act: &'static str, source: io::Error) -> StateError {
+        StateError::Io {
+            act,
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+impl AsFd for Home {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+}
+
+/// Everything under the directory that holds the containers, by id.
+///
+/// # Errors
+/// When the directory exists and cannot be read.
+pub fn ids(root: &Path) -> Result<Vec<String>, StateError> {
+    let failed = |source| StateError::Io {
+        act: "read",
+        path: root.to_path_buf(),
+        source,
+    };
+    let entries = match std::fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut ids = Vec::new();
+    for entry in entries {
+        if let Ok(name) = entry.map_err(failed)?.file_name().into_string() {
+            ids.push(name);
+        }
+    }
+    ids.retain(|id| check_id(id).is_ok());
+    ids.sort();
+    Ok(ids)
+}
+
+/// Whether a creator died before it had recorded a process. If so, what it made is removed.
+fn remove_abandoned(root: &Path, id: &str) -> Result<bool, StateError> {
+    let home = match Home::open(root, id) {
+        Ok(home) => home,
+        Err(StateError::NotFound { .. }) => return Ok(true),
+        Err(error) => return Err(error),
+    };
+    match home.lock() {
+        Ok(()) => {}
+        Err(StateError::NotFound { .. }) => return Ok(true),
+        Err(StateError::Busy { .. }) => return Ok(false),
+        Err(error) => return Err(error),
+    }
+    match home.record() {
+        // The process, had there been one, ended when its end of the creator's socket closed.
+        Ok(record) if record.pid == 0 => {
+            if let Ok(cgroup) = Cgroup::open(&record.cgroup) {
+                // Nothing is lost if it stays: it is empty, and is found again under this name.
+                let _ = cgroup.remove();
+            }
+        }
+        Ok(_) => return Ok(false),
+        Err(StateError::NotFound { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    home.remove()?;
+    Ok(true)
+}
+
+fn is_frozen(record: &Record) -> bool {
+    Cgroup::open(&record.cgroup).is_ok_and(|cgroup| cgroup.is_frozen().unwrap_or(false))
+}
+
+fn check_id(id: &str) -> Result<(), StateError> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
+    let good = (1..=ID_BYTES_MAX).contains(&id.len())
+        && id.bytes().all(allowed)
+        && !matches!(id, "." | "..");
+    if good {
+        Ok(())
+    } else {
+        Err(StateError::Id { id: id.to_owned() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_a_plain_name() {
+        for good in ["a", "a.b", "libpod-0_1+x", "..."] {
+            assert!(check_id(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "a b",
+            "ä",
+            &"x".repeat(ID_BYTES_MAX + 1),
+        ] {
+            assert!(check_id(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_id_is_claimed_once_and_again_after_its_claimant_died() {
+        let root = tempfile::tempdir().unwrap();
+        let first = Home::claim(root.path(), "a").unwrap();
+        assert!(matches!(
+            Home::claim(root.path(), "a"),
+            Err(StateError::Exists { .. })
+        ));
+        // A process that dies loses its lock and leaves the directory, as here.
+        drop(first);
+        let second = Home::claim(root.path(), "a").unwrap();
+        second.remove().unwrap();
+        second.remove().unwrap();
+        assert!(matches!(
+            Home::open(root.path(), "a"),
+            Err(StateError::NotFound { .. })
+        ));
+    }
+}

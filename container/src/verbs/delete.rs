@@ -1,0 +1,117 @@
+//! `delete`: removes what is left of a container.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::cgroup::{Cgroup, CgroupError};
+use crate::hooks;
+use crate::spec::Config;
+use crate::state::{Home, StateError, Status};
+use crate::verbs::state::oci_state;
+
+/// How long a killed process may take to be gone, in milliseconds: it may have much memory to give
+/// back.
+const END_MILLISECONDS_MAX: u32 = 10_000;
+
+/// What to delete.
+#[derive(Clone, Debug)]
+pub struct DeleteOptions {
+    pub root: PathBuf,
+    pub id: String,
+    /// Kill the container if it runs, and take it as done if there is none.
+    pub force: bool,
+}
+
+/// Why a container was not deleted.
+#[derive(Debug, thiserror::Error)]
+pub enum DeleteError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("cannot delete container `{id}`: it is {status}, not stopped")]
+    NotStopped { id: String, status: Status },
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error("cannot kill the first process of `{id}`")]
+    Kill { id: String, source: io::Error },
+    #[error("the first process of `{id}` was killed, but is still there after {seconds} s")]
+    Undead { id: String, seconds: u32 },
+}
+
+/// Deletes a container: its processes, its cgroup, its directory; then runs its poststop hooks, whose
+/// failures are returned as warnings.
+///
+/// # Errors
+/// Those of [`DeleteError`]; a second call goes on where the first stopped.
+pub fn delete(options: &DeleteOptions) -> Result<Vec<String>, DeleteError> {
+    let home = match Home::open(&options.root, &options.id) {
+        Err(StateError::NotFound { .. }) if options.force => return Ok(Vec::new()),
+        home => home?,
+    };
+    match home.lock() {
+        Err(StateError::NotFound { .. }) if options.force => return Ok(Vec::new()),
+        locked => locked?,
+    }
+    let record = match home.record() {
+        Ok(record) => record,
+        // Its creator died before it had recorded anything.
+        Err(StateError::NotFound { .. }) => {
+            home.remove()?;
+            return Ok(Vec::new());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let (status, process) = home.observe(&record)?;
+    let cgroup = Cgroup::open(&record.cgroup)?;
+    if let Some(process) = &process {
+        // A created container has not run anything yet: it is deleted only by force, as with runc.
+        if !options.force {
+            return Err(DeleteError::NotStopped {
+                id: options.id.clone(),
+                status,
+            });
+        }
+        let failed = |source| DeleteError::Kill {
+            id: options.id.clone(),
+            source,
+        };
+        match process.signal(libc::SIGKILL) {
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(failed(error)),
+            _ => {}
+        }
+    }
+    // Processes that shared the container's cgroup but not its pid namespace may live on.
+    cgroup.kill_all()?;
+    if let Some(process) = &process {
+        let failed = |source| DeleteError::Kill {
+            id: options.id.clone(),
+            source,
+        };
+        if !process.ended_within(END_MILLISECONDS_MAX).map_err(failed)? {
+            let seconds = END_MILLISECONDS_MAX / 1000;
+            return Err(DeleteError::Undead {
+                id: options.id.clone(),
+                seconds,
+            });
+        }
+    }
+    cgroup.remove()?;
+    let config = Config::load_file(&home.config_path());
+    home.remove()?;
+
+    let mut warnings = Vec::new();
+    if let Ok(config) = config
+        && let Some(list) = config
+            .spec
+            .hooks()
+            .as_ref()
+            .and_then(|hooks| hooks.poststop().as_deref())
+    {
+        let state = oci_state(&record, Status::Stopped, 0);
+        for hook in list {
+            if let Err(error) = hooks::run(std::slice::from_ref(hook), "poststop", &state) {
+                warnings.push(crate::error::chain(&error));
+            }
+        }
+    }
+    Ok(warnings)
+}

@@ -1,0 +1,81 @@
+//! `kill`: sends a signal.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::cgroup::{Cgroup, CgroupError};
+use crate::process::Process;
+use crate::state::{Home, StateError, Status};
+
+/// To whom, and what.
+#[derive(Clone, Debug)]
+pub struct KillOptions {
+    pub root: PathBuf,
+    pub id: String,
+    /// The signal's number.
+    pub signal: i32,
+    /// Every process of the container, not only the first.
+    pub all: bool,
+}
+
+/// Why a signal was not sent.
+#[derive(Debug, thiserror::Error)]
+pub enum KillError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The text is the one that engines look for.
+    #[error("container not running: `{id}` is {status}")]
+    NotRunning { id: String, status: Status },
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error("cannot send signal {signal}")]
+    Signal { signal: i32, source: io::Error },
+}
+
+/// Sends a signal to the first process of a container, or to all.
+///
+/// # Errors
+/// [`KillError::NotRunning`] if there is no process; with `all` that is no error.
+pub fn kill(options: &KillOptions) -> Result<(), KillError> {
+    let home = Home::open(&options.root, &options.id)?;
+    let record = home.record()?;
+    let (status, process) = home.observe(&record)?;
+    let signal = options.signal;
+    let failed = |source| KillError::Signal { signal, source };
+    if options.all {
+        let cgroup = Cgroup::open(&record.cgroup)?;
+        if signal == libc::SIGKILL {
+            return Ok(cgroup.kill_all()?);
+        }
+        for pid in cgroup.pids()? {
+            let pid = pid.as_raw();
+            let Some(start_time) = crate::process::start_time(pid).map_err(failed)? else {
+                continue;
+            };
+            if let Some(process) = Process::find(pid, start_time).map_err(failed)? {
+                send(&process, signal).map_err(failed)?;
+            }
+        }
+        return Ok(());
+    }
+    let Some(process) = process else {
+        return Err(KillError::NotRunning {
+            id: options.id.clone(),
+            status,
+        });
+    };
+    send(&process, signal).map_err(failed)?;
+    if signal == libc::SIGKILL && status == Status::Paused {
+        // A frozen process of cgroup v1 does not die.
+        Cgroup::open(&record.cgroup)?.thaw()?;
+    }
+    Ok(())
+}
+
+/// A process that ends at this moment needs no signal.
+fn send(process: &Process, signal: i32) -> io::Result<()> {
+    match process.signal(signal) {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        result => result,
+    }
+}

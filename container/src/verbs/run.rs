@@ -1,0 +1,145 @@
+//! `run`: creates and starts a container, passes signals and the terminal through, and waits for it.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+use crate::create::{CreateError, CreateOptions, create_started};
+use crate::process::{Exit, Process};
+use crate::relay::Relay;
+use crate::verbs::delete::{DeleteError, DeleteOptions, delete};
+
+/// Why a container could not be run to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    #[error(transparent)]
+    Delete(#[from] DeleteError),
+    #[error("cannot wait for the process")]
+    Wait(#[source] io::Error),
+}
+
+/// What becomes of the container once its program runs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RunMode {
+    /// Return as soon as the program runs.
+    pub detach: bool,
+    /// Do not delete the container at its end.
+    pub keep: bool,
+}
+
+/// Runs a container in the foreground, and deletes it. Nothing is returned for one that was detached.
+///
+/// # Errors
+/// Those of [`RunError`]; the container is then gone.
+pub fn run(options: CreateOptions, mode: RunMode) -> Result<Option<Exit>, RunError> {
+    let (root, id) = (options.root.clone(), options.id.clone());
+    // Before there is a child, so that no signal for it is lost.
+    let signals = if mode.detach {
+        None
+    } else {
+        Some(Signals::block().map_err(RunError::Wait)?)
+    };
+    let created = create_started(options)?;
+    for warning in &created.warnings {
+        crate::log::warn(warning);
+    }
+    let Some(signals) = signals else {
+        return Ok(None);
+    };
+    let exit = attend(&created.process, &signals, created.console);
+    if !mode.keep {
+        let force = exit.is_err();
+        for warning in delete(&DeleteOptions { root, id, force })? {
+            crate::log::warn(&warning);
+        }
+    }
+    exit.map(Some).map_err(RunError::Wait)
+}
+
+/// The signals that are passed to the process, as a descriptor.
+#[derive(Debug)]
+pub(crate) struct Signals(SignalFd);
+
+impl Signals {
+    /// From now on signals wait to be read. A child that is made starts with none blocked.
+    pub(crate) fn block() -> io::Result<Self> {
+        let mut set = SigSet::all();
+        // These tell of this program's own faults.
+        for own in [
+            Signal::SIGSEGV,
+            Signal::SIGBUS,
+            Signal::SIGILL,
+            Signal::SIGFPE,
+            Signal::SIGABRT,
+        ] {
+            set.remove(own);
+        }
+        set.thread_block()?;
+        Ok(Self(SignalFd::with_flags(
+            &set,
+            SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK,
+        )?))
+    }
+
+    fn pass_to(&self, process: &Process, relay: Option<&Relay>) -> io::Result<()> {
+        while let Some(info) = self.0.read_signal()? {
+            let number = info.ssi_signo.cast_signed();
+            match number {
+                // The end of the process is seen by its descriptor. SIGURG and SIGPIPE concern this
+                // program.
+                libc::SIGCHLD | libc::SIGURG | libc::SIGPIPE => {}
+                libc::SIGWINCH if relay.is_some() => relay.map_or(Ok(()), Relay::resize)?,
+                // It may end at this moment.
+                _ => drop(process.signal(number)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Waits for a child to end, passing signals and the terminal's bytes meanwhile.
+pub(crate) fn attend(
+    process: &Process,
+    signals: &Signals,
+    console: Option<OwnedFd>,
+) -> io::Result<Exit> {
+    let mut relay = console.map(Relay::new).transpose()?;
+    loop {
+        let mut fds = vec![
+            PollFd::new(process, PollFlags::IN),
+            PollFd::from_borrowed_fd(signals.0.as_fd(), PollFlags::IN),
+        ];
+        if let Some(relay) = &relay {
+            fds.extend(relay.poll_fds());
+        }
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        if ready[1] {
+            signals.pass_to(process, relay.as_ref())?;
+        }
+        if let Some(relay) = &mut relay {
+            relay.turn()?;
+        }
+        if ready[0] {
+            if let Some(relay) = &mut relay {
+                relay.drain();
+            }
+            return process.wait();
+        }
+    }
+}
+
+/// The directory of states that is used if none is given.
+pub fn default_root() -> &'static Path {
+    Path::new("/run/hostd-oci")
+}

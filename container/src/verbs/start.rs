@@ -1,0 +1,122 @@
+//! `start`: lets the program of a created container run.
+
+use std::io;
+use std::path::Path;
+
+use crate::handshake::{self, Channel, Message};
+use crate::hooks::{self, HookError};
+use crate::spec::{Config, SpecError};
+use crate::state::{Home, START_SOCKET, StateError, Status};
+use crate::verbs::state::oci_state;
+
+/// Why a container was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("cannot start container `{id}`: it is {status}, not created")]
+    Status { id: String, status: Status },
+    #[error("cannot start container `{id}`: another process starts it, or it has ended")]
+    Raced { id: String },
+    /// The first process says why the program could not be executed.
+    #[error("{message}")]
+    Failed { message: String },
+    #[error("the container's first process died before it executed the program")]
+    Died,
+    #[error(transparent)]
+    Hook(#[from] HookError),
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error("cannot {step}")]
+    Step {
+        step: &'static str,
+        source: io::Error,
+    },
+}
+
+/// Starts the program of the created container `id`, and returns when it was executed.
+///
+/// # Errors
+/// Those of [`StartError`]. If the program could not be executed the container is then stopped.
+pub fn start(root: &Path, id: &str) -> Result<(), StartError> {
+    let home = Home::open(root, id)?;
+    let record = home.record()?;
+    let (status, _) = home.observe(&record)?;
+    if status != Status::Created {
+        return Err(StartError::Status {
+            id: id.to_owned(),
+            status,
+        });
+    }
+    let raced = || StartError::Raced { id: id.to_owned() };
+    let channel = match handshake::connect(&home.socket_path(START_SOCKET)) {
+        Ok(channel) => channel,
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+            ) =>
+        {
+            return Err(raced());
+        }
+        Err(source) => {
+            return Err(StartError::Step {
+                step: "reach the first process",
+                source,
+            });
+        }
+    };
+    // It may go away at any time; what it had to say is then still there to be received.
+    let _ = channel.send(&Message::Proceed {
+        state: String::new(),
+    });
+    match await_exec(&channel) {
+        Ok(()) => {}
+        Err(StartError::Died) => return Err(raced()),
+        Err(error) => return Err(error),
+    }
+    home.remove_start_socket()?;
+    run_poststart(root, id)
+}
+
+/// Waits until the first process has executed the program.
+pub(crate) fn await_exec(channel: &Channel) -> Result<(), StartError> {
+    let mut executing = false;
+    loop {
+        let message = channel.receive();
+        match message.map_err(|source| StartError::Step {
+            step: "hear of the program",
+            source,
+        })? {
+            Some(Message::Executing) => executing = true,
+            Some(Message::Failed { message }) => return Err(StartError::Failed { message }),
+            Some(_) => {}
+            None if executing => return Ok(()),
+            None => return Err(StartError::Died),
+        }
+    }
+}
+
+/// Runs the poststart hooks. If one fails the container is stopped, as the specification asks.
+pub(crate) fn run_poststart(root: &Path, id: &str) -> Result<(), StartError> {
+    let home = Home::open(root, id)?;
+    let record = home.record()?;
+    let config = Config::load_file(&home.config_path())?;
+    let Some(hooks) = config
+        .spec
+        .hooks()
+        .as_ref()
+        .and_then(|hooks| hooks.poststart().as_deref())
+    else {
+        return Ok(());
+    };
+    let state = oci_state(&record, Status::Running, record.pid);
+    if let Err(error) = hooks::run(hooks, "poststart", &state) {
+        if let (_, Some(process)) = home.observe(&record)? {
+            // It may have ended already.
+            let _ = process.signal(libc::SIGKILL);
+        }
+        return Err(error.into());
+    }
+    Ok(())
+}
