@@ -42,7 +42,7 @@ impl ExitSwitch {
     /// Ends the machine because of a failure of its own.
     pub fn fail(&self, error: &dyn std::error::Error) {
         self.end(ExitStatus {
-            error: Some(chain(error)),
+            error: Some(format!("cannot go on: {}", chain(error))),
             ..ExitStatus::new(ExitReason::Error)
         });
     }

@@ -24,6 +24,7 @@ pub mod exit;
 pub mod guest_status;
 pub mod kvm;
 pub mod layout;
+pub mod listen;
 pub mod machine;
 pub mod plan;
 pub mod platform;

@@ -2,10 +2,8 @@
 //! run.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::ops::Range;
-use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -24,10 +22,11 @@ use crate::devices::keyboard::KeyboardController;
 use crate::devices::power::PowerRegisters;
 use crate::devices::serial::SerialPort;
 use crate::events::EventLoop;
-use crate::exit::{ExitSwitch, chain};
+use crate::exit::ExitSwitch;
 use crate::guest_status;
 use crate::kvm::{self, KernelRoutes, KvmError, Vm};
 use crate::layout;
+use crate::listen::Listener;
 use crate::plan::{ConsolePlan, DiskPlan, ListenPlan, NetPlan, Plan, TapPlan, VsockPlan};
 use crate::platform::DevicePlatform;
 use crate::signals::{self, SignalError};
@@ -62,7 +61,7 @@ pub enum MachineError {
         action: &'static str,
         source: io::Error,
     },
-    #[error("cannot listen on {path}; a socket that nobody uses any more can be removed")]
+    #[error("`/control`: cannot listen on {path}; name a path that nobody uses")]
     Listen { path: String, source: io::Error },
     #[error("device `{name}` cannot be made")]
     Device {
@@ -111,7 +110,6 @@ pub struct Machine {
     vcpus: Arc<Vcpus>,
     events: EventLoop,
     exit: ExitSwitch,
-    exit_status: Option<File>,
     /// Put back to what it was when the machine is gone.
     _terminal: Option<RawTerminal>,
 }
@@ -167,31 +165,26 @@ impl Machine {
             vcpus,
             events: parts.events,
             exit: parts.exit,
-            exit_status: plan.exit_status,
             _terminal: terminal,
         })
     }
 
-    /// Runs the machine to its end, and records why it ended.
+    /// Runs the machine to its end, and says why it ended.
     pub fn run(self) -> ExitStatus {
         self.vcpus.resume();
         if let Err(error) = self.events.run() {
             self.exit.fail(&error);
         }
         self.vcpus.finish();
-        let status = self
-            .exit
-            .status()
-            .expect("the event loop ends with the machine");
-        record(self.exit_status, &status);
-        status
+        let status = self.exit.status();
+        status.expect("the event loop ends with the machine")
     }
 }
 
 /// Puts the control socket on the event loop.
 fn serve(
     events: &mut EventLoop,
-    listener: UnixListener,
+    listener: Listener,
     controls: Controls,
 ) -> Result<(), MachineError> {
     let source = events.reserve();
@@ -199,17 +192,6 @@ fn serve(
         .map_err(host("serve the control socket"))?;
     events.attach(source, Arc::new(server));
     Ok(())
-}
-
-/// Writes the exit record. A machine that is gone cannot do more about a failure than say so.
-#[expect(clippy::print_stderr, reason = "there is nowhere else to say it")]
-pub fn record(file: Option<File>, status: &ExitStatus) {
-    let Some(mut file) = file else { return };
-    let mut text = serde_json::to_vec(status).expect("plain data");
-    text.push(b'\n');
-    if let Err(error) = file.write_all(&text) {
-        eprintln!("cannot write the exit status: {}", chain(&error));
-    }
 }
 
 /// Virtio devices, each with its name, and what the control socket keeps of them.
@@ -287,15 +269,14 @@ fn vsock(plan: VsockPlan) -> Result<Vsock, DeviceSetupError> {
 }
 
 /// Where clients of the control socket come from.
-fn control_listener(plan: ListenPlan) -> Result<UnixListener, MachineError> {
-    let path = match plan {
-        ListenPlan::Open(listener) => return Ok(listener),
-        ListenPlan::Path(path) => path,
-    };
-    UnixListener::bind(&path).map_err(|source| MachineError::Listen {
-        path: path.display().to_string(),
-        source,
-    })
+fn control_listener(plan: ListenPlan) -> Result<Listener, MachineError> {
+    match plan {
+        ListenPlan::Open(socket) => Ok(Listener::inherited(socket)),
+        ListenPlan::Path(path) => Listener::bind(&path).map_err(|source| MachineError::Listen {
+            path: path.display().to_string(),
+            source,
+        }),
+    }
 }
 
 /// Guest memory of this size, around the hole.

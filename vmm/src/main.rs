@@ -7,9 +7,10 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use vmm::control::ExitStatus;
+use vmm::control::{ExitReason, ExitStatus};
 use vmm::descriptors::Inherited;
 use vmm::devices::boot_timer::Start;
+use vmm::exit::chain;
 use vmm::machine::{Machine, Options};
 use vmm::plan::Plan;
 use vmm::spec::Spec;
@@ -52,18 +53,26 @@ fn main() -> ExitCode {
 #[expect(clippy::print_stderr, reason = "the user's error message")]
 fn run(arguments: &Arguments, start: Start) -> anyhow::Result<u8> {
     let spec = read_spec(arguments).context("the configuration is not usable")?;
-    let plan = Plan::new(&spec).context("the configuration is not usable")?;
+    let mut plan = Plan::new(&spec).context("the configuration is not usable")?;
     if arguments.check {
         return Ok(0);
     }
+    let mut exit_status = plan.exit_status.take();
     let options = Options {
         boot_timer: arguments.boot_timer.then_some(start),
     };
-    let status = Machine::build(plan, options)
-        .context("the machine cannot be started")?
-        .run();
+    let status = match Machine::build(plan, options) {
+        Ok(machine) => machine.run(),
+        Err(error) => ExitStatus {
+            error: Some(format!("cannot be started: {}", chain(&error))),
+            ..ExitStatus::new(ExitReason::Error)
+        },
+    };
     if let Some(error) = &status.error {
-        eprintln!("hostd-vmm: the machine cannot go on: {error}");
+        eprintln!("hostd-vmm: the machine {error}");
+    }
+    if let Some(file) = &mut exit_status {
+        serde_json::to_writer(file, &status).context("cannot write the exit status")?;
     }
     Ok(status.process_code())
 }

@@ -6,12 +6,13 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use super::controls::{Answer, Controls};
 use super::{CLIENTS_MAX, REQUEST_BYTES_MAX, Response};
 use crate::events::{Poller, Readiness, Source};
+use crate::listen::Listener;
 
 /// Answers that a client has not read yet, in bytes; with more, its requests wait.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
@@ -23,7 +24,7 @@ const FIRST_CLIENT: u32 = 2;
 
 /// The server.
 pub struct Server {
-    listener: UnixListener,
+    listener: Listener,
     controls: Controls,
     poller: Arc<Poller>,
     source: u32,
@@ -60,14 +61,15 @@ enum Fate {
 impl Server {
     /// Serves clients of `listener` as `source` of the event loop.
     pub fn new(
-        listener: UnixListener,
+        listener: Listener,
         controls: Controls,
         poller: Arc<Poller>,
         source: u32,
     ) -> io::Result<Self> {
-        listener.set_nonblocking(true)?;
+        let socket = listener.socket();
+        socket.set_nonblocking(true)?;
         let ready = controls.readiness.wake_fd();
-        poller.add(source, LISTENER, listener.as_raw_fd(), Readiness::READABLE)?;
+        poller.add(source, LISTENER, socket.as_raw_fd(), Readiness::READABLE)?;
         poller.add(source, READY, ready, Readiness::READABLE)?;
         Ok(Self {
             listener,
@@ -83,7 +85,7 @@ impl Server {
 
     fn accept(&self, clients: &mut Clients) {
         // A client that is gone before it is accepted is none.
-        let Ok((stream, _)) = self.listener.accept() else {
+        let Ok((stream, _)) = self.listener.socket().accept() else {
             return;
         };
         if clients.by_token.len() >= CLIENTS_MAX || stream.set_nonblocking(true).is_err() {

@@ -1,0 +1,231 @@
+//! `hostd-vmm` as its users meet it, with guests of a few instructions. Needs /dev/kvm, of any kind.
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+mod guest;
+mod runner;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+use vmm::control::{ExitReason, ExitStatus, MachineState, Request, Response};
+use vmm::{guest_status, layout};
+
+use guest::Guest;
+use runner::{Ended, Machine};
+
+fn guest() -> Guest {
+    Guest::default()
+}
+
+fn reason(ended: &Ended) -> ExitReason {
+    ended
+        .status
+        .as_ref()
+        .unwrap_or_else(|| panic!("{ended:?}"))
+        .reason
+}
+
+#[test]
+fn each_way_for_a_guest_to_end_is_told_apart() {
+    let power = |offset| u16::try_from(layout::POWER_PORT).unwrap() + offset;
+    for (guest, reason, code) in [
+        (guest().out_byte(power(0), 0x34), ExitReason::PowerOff, 0),
+        (guest().out_byte(power(2), 1), ExitReason::Reset, 0),
+        (guest().out_byte(0x64, 0xfe), ExitReason::Reset, 0),
+        (guest().crash(), ExitReason::Reset, 0),
+        (guest().exit(0), ExitReason::GuestExit, 0),
+        (guest().exit(255), ExitReason::GuestExit, 255),
+    ] {
+        let ended = Machine::new(guest).run();
+        assert_eq!(ended.code, Some(code), "{ended:?}");
+        let reported = reason == ExitReason::GuestExit;
+        let want = ExitStatus {
+            code: reported.then(|| u8::try_from(code).unwrap()),
+            ..ExitStatus::new(reason)
+        };
+        assert_eq!(ended.status, Some(want), "{ended:?}");
+        assert_eq!(ended.stderr, "");
+    }
+}
+
+#[test]
+fn a_guest_that_ran_out_of_memory_is_known_as_such() {
+    let report = guest_status::exit(137, true);
+    let ended = Machine::new(guest().out_long(guest_status::PORT, report)).run();
+    assert_eq!(ended.code, Some(137));
+    assert!(ended.status.unwrap().oom);
+}
+
+#[test]
+fn the_serial_port_writes_to_the_console_file() {
+    let ended = Machine::new(guest().print("hello, ").print("host\n").exit(0)).run();
+    assert_eq!(ended.console, b"hello, host\n");
+}
+
+#[test]
+fn a_guest_finds_a_virtio_device_at_its_address() {
+    let window = u32::try_from(layout::VIRTIO).unwrap();
+    let beyond = window + u32::try_from(layout::VIRTIO_BYTES).unwrap();
+    let program = guest().print_long(window).print_long(beyond).exit(0);
+    let ended = Machine::new(program).run();
+    // Nothing answers at the second place: all bits are ones.
+    assert_eq!(ended.console, b"virt\xff\xff\xff\xff");
+}
+
+#[test]
+fn the_boot_timer_reports_once_and_only_when_asked_for() {
+    let address = u32::try_from(layout::BOOT_TIMER).unwrap();
+    let program = guest()
+        .store_byte(address, 1)
+        .store_byte(address, 123)
+        .store_byte(address, 123)
+        .exit(0);
+    let mut machine = Machine::new(program.clone());
+    machine.arguments = vec!["--boot-timer".to_owned()];
+    let ended = machine.run();
+    let times: serde_json::Value = serde_json::from_str(&ended.stderr).unwrap();
+    assert!(times["boot_wall_us"].as_u64().unwrap() > 0);
+    assert!(times["boot_cpu_us"].as_u64().unwrap() > 0);
+    assert_eq!(Machine::new(program).run().stderr, "");
+}
+
+#[test]
+fn a_guest_that_hangs_is_killed_by_signal_or_by_request() {
+    for how in ["signal", "request"] {
+        let running = Machine::new(guest()).start();
+        let mut client = running.control();
+        let state = client.ask(&Request::State {});
+        let expected = Response::State {
+            state: MachineState::Running,
+            ready: false,
+        };
+        assert_eq!(state, expected);
+        match how {
+            "signal" => kill(Pid::from_raw(running.pid()), Signal::SIGTERM).unwrap(),
+            _ => assert_eq!(client.ask(&Request::Kill {}), Response::Done {}),
+        }
+        let ended = running.wait();
+        assert_eq!(ended.code, Some(137), "{how}");
+        assert_eq!(reason(&ended), ExitReason::Killed, "{how}");
+    }
+}
+
+#[test]
+fn a_client_waits_until_the_guest_is_ready() {
+    let running = Machine::new(guest().out_long(guest_status::PORT, guest_status::READY)).start();
+    let mut client = running.control();
+    assert_eq!(client.ask(&Request::WaitReady {}), Response::Done {});
+    let ready = Response::State {
+        state: MachineState::Running,
+        ready: true,
+    };
+    assert_eq!(client.ask(&Request::State {}), ready);
+}
+
+#[test]
+fn a_paused_machine_stands_still_and_goes_on() {
+    let mut machine = Machine::new(guest());
+    machine.spec["cpus"] = json!({"count": 3});
+    let running = machine.start();
+    let mut client = running.control();
+    for _ in 0..20 {
+        assert_eq!(client.ask(&Request::Pause {}), Response::Done {});
+        let Response::State { state, .. } = client.ask(&Request::State {}) else {
+            panic!("not a state");
+        };
+        assert_eq!(state, MachineState::Paused);
+        assert_eq!(client.ask(&Request::Resume {}), Response::Done {});
+    }
+    client.ask(&Request::Pause {});
+    assert_eq!(client.ask(&Request::Kill {}), Response::Done {});
+    assert_eq!(running.wait().code, Some(137));
+}
+
+#[test]
+fn a_request_that_is_none_is_answered_and_an_endless_one_is_not() {
+    let running = Machine::new(guest()).start();
+    let mut client = running.control();
+    for line in [
+        "",
+        "{",
+        r#"{"action":"fly"}"#,
+        r#"{"action":"state","x":1}"#,
+    ] {
+        client.send(line);
+        let answer = client.answer();
+        assert!(
+            matches!(answer, Some(Response::Error { .. })),
+            "{line}: {answer:?}"
+        );
+    }
+    let disk = Request::SetDiskLimits {
+        disk: 0,
+        limits: vmm::spec::DiskLimits::default(),
+    };
+    let answer = client.ask(&disk);
+    assert!(matches!(answer, Response::Error { .. }), "{answer:?}");
+    client.send(&"x".repeat(vmm::control::REQUEST_BYTES_MAX));
+    assert_eq!(client.answer(), None);
+    // Other clients are served as before.
+    let answer = running.control().ask(&Request::Stats {});
+    assert!(matches!(answer, Response::Stats { .. }), "{answer:?}");
+}
+
+#[test]
+fn clients_beyond_the_limit_are_turned_away() {
+    let running = Machine::new(guest()).start();
+    let mut clients: Vec<_> = (0..vmm::control::CLIENTS_MAX)
+        .map(|_| running.control())
+        .collect();
+    for client in &mut clients {
+        assert!(matches!(
+            client.ask(&Request::State {}),
+            Response::State { .. }
+        ));
+    }
+    assert_eq!(running.control().answer(), None);
+    assert!(matches!(
+        clients[0].ask(&Request::State {}),
+        Response::State { .. }
+    ));
+}
+
+#[test]
+fn what_is_not_a_machine_is_refused_and_says_why() {
+    for (pointer, value, want) in [
+        ("/cpus", json!({"count": 0}), "`/cpus/count` is 0"),
+        (
+            "/cpus",
+            json!({"count": 1, "speed": 2}),
+            "unknown field `speed`",
+        ),
+        ("/gpu", json!(true), "unknown field `gpu`"),
+        ("/boot", json!({}), "missing field `kernel`"),
+        ("/boot", json!({"kernel": "/nowhere"}), "`/boot/kernel`"),
+        (
+            "/boot",
+            json!({"kernel": "/proc/self/status"}),
+            "neither a bzImage nor an ELF",
+        ),
+        ("/disks", json!([{"path": "/nowhere"}]), "`/disks/0/path`"),
+        ("/disks", json!([{"path": "/dev/null"}]), "device `disk0`"),
+        ("/nets", json!([{"tap": "no-such-tap"}]), "device `net0`"),
+        ("/kvm", json!("/dev/null"), "KVM"),
+    ] {
+        let mut machine = Machine::new(guest());
+        let field = pointer.trim_start_matches('/');
+        machine.spec[field] = value;
+        let ended = machine.run();
+        assert_eq!(ended.code, Some(125), "{ended:?}");
+        assert!(ended.stderr.contains(want), "{want}: {}", ended.stderr);
+        assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+    }
+}
+
+#[test]
+fn a_check_starts_nothing() {
+    let mut machine = Machine::new(guest().exit(7));
+    machine.arguments = vec!["--check".to_owned()];
+    let ended = machine.run();
+    assert_eq!((ended.code, ended.status), (Some(0), None));
+}

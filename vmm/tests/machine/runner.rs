@@ -1,0 +1,176 @@
+//! Runs `hostd-vmm` in a folder of its own, and ends it whatever becomes of the test.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use vmm::control::{ExitStatus, Request, Response};
+
+use crate::guest::Guest;
+
+/// The longest that a machine of a few instructions may take on a busy computer.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A machine to be.
+pub(crate) struct Machine {
+    folder: TempDir,
+    pub(crate) spec: Value,
+    pub(crate) arguments: Vec<String>,
+}
+
+/// What a machine left behind.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) code: Option<i32>,
+    pub(crate) stderr: String,
+    /// What the guest wrote to the serial port.
+    pub(crate) console: Vec<u8>,
+    pub(crate) status: Option<ExitStatus>,
+}
+
+impl Machine {
+    /// A small machine with `guest` as its kernel.
+    pub(crate) fn new(guest: Guest) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::write(path("kernel"), guest.elf()).unwrap();
+        let spec = json!({
+            "boot": {"kernel": path("kernel")},
+            "memory": {"size_mib": 16},
+            "console": {"path": path("console")},
+            "control": path("control"),
+            "exit_status": path("status"),
+        });
+        Self {
+            folder,
+            spec,
+            arguments: Vec::new(),
+        }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub(crate) fn start(self) -> Running {
+        let config = self.path("config");
+        fs::write(&config, self.spec.to_string()).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_hostd-vmm"))
+            .arg("--config")
+            .arg(config)
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Running {
+            machine: self,
+            child,
+        }
+    }
+
+    /// Runs it to its end.
+    pub(crate) fn run(self) -> Ended {
+        self.start().wait()
+    }
+}
+
+/// A machine that runs.
+pub(crate) struct Running {
+    machine: Machine,
+    child: Child,
+}
+
+impl Running {
+    pub(crate) fn pid(&self) -> i32 {
+        self.child.id().try_into().unwrap()
+    }
+
+    /// A client of the control socket.
+    pub(crate) fn control(&self) -> Client {
+        let path = self.machine.path("control");
+        let start = Instant::now();
+        loop {
+            match UnixStream::connect(&path) {
+                Ok(stream) => return Client::new(stream),
+                Err(error) if start.elapsed() > PATIENCE => panic!("no control socket: {error}"),
+                Err(_) => std::thread::yield_now(),
+            }
+        }
+    }
+
+    /// Waits until it has ended by itself.
+    pub(crate) fn wait(mut self) -> Ended {
+        let mut stderr = self.child.stderr.take().unwrap();
+        let start = Instant::now();
+        let mut text = Vec::new();
+        let mut bytes = [0; 4096];
+        // The end of the stream is the end of the process.
+        loop {
+            let left = PATIENCE.saturating_sub(start.elapsed());
+            let timeout = PollTimeout::try_from(left).unwrap();
+            let mut waiting = [PollFd::new(stderr.as_fd(), PollFlags::POLLIN)];
+            let ready = poll(&mut waiting, timeout).unwrap();
+            assert!(ready > 0, "still running; stderr so far: {text:?}");
+            match stderr.read(&mut bytes).unwrap() {
+                0 => break,
+                count => text.extend(&bytes[..count]),
+            }
+        }
+        let read = |name| fs::read(self.machine.path(name)).unwrap_or_default();
+        Ended {
+            code: self.child.wait().unwrap().code(),
+            stderr: String::from_utf8(text).unwrap(),
+            console: read("console"),
+            status: serde_json::from_slice(&read("status")).ok(),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A connection to the control socket.
+pub(crate) struct Client {
+    stream: BufReader<UnixStream>,
+}
+
+impl Client {
+    fn new(stream: UnixStream) -> Self {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self {
+            stream: BufReader::new(stream),
+        }
+    }
+
+    pub(crate) fn ask(&mut self, request: &Request) -> Response {
+        self.send(&serde_json::to_string(request).unwrap());
+        self.answer().unwrap()
+    }
+
+    pub(crate) fn send(&mut self, line: &str) {
+        writeln!(self.stream.get_mut(), "{line}").unwrap();
+    }
+
+    /// The next answer, or nothing if the machine has closed the connection.
+    pub(crate) fn answer(&mut self) -> Option<Response> {
+        let mut line = String::new();
+        match self.stream.read_line(&mut line) {
+            Ok(0) | Err(_) => None,
+            Ok(_) => Some(serde_json::from_str(&line).unwrap()),
+        }
+    }
+}
