@@ -13,7 +13,6 @@ use std::thread;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use tempfile::TempDir;
 
 use super::error::ImageError;
 use super::layout::Digest;
@@ -23,6 +22,9 @@ use super::{Disk, ImageStore, blocking};
 const FILE_SYSTEM: &str = "erofs";
 
 const PROGRAM: &str = "mkfs.erofs";
+
+/// The last second of the year 9999.
+const LATEST_TIME: &str = "253402300799";
 
 /// What `mkfs.erofs` says in an error is passed on up to this.
 const OUTPUT_BYTES_MAX: u64 = 2048;
@@ -72,10 +74,12 @@ impl ImageStore {
             .map(|layer| layer.directory().to_owned())
             .collect();
         let file = self.layout.temporary_file()?;
+        // Removed after the thread and its mount are gone.
+        let scratch = self.layout.temporary_directory()?;
         let build = Build {
             layers: self.layout.layers(),
             names,
-            scratch: self.layout.temporary_directory()?,
+            scratch: scratch.path().to_owned(),
             disk: file.path().to_owned(),
             uuid: uuid(digest),
         };
@@ -93,19 +97,16 @@ struct Build {
     layers: PathBuf,
     /// Directories in `layers`, lowest first.
     names: Vec<String>,
-    scratch: TempDir,
+    scratch: PathBuf,
     disk: PathBuf,
     uuid: String,
 }
 
 impl Build {
     fn run(self) -> Result<(), ImageError> {
-        let root = self.scratch.path().join("root");
+        let root = self.scratch.join("root");
         // Overlayfs without an upper layer wants two lower ones.
-        let empty = [
-            self.scratch.path().join("empty"),
-            self.scratch.path().join("empty2"),
-        ];
+        let empty = [self.scratch.join("empty"), self.scratch.join("empty2")];
         for path in empty.iter().chain([&root]) {
             std::fs::create_dir(path).map_err(ImageError::io("create", path))?;
         }
@@ -144,8 +145,9 @@ impl Build {
 
     fn make_file_system(&self, root: &Path) -> Result<(), ImageError> {
         let mut command = Command::new(PROGRAM);
-        // Times of files are kept, and nothing else is taken from the clock or from chance.
-        command.args(["-T0", "--preserve-mtime", "--quiet", "-U", &self.uuid]);
+        command.args(["--quiet", "-U", &self.uuid]);
+        // Files keep their times up to this one, and the clock is not asked.
+        command.env("SOURCE_DATE_EPOCH", LATEST_TIME);
         command.arg(&self.disk).arg(root);
         command
             .stdin(Stdio::null())
