@@ -1,6 +1,7 @@
 //! The daemon and its client. The only crate that sees both kinds of isolation.
 
 pub mod api;
+pub mod cli;
 pub mod doctor;
 pub mod driver;
 pub mod events;

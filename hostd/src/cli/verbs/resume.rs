@@ -1,0 +1,25 @@
+//! `hostctl resume`: lets paused instances go on.
+
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::change;
+use crate::cli::Context;
+use crate::cli::error::CliError;
+
+/// Let paused instances go on
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  hostctl resume web")]
+pub(in crate::cli) struct Arguments {
+    /// The instances
+    #[arg(required = true)]
+    names: Vec<String>,
+}
+
+pub(in crate::cli) async fn run(
+    context: &Context,
+    arguments: Arguments,
+) -> Result<ExitCode, CliError> {
+    change(context, &arguments.names, "resume", &[]).await
+}
