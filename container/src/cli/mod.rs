@@ -11,6 +11,7 @@ mod create;
 mod delete;
 mod kill;
 mod list;
+mod monitor;
 mod state;
 
 /// Runs containers as the Open Container Initiative specifies them.
@@ -81,6 +82,9 @@ enum Verb {
     Delete(delete::Delete),
     /// List the containers
     List(list::List),
+    /// Start a workload and stay with it, for a daemon
+    #[command(hide = true)]
+    Monitor(monitor::Monitor),
 }
 
 /// Carries out the command, and says with which status to exit.
@@ -95,6 +99,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<i32> {
         Verb::Kill(kill) => kill.run(&global),
         Verb::Delete(delete) => delete.run(&global),
         Verb::List(list) => list.run(&global),
+        Verb::Monitor(monitor) => monitor.run(),
     }
 }
 

@@ -5,7 +5,24 @@
 //! standard output and closes it. From then on it answers on `RUN_DIR/monitor.sock`: a JSON
 //! [`Request`] line per connection, answered by one [`Response`] line; after `attach`, frames
 //! follow in both directions. When the container's process has ended it writes `RUN_DIR/exit.json`
-//! ([`ExitRecord`]) atomically and goes.
+//! ([`ExitRecord`]) atomically, tells who waits or is attached, removes the container, and goes.
+//!
+//! What an observer finds tells what happened, whenever it looks and whoever crashed:
+//!
+//! | `exit.json` | `monitor.json` locked | meaning |
+//! |---|---|---|
+//! | absent | yes | starting or running; the socket answers once it runs |
+//! | present | yes | ended as it says; the container is being removed |
+//! | present | no | ended as it says, and nothing is left |
+//! | absent | no | never started, or the monitor was killed |
+//!
+//! The lock is flock(2), taken exclusively for as long as the monitor lives: who can take it shared
+//! (`LOCK_SH | LOCK_NB`) knows that there is none. A monitor that was killed leaves its container
+//! running, for killing a workload is not for an accident to decide. But its log and its exit
+//! status are lost, and its next output ends it with SIGPIPE, so an observer that finds the last
+//! case deletes the container by force. A monitor takes SIGTERM, SIGINT, SIGHUP and SIGQUIT for
+//! accidents too (a service manager that stops a daemon sends them to all of its processes), and
+//! ignores them: only `kill` ends a workload.
 
 use std::path::PathBuf;
 
@@ -47,14 +64,17 @@ pub enum Descriptor {
     File { path: PathBuf, write: bool },
     /// A file that is made, or emptied, with mode 0600.
     Create { path: PathBuf },
-    /// A persistent tap interface (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) of the network namespace
+    /// A persistent tap interface that exists (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) of the network namespace
     /// that the monitor was started in.
     Tap { name: String },
     /// A listening unix stream socket, mode 0600; a leftover socket file is replaced.
     Listener { path: PathBuf },
 }
 
-/// Where the process's output goes: lines of JSON `{"at","stream","text"}`.
+/// Where the process's output goes: lines of JSON `{"at","stream","text"}`. The text ends with the
+/// line end if the line had one; a line longer than 16 KiB is in several. Bytes that are no UTF-8
+/// are replaced. A line that does not end for long is logged when it does, or when the process
+/// ends.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct LogSpec {
@@ -82,7 +102,8 @@ pub enum Ready {
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
     State {},
-    /// Answered when the process has ended.
+    /// Answered when the process has ended. The connection closes when the container is removed
+    /// too: who wants to use its id again waits for that.
     Wait {},
     /// Signals the init process.
     Kill {
@@ -94,7 +115,10 @@ pub enum Request {
         cols: u16,
     },
     /// Follows the output from now on; with `stdin`, frames from the client are its input. One
-    /// client at a time has the input.
+    /// client at a time has the input; it may resize the terminal and send signals in any case.
+    ///
+    /// A client that reads too slowly holds the process up for some seconds and is then dropped:
+    /// its connection closes without an `exit` frame.
     Attach {
         stdin: bool,
     },
@@ -113,7 +137,8 @@ pub enum Response {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Frame {
-    /// Towards the process, base64; empty data means end of file.
+    /// Towards the process, base64; empty data means end of file, which a terminal is told with the
+    /// character for it (Ctrl-D).
     Stdin(String),
     Resize {
         rows: u16,

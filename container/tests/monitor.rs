@@ -1,0 +1,690 @@
+//! The monitor, as a daemon sees it: real containers, the real program, and its socket. Needs root.
+//!
+//! The containers' root has nothing but the host's /usr, read-only.
+//!
+//! UNSAFETY: the program in the empty root takes the descriptors that it was started with.
+#![expect(clippy::unwrap_used, reason = "a failure here is a failed test")]
+#![expect(unsafe_code, reason = "inherited descriptors have no owner yet")]
+
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::{fs::symlink, net::UnixStream},
+    path::{Path, PathBuf},
+    process::{self, Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use container::{
+    cgroup::Cgroup,
+    monitor::protocol::{
+        Descriptor, ExitRecord, Frame, LogSpec, MonitorSpec, Ready, Request, Response,
+    },
+};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::{Value, json};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_hostd-oci");
+
+/// Nothing here takes long; who waits longer has found a hang.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A directory with a specification, and the monitor once it is started. All is removed at the end.
+struct Instance {
+    dir: tempfile::TempDir,
+    group: String,
+    spec: MonitorSpec,
+    config: Value,
+    monitor: Option<Child>,
+}
+
+impl Instance {
+    fn new(script: &str) -> Instance {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!(
+            "hostd-test-monitor-{}-{}",
+            process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let path = |part: &str| dir.path().join(part);
+        let root = path("bundle/rootfs");
+        fs::create_dir_all(root.join("usr")).unwrap();
+        for directory in ["proc", "dev", "tmp"] {
+            fs::create_dir(root.join(directory)).unwrap();
+        }
+        for link in ["bin", "lib", "lib64", "sbin"] {
+            symlink(Path::new("usr").join(link), root.join(link)).unwrap();
+        }
+        let spec = MonitorSpec {
+            id: name.clone(),
+            root: path("states"),
+            bundle: path("bundle"),
+            log: LogSpec {
+                path: path("log"),
+                bytes_max: 64 << 20,
+            },
+            stdin: false,
+            executable: None,
+            descriptors: Vec::new(),
+        };
+        let config = json!({
+            "ociVersion": "1.2.0",
+            "root": { "path": "rootfs" },
+            "process": {
+                "args": ["/bin/sh", "-c", script],
+                "cwd": "/",
+                "user": { "uid": 0, "gid": 0 },
+                "env": ["PATH=/usr/bin:/bin"],
+            },
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc" },
+                { "destination": "/usr", "source": "/usr", "options": ["rbind", "ro"] },
+                { "destination": "/dev", "type": "tmpfs", "source": "tmpfs" },
+                { "destination": "/dev/pts", "type": "devpts", "source": "devpts",
+                  "options": ["newinstance", "ptmxmode=0666", "mode=0620"] },
+            ],
+            "linux": {
+                "cgroupsPath": format!("/{name}/leaf"),
+                "namespaces": [
+                    { "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" },
+                ],
+            },
+        });
+        Instance {
+            dir,
+            group: format!("/{name}"),
+            spec,
+            config,
+            monitor: None,
+        }
+    }
+
+    fn path(&self, part: &str) -> PathBuf {
+        self.dir.path().join(part)
+    }
+
+    /// Starts a monitor for the directory, and returns it with its one line.
+    fn spawn(&self) -> (Child, Ready) {
+        let write = |name: &str, text: String| fs::write(self.path(name), text).unwrap();
+        write("bundle/config.json", self.config.to_string());
+        write("monitor.json", serde_json::to_string(&self.spec).unwrap());
+        let mut monitor = Command::new(PROGRAM)
+            .args(["monitor", "--dir"])
+            .arg(self.dir.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // To the end of file: the monitor closes its output after the line.
+        let line = std::io::read_to_string(monitor.stdout.take().unwrap()).unwrap();
+        (monitor, serde_json::from_str(&line).unwrap())
+    }
+
+    fn start(&mut self) -> i32 {
+        let (monitor, ready) = self.spawn();
+        self.monitor = Some(monitor);
+        match ready {
+            Ready::Running { pid, .. } => pid,
+            Ready::Failed { message } => panic!("{message}"),
+        }
+    }
+
+    fn started(script: &str) -> Instance {
+        let mut instance = Instance::new(script);
+        instance.start();
+        instance
+    }
+
+    fn monitor_pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.monitor.as_ref().unwrap().id()).unwrap())
+    }
+
+    fn connect(&self, request: &Request) -> Connection {
+        let stream = UnixStream::connect(self.path("monitor.sock")).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut connection = Connection {
+            reader: BufReader::new(stream),
+        };
+        connection.send(request);
+        connection
+    }
+
+    fn ask(&self, request: &Request) -> Response {
+        let mut connection = self.connect(request);
+        let response = connection.receive().unwrap();
+        assert_eq!(
+            connection.receive::<Response>(),
+            None,
+            "one answer, and the end"
+        );
+        response
+    }
+
+    fn attach(&self, stdin: bool) -> Connection {
+        let mut connection = self.connect(&Request::Attach { stdin });
+        assert_eq!(connection.receive(), Some(Response::Done {}));
+        connection
+    }
+
+    /// Waits for the monitor's end, and returns what it left.
+    fn end(&mut self) -> ExitRecord {
+        let deadline = Instant::now() + PATIENCE;
+        let monitor = self.monitor.as_mut().unwrap();
+        let process = rustix::process::Pid::from_child(monitor);
+        let process =
+            rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()).unwrap();
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut fds = [rustix::event::PollFd::new(
+            &process,
+            rustix::event::PollFlags::IN,
+        )];
+        let timeout = left.try_into().unwrap();
+        assert_eq!(
+            rustix::event::poll(&mut fds, Some(&timeout)),
+            Ok(1),
+            "the monitor hangs"
+        );
+        assert!(monitor.wait().unwrap().success());
+        assert!(!self.path("monitor.sock").exists());
+        self.assert_nothing_is_left();
+        serde_json::from_slice(&fs::read(self.path("exit.json")).unwrap()).unwrap()
+    }
+
+    fn assert_nothing_is_left(&self) {
+        assert!(!self.path("states").join(&self.spec.id).exists());
+        assert!(!self.cgroup().exists());
+    }
+
+    fn cgroup(&self) -> Cgroup {
+        Cgroup::open(&format!("{}/leaf", self.group)).unwrap()
+    }
+
+    fn log(&self) -> Vec<(String, String)> {
+        let mut lines = Vec::new();
+        for name in ["log.1", "log"] {
+            let text = fs::read_to_string(self.path(name)).unwrap_or_default();
+            lines.extend(text.lines().map(|line| {
+                let line: Value = serde_json::from_str(line).unwrap();
+                let field = |name: &str| line[name].as_str().unwrap().to_owned();
+                field("at").parse::<jiff::Timestamp>().unwrap();
+                (field("stream"), field("text"))
+            }));
+        }
+        lines
+    }
+
+    fn delete(&self) {
+        let status = Command::new(PROGRAM)
+            .arg("--root")
+            .arg(&self.spec.root)
+            .args(["delete", "--force", &self.spec.id])
+            .status();
+        assert!(status.unwrap().success());
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        if let Some(monitor) = &mut self.monitor {
+            monitor.kill().ok();
+            monitor.wait().ok();
+        }
+        self.delete();
+        Cgroup::open(&self.group).unwrap().remove().unwrap();
+    }
+}
+
+struct Connection {
+    reader: BufReader<UnixStream>,
+}
+
+impl Connection {
+    fn send(&mut self, message: &impl serde::Serialize) {
+        let line = serde_json::to_string(message).unwrap() + "\n";
+        self.reader.get_mut().write_all(line.as_bytes()).unwrap();
+    }
+
+    /// The next line; nothing at the end.
+    fn receive<T: serde::de::DeserializeOwned>(&mut self) -> Option<T> {
+        let mut line = String::new();
+        if self.reader.read_line(&mut line).unwrap() == 0 {
+            return None;
+        }
+        Some(serde_json::from_str(&line).unwrap())
+    }
+
+    fn type_in(&mut self, text: &str) {
+        self.send(&Frame::Stdin(BASE64_STANDARD.encode(text)));
+    }
+
+    /// Output until it contains `text`.
+    fn read_until(&mut self, text: &str) -> String {
+        let mut seen = String::new();
+        while !seen.contains(text) {
+            match self.receive::<Frame>() {
+                Some(Frame::Stdout(data) | Frame::Stderr(data)) => {
+                    let bytes = BASE64_STANDARD.decode(data).unwrap();
+                    seen += &String::from_utf8_lossy(&bytes);
+                }
+                other => panic!("{other:?} after {seen:?}, and no {text:?}"),
+            }
+        }
+        seen
+    }
+
+    /// All output, and the last frame.
+    fn read_all(&mut self) -> (usize, Option<Frame>) {
+        let mut count = 0;
+        loop {
+            match self.receive::<Frame>() {
+                Some(Frame::Stdout(data) | Frame::Stderr(data)) => {
+                    count += BASE64_STANDARD.decode(data).unwrap().len();
+                }
+                last => return (count, last),
+            }
+        }
+    }
+}
+
+fn exited(code: i32) -> Option<Frame> {
+    Some(Frame::Exit {
+        code: Some(code),
+        signal: None,
+        oom: false,
+    })
+}
+
+#[test]
+fn a_process_that_ends_at_once_leaves_its_status_and_its_last_words() {
+    let mut instance = Instance::started("echo out; echo err >&2; exit 7");
+    let record = instance.end();
+    assert_eq!(
+        (record.code, record.signal, record.oom),
+        (Some(7), None, false)
+    );
+    let mut log = instance.log();
+    log.sort();
+    let line = |stream: &str, text: &str| (stream.to_owned(), text.to_owned());
+    assert_eq!(log, [line("stderr", "err\n"), line("stdout", "out\n")]);
+}
+
+#[test]
+fn output_larger_than_a_pipe_right_before_the_end_is_all_logged() {
+    let mut instance = Instance::started("head -c 1000000 /dev/zero | tr '\\0' x; echo; echo end");
+    assert_eq!(instance.end().code, Some(0));
+    let log = instance.log();
+    assert_eq!(log.last().unwrap().1, "end\n");
+    let bytes: usize = log.iter().map(|(_, text)| text.len()).sum();
+    assert_eq!(bytes, 1_000_005);
+}
+
+#[test]
+fn the_log_is_renamed_when_it_is_full() {
+    let mut instance =
+        Instance::new("i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done");
+    instance.spec.log.bytes_max = 20_000;
+    instance.start();
+    assert_eq!(instance.end().code, Some(0));
+    assert_eq!(instance.log().last().unwrap().1, "line 1999\n");
+    for name in ["log", "log.1"] {
+        assert!(fs::metadata(instance.path(name)).unwrap().len() <= 20_000);
+    }
+}
+
+#[test]
+fn input_is_passed_on_to_its_end_by_one_client_at_a_time() {
+    let mut instance = Instance::new("read line; echo \"$line\"; wc -c; echo done");
+    instance.spec.stdin = true;
+    instance.start();
+    let mut first = instance.attach(true);
+    let mut watcher = instance.attach(false);
+    first.type_in("hello\n");
+    first.read_until("hello\n");
+    let refused = instance.ask(&Request::Attach { stdin: true });
+    assert!(matches!(refused, Response::Error { .. }), "{refused:?}");
+    // Much more than pipe and queue hold, while the process takes it.
+    let text = "x".repeat(100_000);
+    for _ in 0..20 {
+        first.type_in(&text);
+    }
+    // Its place is free once the monitor has passed everything on, and not before.
+    drop(first);
+    watcher.read_until("hello\n");
+    let mut second = loop {
+        let mut second = instance.connect(&Request::Attach { stdin: true });
+        if second.receive() == Some(Response::Done {}) {
+            break second;
+        }
+    };
+    second.type_in("second\n");
+    second.type_in("");
+    second.read_until("2000007\ndone\n");
+    assert_eq!(second.receive(), exited(0));
+    assert_eq!(watcher.read_all().1, exited(0));
+    assert_eq!(instance.end().code, Some(0));
+}
+
+#[test]
+fn without_input_the_process_reads_end_of_file() {
+    let mut instance = Instance::started("cat; echo done");
+    assert_eq!(instance.end().code, Some(0));
+    assert_eq!(instance.log()[0].1, "done\n");
+    let mut instance = Instance::started("sleep 60");
+    let refused = instance.ask(&Request::Attach { stdin: true });
+    assert!(matches!(refused, Response::Error { .. }), "{refused:?}");
+    instance.ask(&Request::Kill { signal: 9 });
+    instance.end();
+}
+
+#[test]
+fn a_terminal_has_a_size_and_an_end_of_input() {
+    let script = "read line; stty size; read line; tty; cat; echo over";
+    let mut instance = Instance::new(script);
+    instance.spec.stdin = true;
+    instance.config["process"]["terminal"] = json!(true);
+    instance.start();
+    let mut client = instance.attach(true);
+    assert_eq!(
+        instance.ask(&Request::Resize { rows: 33, cols: 77 }),
+        Response::Done {}
+    );
+    client.type_in("\n");
+    client.read_until("33 77");
+    client.send(&Frame::Resize { rows: 20, cols: 50 });
+    client.type_in("\n");
+    client.read_until("/dev/pts/0");
+    client.type_in("");
+    client.read_until("over");
+    assert_eq!(client.read_all().1, exited(0));
+    assert_eq!(instance.end().code, Some(0));
+    assert!(instance.log().iter().all(|(stream, _)| stream == "stdout"));
+}
+
+#[test]
+fn a_client_that_goes_in_the_middle_is_nothing_to_the_process() {
+    let mut instance = Instance::new(
+        "cat > /dev/null & while read line; do :; done; \
+                                      head -c 3000000 /dev/zero; exit 3",
+    );
+    instance.spec.stdin = true;
+    instance.start();
+    for _ in 0..3 {
+        drop(instance.attach(true));
+        let mut half = UnixStream::connect(instance.path("monitor.sock")).unwrap();
+        half.write_all(b"{\"atta").unwrap();
+    }
+    let mut client = instance.attach(true);
+    client.type_in("");
+    let mut piece = [0; 1000];
+    client.reader.get_mut().read_exact(&mut piece).unwrap();
+    drop(client);
+    assert_eq!(instance.end().code, Some(3));
+}
+
+#[test]
+fn a_client_that_does_not_read_is_dropped_and_the_process_goes_on() {
+    let mut instance = Instance::new("read line; head -c 20000000 /dev/zero | tr '\\0' x");
+    instance.spec.stdin = true;
+    instance.start();
+    let mut deaf = instance.attach(false);
+    let mut watcher = instance.attach(true);
+    watcher.type_in("\n");
+    assert_eq!(watcher.read_all(), (20_000_000, exited(0)));
+    assert_eq!(instance.end().code, Some(0));
+    let (count, last) = deaf.read_all_lossy();
+    assert!(count < 20_000_000 && last.is_none(), "{count} {last:?}");
+}
+
+impl Connection {
+    /// As `read_all`, of a connection that may end within a line.
+    fn read_all_lossy(&mut self) -> (usize, Option<Frame>) {
+        let mut text = String::new();
+        self.reader.read_to_string(&mut text).ok();
+        let last = text
+            .lines()
+            .last()
+            .and_then(|line| serde_json::from_str(line).ok());
+        (
+            text.len(),
+            last.filter(|frame| matches!(frame, Frame::Exit { .. })),
+        )
+    }
+}
+
+#[test]
+fn a_killed_process_is_waited_for_and_the_connection_tells_when_all_is_gone() {
+    let mut instance = Instance::new("sleep 60");
+    let pid = instance.start();
+    let mut waiting = instance.connect(&Request::Wait {});
+    let Response::Running {
+        pid: told,
+        start_time,
+    } = instance.ask(&Request::State {})
+    else {
+        panic!("it runs");
+    };
+    assert_eq!(told, pid);
+    assert!(start_time > 0);
+    let nonsense = instance.ask(&Request::Kill { signal: 1000 });
+    assert!(matches!(nonsense, Response::Error { .. }), "{nonsense:?}");
+    assert_eq!(
+        instance.ask(&Request::Kill { signal: 9 }),
+        Response::Done {}
+    );
+    let Some(Response::Exited(record)) = waiting.receive() else {
+        panic!("it has ended");
+    };
+    assert_eq!(record.signal, Some(9));
+    assert_eq!(waiting.receive::<Response>(), None);
+    instance.assert_nothing_is_left();
+    assert_eq!(instance.end(), record);
+}
+
+#[test]
+fn want_of_memory_is_in_the_record() {
+    let mut instance = Instance::new("exec tail /dev/zero");
+    instance.config["linux"]["resources"] =
+        json!({ "memory": { "limit": 32 << 20, "swap": 32 << 20 } });
+    instance.start();
+    let record = instance.end();
+    assert_eq!((record.signal, record.oom), (Some(9), true));
+}
+
+#[test]
+fn a_bad_request_is_answered_with_what_is_wrong() {
+    let mut instance = Instance::started("sleep 60");
+    for bad in [
+        "nonsense",
+        r#"{"kill":{}}"#,
+        r#"{"kill":{"signal":1,"more":2}}"#,
+    ] {
+        let mut stream = UnixStream::connect(instance.path("monitor.sock")).unwrap();
+        stream.write_all(format!("{bad}\n").as_bytes()).unwrap();
+        let text = std::io::read_to_string(stream).unwrap();
+        let response: Response = serde_json::from_str(&text).unwrap();
+        assert!(matches!(response, Response::Error { .. }), "{text}");
+    }
+    let mut endless = UnixStream::connect(instance.path("monitor.sock")).unwrap();
+    let sent = endless.write_all(&vec![b'x'; 10 << 20]);
+    assert!(sent.is_err(), "a line without an end is cut off");
+    instance.ask(&Request::Kill { signal: 9 });
+    instance.end();
+}
+
+#[test]
+fn what_stops_a_service_does_not_stop_the_workload() {
+    let mut instance = Instance::started("sleep 60");
+    for signal in [
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+    ] {
+        kill(instance.monitor_pid(), signal).unwrap();
+    }
+    assert!(matches!(
+        instance.ask(&Request::State {}),
+        Response::Running { .. }
+    ));
+    instance.ask(&Request::Kill { signal: 9 });
+    assert_eq!(instance.end().signal, Some(9));
+}
+
+#[test]
+fn a_directory_has_one_monitor() {
+    let mut instance = Instance::started("sleep 60");
+    let (mut second, ready) = instance.spawn();
+    assert!(!second.wait().unwrap().success());
+    let Ready::Failed { message } = ready else {
+        panic!("{ready:?}");
+    };
+    assert!(message.contains("already has a monitor"), "{message}");
+    assert!(matches!(
+        instance.ask(&Request::State {}),
+        Response::Running { .. }
+    ));
+    instance.ask(&Request::Kill { signal: 9 });
+    instance.end();
+}
+
+#[test]
+fn a_killed_monitor_leaves_the_workload_and_its_absence_is_seen() {
+    let mut instance = Instance::new("sleep 60");
+    let pid = Pid::from_raw(instance.start());
+    let is_free = |instance: &Instance| {
+        let file = File::open(instance.path("monitor.json")).unwrap();
+        Flock::lock(file, FlockArg::LockSharedNonblock).is_ok()
+    };
+    assert!(!is_free(&instance));
+    kill(instance.monitor_pid(), Signal::SIGKILL).unwrap();
+    instance.monitor.as_mut().unwrap().wait().unwrap();
+    instance.monitor = None;
+    assert!(is_free(&instance));
+    assert!(!instance.path("exit.json").exists());
+    assert_eq!(kill(pid, None), Ok(()), "the workload runs on");
+    instance.delete();
+    instance.assert_nothing_is_left();
+    // And the same directory can be used again.
+    instance.start();
+    assert!(matches!(
+        instance.ask(&Request::State {}),
+        Response::Running { .. }
+    ));
+    instance.ask(&Request::Kill { signal: 9 });
+    assert_eq!(instance.end().signal, Some(9));
+}
+
+#[test]
+fn a_workload_that_does_not_start_leaves_nothing() {
+    let mut missing = Instance::new("");
+    missing.config["process"]["args"] = json!(["/no/such/program"]);
+    let mut limit = Instance::new("true");
+    limit.config["linux"]["resources"] = json!({ "cpu": { "cpus": "banana" } });
+    let mut descriptor = Instance::new("true");
+    descriptor.spec.descriptors = vec![
+        Descriptor::Listener {
+            path: descriptor.path("listener"),
+        },
+        Descriptor::Create {
+            path: descriptor.path("created"),
+        },
+        Descriptor::File {
+            path: "/no/such/file".into(),
+            write: false,
+        },
+    ];
+    let mut log = Instance::new("true");
+    log.spec.log.bytes_max = 0;
+    for (instance, part) in [
+        (missing, "/no/such/program"),
+        (limit, "linux.resources.cpu.cpus"),
+        (descriptor, "descriptors[2]"),
+        (log, "log.bytes_max"),
+    ] {
+        let (mut monitor, ready) = instance.spawn();
+        let Ready::Failed { message } = ready else {
+            panic!("{ready:?}");
+        };
+        assert!(message.contains(part), "{message}");
+        assert!(!monitor.wait().unwrap().success());
+        instance.assert_nothing_is_left();
+        for trace in ["monitor.sock", "exit.json", "listener", "created"] {
+            assert!(!instance.path(trace).exists(), "{trace}");
+        }
+    }
+}
+
+/// What the next test runs in a container that has nothing but this program.
+const CONFINED: &str = "HOSTD_TEST_CONFINED";
+
+#[test]
+fn a_program_of_the_host_runs_in_an_empty_root_with_its_descriptors() {
+    if std::env::var_os(CONFINED).is_some() {
+        return confined();
+    }
+    let mut instance = Instance::new("");
+    fs::remove_dir_all(instance.path("bundle/rootfs")).unwrap();
+    fs::create_dir(instance.path("bundle/rootfs")).unwrap();
+    fs::write(instance.path("input"), "from the host").unwrap();
+    let name = "a_program_of_the_host_runs_in_an_empty_root_with_its_descriptors";
+    instance.config["process"]["args"] = json!(["test", "--exact", name, "--test-threads=1"]);
+    instance.config["process"]["env"] = json!([format!("{CONFINED}=1")]);
+    instance.config["mounts"] = json!([]);
+    instance.spec.executable = Some(std::env::current_exe().unwrap());
+    instance.spec.descriptors = vec![
+        Descriptor::File {
+            path: instance.path("input"),
+            write: false,
+        },
+        Descriptor::Create {
+            path: instance.path("created"),
+        },
+        Descriptor::Listener {
+            path: instance.path("listener"),
+        },
+    ];
+    instance.start();
+    // The listener is the process's: who connects is queued until it accepts.
+    let client = UnixStream::connect(instance.path("listener")).unwrap();
+    assert_eq!(std::io::read_to_string(client).unwrap(), "from inside");
+    assert_eq!(instance.end().code, Some(0));
+    assert_eq!(
+        fs::read_to_string(instance.path("created")).unwrap(),
+        "from the host"
+    );
+}
+
+/// Copies descriptor 3 to 4, answers at 5, and finds its root empty.
+fn confined() {
+    use std::os::{fd::FromRawFd, unix::net::UnixListener};
+    // SAFETY: the container was started with this descriptor, which nobody else here knows.
+    let mut input = unsafe { File::from_raw_fd(3) };
+    // SAFETY: as above.
+    let mut output = unsafe { File::from_raw_fd(4) };
+    std::io::copy(&mut input, &mut output).unwrap();
+    // SAFETY: as above.
+    let listener = unsafe { UnixListener::from_raw_fd(5) };
+    listener
+        .accept()
+        .unwrap()
+        .0
+        .write_all(b"from inside")
+        .unwrap();
+    let found: Vec<_> = fs::read_dir("/")
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    assert!(
+        found
+            .iter()
+            .all(|path| path.ends_with("dev") || path.ends_with("proc")),
+        "{found:?}"
+    );
+}
