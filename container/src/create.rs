@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use rustix::fs::CWD;
-use rustix::process::{Pid, prlimit};
+use rustix::process::{DumpableBehavior, Pid, prlimit, set_dumpable_behavior};
 
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::handshake::{self, Channel, Message};
@@ -28,7 +28,7 @@ use crate::process::Process;
 use crate::spec::{Config, SpecError};
 use crate::state::{Home, INIT_SOCKET, Record, StateError, Status};
 use crate::verbs::delete::{DeleteOptions, delete};
-use crate::verbs::start::{StartError, await_exec, run_poststart};
+use crate::verbs::start::{StartError, await_exec, hand_over_listener, run_poststart};
 use crate::verbs::state::oci_state;
 use crate::{hooks, tty};
 
@@ -45,6 +45,23 @@ pub enum Stdio {
     },
     /// A terminal, whose other side is sent to whoever listens at this unix stream socket.
     ConsoleSocket(PathBuf),
+}
+
+impl Stdio {
+    /// Makes them the standard streams of this process. A terminal is taken on elsewhere.
+    pub(crate) fn take_on(&self) -> io::Result<()> {
+        if let Stdio::Fds {
+            stdin,
+            stdout,
+            stderr,
+        } = self
+        {
+            rustix::stdio::dup2_stdin(stdin)?;
+            rustix::stdio::dup2_stdout(stdout)?;
+            rustix::stdio::dup2_stderr(stderr)?;
+        }
+        Ok(())
+    }
 }
 
 /// What is to be created.
@@ -144,7 +161,7 @@ pub fn create_started(options: CreateOptions) -> Result<Created, CreateError> {
             state: String::new(),
         }),
     )
-    .and_then(|()| Ok(await_exec(&channel)?))
+    .and_then(|()| Ok(await_start(&root, &id, &channel)?))
     .and_then(|()| Ok(run_poststart(&root, &id)?));
     if let Err(error) = started {
         // What is reported is the first error; the second could only be that something is left.
@@ -157,6 +174,14 @@ pub fn create_started(options: CreateOptions) -> Result<Created, CreateError> {
         return Err(error);
     }
     Ok(created)
+}
+
+fn await_start(root: &Path, id: &str, channel: &Channel) -> Result<(), StartError> {
+    let home = Home::open(root, id)?;
+    let record = home.record()?;
+    await_exec(channel, |listener| {
+        hand_over_listener(&home, &record, &listener)
+    })
 }
 
 /// Who tells the first process to execute its program.
@@ -192,6 +217,8 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
     };
     let cgroups = cgroup_trees(&cgroup, &plan)?;
     let (ours, theirs) = step("make a socket pair", Channel::pair())?;
+    // Before the fork: the child may be in a pid namespace with others at once.
+    step("stop being traceable", harden())?;
     let forked = namespaces::fork(&plan.namespaces, entry.clone_into(), &ours, &theirs);
     match step("make the container's first process", forked)? {
         Forked::Child => {
@@ -441,7 +468,20 @@ fn check_single_thread() -> Result<(), CreateError> {
     }
 }
 
-fn connect_console(terminal: bool, stdio: &Stdio) -> Result<Option<UnixStream>, CreateError> {
+/// Makes this process, and those that it forks until they execute a program, untraceable: nobody in a
+/// container may look into them, or follow their /proc/PID/exe. A user without rights could not write
+/// the id mappings of such a child; then root in the container has no rights over the host's files.
+pub(crate) fn harden() -> rustix::io::Result<()> {
+    if rustix::process::geteuid().is_root() {
+        return set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    }
+    Ok(())
+}
+
+pub(crate) fn connect_console(
+    terminal: bool,
+    stdio: &Stdio,
+) -> Result<Option<UnixStream>, CreateError> {
     match (stdio, terminal) {
         (Stdio::ConsoleSocket(path), true) => {
             step("connect to the console socket", UnixStream::connect(path)).map(Some)

@@ -193,15 +193,25 @@ impl AsFd for Channel {
     }
 }
 
-/// Hands a terminal to whoever listens at a console socket: one byte-stream message with the
-/// descriptor, as engines expect it from runc.
-pub(crate) fn send_terminal(socket: BorrowedFd<'_>, terminal: BorrowedFd<'_>) -> io::Result<()> {
-    let descriptors = [terminal];
+/// Sends a descriptor with some bytes over a stream socket, as engines and agents expect it.
+pub(crate) fn send_descriptor(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    descriptor: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let descriptors = [descriptor];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
-    let name = [IoSlice::new(b"/dev/ptmx")];
-    sendmsg(socket, &name, &mut ancillary, SendFlags::NOSIGNAL)?;
+    let sent = sendmsg(
+        socket,
+        &[IoSlice::new(bytes)],
+        &mut ancillary,
+        SendFlags::NOSIGNAL,
+    )?;
+    if sent < bytes.len() {
+        return Err(io::ErrorKind::WriteZero.into());
+    }
     Ok(())
 }
 

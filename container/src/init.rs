@@ -7,7 +7,7 @@
 //! The process is not dumpable until it executes its program, so that nobody in the container can trace
 //! it or follow `/proc/PID/exe` to the host's file of this program (CVE-2019-5736, CVE-2016-9962). What
 //! remains is a container program that is a link to /proc/self/exe; the binary therefore runs from a
-//! read-only copy of its mount (see `sealed` in the binary).
+//! read-only copy of its mount (see `sealed`).
 
 use std::convert::Infallible;
 use std::io;
@@ -16,13 +16,13 @@ use std::path::Path;
 
 use nix::sys::signal::SigSet;
 use rustix::net::{SocketFlags, accept_with};
-use rustix::process::{DumpableBehavior, set_dumpable_behavior, setsid};
+use rustix::process::setsid;
 use rustix::system::{setdomainname, sethostname};
 
 use crate::cgroup::Entry;
 use crate::create::Stdio;
 use crate::handshake::{Channel, Message};
-use crate::launch::{self, Program};
+use crate::launch::{self, Ending, Program};
 use crate::mounts::{self, CgroupTrees};
 use crate::plan::namespaces::Kind;
 use crate::plan::{Inherited, Plan};
@@ -52,12 +52,12 @@ type Error = Box<dyn std::error::Error>;
 pub(crate) fn run(plan: &Plan, mut wiring: Wiring) -> ! {
     let prepared = match prepare(plan, &mut wiring) {
         Ok(prepared) => prepared,
-        Err(error) => fail(&wiring.channel, &*error),
+        Err(error) => launch::fail(&wiring.channel, &*error),
     };
     match await_start(wiring) {
         Ok((starter, descriptors)) => match launch(plan, prepared, &starter, descriptors) {
             Ok(never) => match never {},
-            Err(error) => fail(&starter, &*error),
+            Err(error) => launch::fail(&starter, &*error),
         },
         // The creator has died, or the container is deleted: there is nobody to tell.
         Err(_) => sys::exit_now(1),
@@ -79,13 +79,9 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     step("enter the cgroup", wiring.entry.join())?;
     let state = wiring.channel.await_proceed()?;
     step("enter the namespaces", namespaces::enter(&plan.namespaces))?;
-    step(
-        "stop being traceable",
-        set_dumpable_behavior(DumpableBehavior::NotDumpable),
-    )?;
     step("start a session", setsid())?;
     if let Some(name) = &wiring.keyring {
-        join_keyring(name)?;
+        launch::join_keyring(name)?;
     }
     set_names(plan)?;
 
@@ -115,9 +111,7 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
         None => launch::find_program(&plan.process)?,
     };
     let env = launch::environment(&plan.process);
-    // Without no_new_privs a filter needs rights to be installed, and it must come last: then the
-    // identity waits for `start` too.
-    let has_identity = plan.filter.is_none() || plan.process.no_new_privileges;
+    let has_identity = launch::identity_first(&plan.process, plan.filter.as_ref());
     if has_identity {
         launch::take_on_identity(&plan.process)?;
     }
@@ -160,29 +154,14 @@ fn launch(
 ) -> Result<Infallible, Error> {
     let start_hooks = plan.hooks.start_container().as_deref().unwrap_or_default();
     hooks::run(start_hooks, "startContainer", &prepared.state)?;
-    starter.send(&Message::Executing)?;
-    if !prepared.has_identity {
-        install_filter(plan, starter)?;
-        launch::take_on_identity(&plan.process)?;
-    }
-    let starter = Channel::new(lift(starter, descriptors.len())?);
-    let program = match prepared.program {
-        Program::Descriptor(file) => Program::Descriptor(lift(file, descriptors.len())?),
-        program @ Program::Path(_) => program,
+    let ending = Ending {
+        process: &plan.process,
+        filter: plan.filter.as_ref(),
+        env: prepared.env,
+        program: prepared.program,
+        has_identity: prepared.has_identity,
     };
-    launch::place_descriptors(descriptors)?;
-    if prepared.has_identity {
-        install_filter(plan, &starter)?;
-    }
-    launch::execute(&program, &plan.process.args, &prepared.env)
-        .or_else(|error| fail(&starter, &error))
-}
-
-fn fail(channel: &Channel, error: &dyn std::error::Error) -> ! {
-    let message = crate::error::chain(error);
-    // If the other side is gone there is nobody to tell.
-    let _ = channel.send(&Message::Failed { message });
-    sys::exit_now(1)
+    Ok(ending.launch(starter, descriptors)?)
 }
 
 /// A failed step, by what it was to do.
@@ -198,14 +177,6 @@ fn step<T, E: Into<io::Error>>(step: &'static str, result: Result<T, E>) -> Resu
         step,
         source: error.into(),
     })
-}
-
-fn join_keyring(name: &std::ffi::CStr) -> Result<(), StepError> {
-    match sys::join_session_keyring(name) {
-        // No keyrings in this kernel, or no quota left for one: then there are no keys to hide either.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EDQUOT)) => Ok(()),
-        result => step("start a session keyring", result),
-    }
 }
 
 fn set_names(plan: &Plan) -> Result<(), StepError> {
@@ -254,43 +225,11 @@ fn open_terminal(plan: &Plan, root: &Root) -> Result<Option<Terminal>, StepError
     Ok(Some(terminal))
 }
 
-fn set_streams(terminal: Option<Terminal>, wiring: &mut Wiring) -> Result<(), Error> {
+fn set_streams(terminal: Option<Terminal>, wiring: &Wiring) -> Result<(), Error> {
     if let Some(Terminal { master, slave }) = terminal {
         step("take on the terminal", tty::take_on(slave.as_fd()))?;
         wiring.channel.send(&Message::Console(Some(master)))?;
         return Ok(());
     }
-    if let Stdio::Fds {
-        stdin,
-        stdout,
-        stderr,
-    } = &wiring.stdio
-    {
-        let set = || -> io::Result<()> {
-            rustix::stdio::dup2_stdin(stdin)?;
-            rustix::stdio::dup2_stdout(stdout)?;
-            rustix::stdio::dup2_stderr(stderr)?;
-            Ok(())
-        };
-        step("set the standard streams", set())?;
-    }
-    Ok(())
-}
-
-/// A copy of a descriptor with a number that is not in the way of those that will be inherited.
-fn lift(descriptor: impl AsFd, inherited: usize) -> io::Result<OwnedFd> {
-    let first_free = 3 + i32::try_from(inherited).map_err(io::Error::other)?;
-    Ok(rustix::io::fcntl_dupfd_cloexec(descriptor, first_free)?)
-}
-
-/// Installs the filter, and sends its listener on if it has one: whoever starts the container knows
-/// where it belongs.
-fn install_filter(plan: &Plan, starter: &Channel) -> Result<(), Error> {
-    let Some(filter) = &plan.filter else {
-        return Ok(());
-    };
-    if let Some(listener) = filter.install()? {
-        starter.send(&Message::Notify(Some(listener)))?;
-    }
-    Ok(())
+    Ok(step("set the standard streams", wiring.stdio.take_on())?)
 }

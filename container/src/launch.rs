@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::AtFlags;
 use nix::sys::personality::{self, Persona};
 use oci_spec::runtime::LinuxPersonalityDomain;
+use rustix::fs::{Mode, OFlags, PROC_SUPER_MAGIC};
 use rustix::process::{chdir, getcwd, umask};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, Gid, Uid, clear_ambient_capability_set,
@@ -20,8 +21,10 @@ use rustix::thread::{
     set_thread_res_uid,
 };
 
+use crate::handshake::{Channel, Message};
 use crate::plan::capability::{self, Capabilities};
 use crate::plan::process::{Label, ProcessPlan, UserPlan};
+use crate::seccomp::{Filter, SeccompError};
 use crate::sys;
 
 /// Where programs are looked for if the environment has no PATH.
@@ -38,6 +41,8 @@ pub(crate) enum LaunchError {
     WorkingDirectory { path: String, source: io::Error },
     #[error("the working directory `{path}` is outside of the container")]
     Outside { path: String },
+    #[error("linux.seccomp")]
+    Filter(#[from] SeccompError),
     #[error("cannot {step}")]
     Step {
         step: &'static str,
@@ -188,21 +193,35 @@ pub(crate) fn set_attributes(
     Ok(())
 }
 
-/// Sets the label that exec gives. `/proc` must be the host's, or one that was checked.
+/// Sets the label that exec gives. The file must be one of a real /proc: in a container that runs,
+/// something else may be mounted there (CVE-2019-16884).
 pub(crate) fn set_label(label: &Label) -> Result<(), LaunchError> {
+    let (own, shared) = (c"/proc/self/attr/apparmor/exec", c"/proc/self/attr/exec");
+    let write = |path: &CStr, text: &str| -> io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::open(path, flags, Mode::empty())?;
+        if rustix::fs::fstatfs(&file)?.f_type != PROC_SUPER_MAGIC {
+            return Err(io::Error::other("/proc is not a procfs"));
+        }
+        io::Write::write_all(&mut std::fs::File::from(file), text.as_bytes())
+    };
     let written = match label {
         Label::AppArmor(profile) => {
-            let own = Path::new("/proc/self/attr/apparmor/exec");
-            let path = if own.exists() {
-                own
-            } else {
-                Path::new("/proc/self/attr/exec")
-            };
-            std::fs::write(path, format!("exec {profile}"))
+            let text = format!("exec {profile}");
+            write(own, &text).or_else(|_| write(shared, &text))
         }
-        Label::Selinux(label) => std::fs::write("/proc/self/attr/exec", label),
+        Label::Selinux(label) => write(shared, label),
     };
     step("set the security label", written)
+}
+
+/// Starts a session keyring of its own.
+pub(crate) fn join_keyring(name: &CStr) -> Result<(), LaunchError> {
+    match sys::join_session_keyring(name) {
+        // No keyrings in this kernel, or no quota left for one: then there are no keys to hide either.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EDQUOT)) => Ok(()),
+        result => step("start a session keyring", result),
+    }
 }
 
 /// Takes on the user, its groups and its capabilities. Nothing that is given up comes back.
@@ -252,9 +271,9 @@ fn set_user(user: &UserPlan) -> Result<(), LaunchError> {
     step("set the group id", set_thread_res_gid(gid, gid, gid))?;
     step("set the user id", set_thread_res_uid(uid, uid, uid))?;
     if let Some(mask) = user.umask {
-        umask(rustix::fs::Mode::from_raw_mode(mask & 0o777));
+        umask(Mode::from_raw_mode(mask & 0o777));
     } else {
-        umask(rustix::fs::Mode::from_raw_mode(0o022));
+        umask(Mode::from_raw_mode(0o022));
     }
     Ok(())
 }
@@ -280,8 +299,87 @@ fn set_capability_sets(asked: &Capabilities) -> Result<(), LaunchError> {
     Ok(())
 }
 
+/// The very last steps, when everything else is set up.
+#[derive(Debug)]
+pub(crate) struct Ending<'a> {
+    pub(crate) process: &'a ProcessPlan,
+    pub(crate) filter: Option<&'a Filter>,
+    pub(crate) env: Vec<CString>,
+    pub(crate) program: Program,
+    /// Whether the identity was taken on before.
+    pub(crate) has_identity: bool,
+}
+
+/// Whether the identity may be taken on before the filter is installed: without no_new_privs the
+/// installation needs rights. The filter comes last in any case, so that it need not allow what
+/// happens before.
+pub(crate) fn identity_first(process: &ProcessPlan, filter: Option<&Filter>) -> bool {
+    filter.is_none() || process.no_new_privileges
+}
+
+impl Ending<'_> {
+    /// Becomes the program. `starter` hears that it is about to happen, gets the listener of the
+    /// filter if it has one, and sees the end of the stream when it has happened.
+    pub(crate) fn launch(
+        self,
+        starter: &Channel,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Infallible, LaunchError> {
+        let starter = step("keep the channel", lift(starter, descriptors.len()))?;
+        let starter = Channel::new(starter);
+        let program = match self.program {
+            Program::Descriptor(file) => {
+                Program::Descriptor(step("keep the program", lift(file, descriptors.len()))?)
+            }
+            program @ Program::Path(_) => program,
+        };
+        step("report", starter.send(&Message::Executing))?;
+        let first = identity_first(self.process, self.filter);
+        if first && !self.has_identity {
+            take_on_identity(self.process)?;
+        }
+        if !first {
+            install(self.filter, &starter)?;
+            take_on_identity(self.process)?;
+        }
+        step("place the descriptors", place_descriptors(descriptors))?;
+        if first {
+            install(self.filter, &starter)?;
+        }
+        let error = execute(&program, &self.process.args, &self.env);
+        // The original channel may have been overwritten by a descriptor.
+        error.or_else(|error| fail(&starter, &error))
+    }
+}
+
+/// Tells the other side why this process gives up, and ends it.
+pub(crate) fn fail(channel: &Channel, error: &(dyn std::error::Error + 'static)) -> ! {
+    let message = crate::error::chain(error);
+    // If the other side is gone there is nobody to tell.
+    let _ = channel.send(&Message::Failed { message });
+    sys::exit_now(1)
+}
+
+fn install(filter: Option<&Filter>, starter: &Channel) -> Result<(), LaunchError> {
+    let Some(filter) = filter else { return Ok(()) };
+    if let Some(listener) = filter.install()? {
+        let message = Message::Notify(Some(listener));
+        step(
+            "send the listener of the seccomp filter",
+            starter.send(&message),
+        )?;
+    }
+    Ok(())
+}
+
+/// A copy of a descriptor with a number that is not in the way of those that will be inherited.
+fn lift(descriptor: impl AsFd, inherited: usize) -> io::Result<OwnedFd> {
+    let first_free = 3 + i32::try_from(inherited).map_err(io::Error::other)?;
+    Ok(rustix::io::fcntl_dupfd_cloexec(descriptor, first_free)?)
+}
+
 /// Puts descriptors at 3, 4, …, to be inherited, and marks all others to be closed by exec.
-pub(crate) fn place_descriptors(descriptors: Vec<OwnedFd>) -> io::Result<()> {
+fn place_descriptors(descriptors: Vec<OwnedFd>) -> io::Result<()> {
     let count = u32::try_from(descriptors.len()).map_err(io::Error::other)?;
     let first_free = 3 + count.cast_signed();
     // First out of the way of the numbers that will be used.
@@ -299,7 +397,7 @@ pub(crate) fn place_descriptors(descriptors: Vec<OwnedFd>) -> io::Result<()> {
 }
 
 /// Becomes the program.
-pub(crate) fn execute(
+fn execute(
     program: &Program,
     args: &[CString],
     env: &[CString],

@@ -11,7 +11,7 @@ use rustix::process::{Gid, Uid, ioctl_tiocsctty};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
-use crate::handshake::send_terminal;
+use crate::handshake::send_descriptor;
 use crate::plan::mounts::clone_tree;
 use crate::root::Root;
 use crate::rootfs::attach_at;
@@ -68,5 +68,6 @@ pub(crate) fn take_on(slave: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Connects to an engine's console socket and hands it the master.
 pub(crate) fn hand_over(socket: &UnixStream, master: &OwnedFd) -> io::Result<()> {
-    send_terminal(socket.as_fd(), master.as_fd())
+    // The name is what runc sends: engines do not look at it.
+    send_descriptor(socket.as_fd(), b"/dev/ptmx", master.as_fd())
 }

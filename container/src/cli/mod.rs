@@ -9,9 +9,13 @@ use container::verbs::run::default_root;
 
 mod create;
 mod delete;
+mod exec;
 mod kill;
 mod list;
 mod monitor;
+mod pause;
+mod ps;
+mod spec;
 mod state;
 
 /// Runs containers as the Open Container Initiative specifies them.
@@ -85,12 +89,50 @@ enum Verb {
     /// Start a workload and stay with it, for a daemon
     #[command(hide = true)]
     Monitor(monitor::Monitor),
+    /// Run a process in a container
+    Exec(exec::Exec),
+    /// List the processes of a container
+    Ps(ps::Ps),
+    /// Freeze the processes of a container
+    Pause(pause::Pause),
+    /// Let the processes of a paused container go on
+    Resume(pause::Resume),
+    /// Change the limits of a container
+    Update(pause::Update),
+    /// Write a configuration to start from
+    Spec(spec::Spec),
+    /// Show what this runtime can do as JSON
+    Features(spec::Features),
+    /// Not supported
+    Checkpoint(Unsupported),
+    /// Not supported
+    Restore(Unsupported),
+}
+
+/// Takes any arguments, to be refused with a better message than theirs.
+#[derive(Args, Debug)]
+struct Unsupported {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    _arguments: Vec<String>,
+}
+
+impl Verb {
+    /// Whether a process of this program will be in a container.
+    fn enters(&self) -> bool {
+        matches!(
+            self,
+            Verb::Create(_) | Verb::Run(_) | Verb::Exec(_) | Verb::Monitor(_)
+        )
+    }
 }
 
 /// Carries out the command, and says with which status to exit.
 pub(crate) fn run(arguments: Arguments) -> Result<i32> {
     let Arguments { global, verb } = arguments;
     anyhow::ensure!(!global.systemd_cgroup, "--systemd-cgroup is not supported");
+    if verb.enters() {
+        container::sealed::seal();
+    }
     match verb {
         Verb::Create(create) => create.run(&global),
         Verb::Start(start) => start.run(&global),
@@ -100,6 +142,16 @@ pub(crate) fn run(arguments: Arguments) -> Result<i32> {
         Verb::Delete(delete) => delete.run(&global),
         Verb::List(list) => list.run(&global),
         Verb::Monitor(monitor) => monitor.run(),
+        Verb::Exec(exec) => exec.run(&global),
+        Verb::Ps(ps) => ps.run(&global),
+        Verb::Pause(pause) => pause.run(&global),
+        Verb::Resume(resume) => resume.run(&global),
+        Verb::Update(update) => update.run(&global),
+        Verb::Spec(spec) => spec.run(&global),
+        Verb::Features(features) => features.run(&global),
+        Verb::Checkpoint(_) | Verb::Restore(_) => {
+            anyhow::bail!("checkpoint and restore are not supported")
+        }
     }
 }
 

@@ -5,6 +5,8 @@ use std::collections::HashSet;
 use oci_spec::runtime::{Capability, LinuxCapabilities};
 use rustix::thread::{CapabilitySet, capabilities};
 
+use super::namespaces::{Kind, NamespacePlan};
+
 /// The names in the kernel's order: the index is the number.
 const NAMES: [&str; 41] = [
     "CHOWN",
@@ -100,7 +102,6 @@ impl Capabilities {
         }
     }
 
-    #[cfg(test)]
     /// Adds a capability to all sets but the inheritable and the ambient, as `exec --cap` does.
     pub(crate) fn add(&mut self, name: &str) -> bool {
         let name = name.to_ascii_uppercase();
@@ -121,7 +122,15 @@ pub(crate) fn available() -> CapabilitySet {
     capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.permitted)
 }
 
-#[cfg(test)]
+/// What a process in these namespaces may be given: in a user namespace it may have what its creator
+/// lacks.
+pub(crate) fn available_in(namespaces: &NamespacePlan) -> CapabilitySet {
+    if namespaces.has(Kind::USER) {
+        return CapabilitySet::from_bits_retain(u64::MAX);
+    }
+    available()
+}
+
 /// All names, as `CAP_CHOWN`.
 pub(crate) fn names() -> impl Iterator<Item = String> {
     NAMES.iter().map(|name| format!("CAP_{name}"))

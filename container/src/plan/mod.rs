@@ -102,14 +102,8 @@ impl Plan {
         let root = spec.root().as_ref().ok_or_else(|| needed("root"))?;
         let process = spec.process().as_ref().ok_or_else(|| needed("process"))?;
         let namespaces = NamespacePlan::new(linux)?;
-        let own = capability::available();
-        // In a user namespace of its own a container may have what its creator lacks.
-        let available = if namespaces.has(Kind::USER) {
-            CapabilitySet::from_bits_retain(u64::MAX)
-        } else {
-            own
-        };
-        let privileged = own.contains(CapabilitySet::SYS_ADMIN);
+        let available = capability::available_in(&namespaces);
+        let privileged = capability::available().contains(CapabilitySet::SYS_ADMIN);
         let (rootfs_path, rootfs) = mounts::open_rootfs(root, setting.bundle, privileged)?;
         let mounts = spec.mounts().iter().flatten().enumerate();
         let mounts = mounts

@@ -130,6 +130,23 @@ impl Options {
     }
 }
 
+/// Every option that is understood here, in alphabetical order.
+pub(crate) fn names() -> Vec<String> {
+    let mut names: Vec<String> = ["bind", "rbind", "remount", "tmpcopyup"]
+        .into_iter()
+        .chain(FILE_SYSTEM_FLAGS.iter().copied())
+        .chain(DEFAULTS.iter().copied())
+        .map(str::to_owned)
+        .collect();
+    let attributes = ATTRIBUTES.iter().map(|(name, ..)| *name);
+    let attributes = attributes.chain(ACCESS_TIMES.iter().map(|(name, _)| *name));
+    for name in attributes.chain(PROPAGATIONS.iter().map(|(name, _)| *name)) {
+        names.extend([name.to_owned(), format!("r{name}")]);
+    }
+    names.sort();
+    names
+}
+
 /// `shared`, `rslave` and their like, as in `linux.rootfsPropagation`: the `MS_` bit, and whether it
 /// holds for all mounts below.
 pub(crate) fn parse_propagation(option: &str) -> Option<(u64, bool)> {

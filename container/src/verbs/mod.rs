@@ -1,10 +1,17 @@
 //! What can be done with a container that exists, one file each.
 //!
-//! All but `exec` may be called from a program with several threads: they fork nothing.
+//! All but `exec` and `run` may be called from a program with several threads: they fork nothing, or
+//! only to execute a hook, a program of the host.
 
 pub mod delete;
+pub mod exec;
+pub mod features;
 pub mod kill;
 pub mod list;
+pub mod pause;
+pub mod ps;
 pub mod run;
+pub mod spec;
 pub mod start;
 pub mod state;
+pub mod update;

@@ -65,11 +65,14 @@ pub fn run(options: CreateOptions, mode: RunMode) -> Result<Option<Exit>, RunErr
 
 /// The signals that are passed to the process, as a descriptor.
 #[derive(Debug)]
-pub(crate) struct Signals(SignalFd);
+pub struct Signals(SignalFd);
 
 impl Signals {
     /// From now on signals wait to be read. A child that is made starts with none blocked.
-    pub(crate) fn block() -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// The system calls'.
+    pub fn block() -> io::Result<Self> {
         let mut set = SigSet::all();
         // These tell of this program's own faults.
         for own in [
@@ -105,11 +108,10 @@ impl Signals {
 }
 
 /// Waits for a child to end, passing signals and the terminal's bytes meanwhile.
-pub(crate) fn attend(
-    process: &Process,
-    signals: &Signals,
-    console: Option<OwnedFd>,
-) -> io::Result<Exit> {
+///
+/// # Errors
+/// When it cannot be waited for; it may still run then.
+pub fn attend(process: &Process, signals: &Signals, console: Option<OwnedFd>) -> io::Result<Exit> {
     let mut relay = console.map(Relay::new).transpose()?;
     loop {
         let mut fds = vec![

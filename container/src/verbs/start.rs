@@ -1,12 +1,14 @@
 //! `start`: lets the program of a created container run.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use crate::handshake::{self, Channel, Message};
 use crate::hooks::{self, HookError};
+use crate::notify;
 use crate::spec::{Config, SpecError};
-use crate::state::{Home, START_SOCKET, StateError, Status};
+use crate::state::{Home, Record, START_SOCKET, StateError, Status};
 use crate::verbs::state::oci_state;
 
 /// Why a container was not started.
@@ -70,7 +72,8 @@ pub fn start(root: &Path, id: &str) -> Result<(), StartError> {
     let _ = channel.send(&Message::Proceed {
         state: String::new(),
     });
-    match await_exec(&channel) {
+    let agent = |listener| hand_over_listener(&home, &record, &listener);
+    match await_exec(&channel, agent) {
         Ok(()) => {}
         Err(StartError::Died) => return Err(raced()),
         Err(error) => return Err(error),
@@ -79,8 +82,12 @@ pub fn start(root: &Path, id: &str) -> Result<(), StartError> {
     run_poststart(root, id)
 }
 
-/// Waits until the first process has executed the program.
-pub(crate) fn await_exec(channel: &Channel) -> Result<(), StartError> {
+/// Waits until a process has executed its program. `agent` takes the listener of its seccomp filter, if
+/// there is one.
+pub(crate) fn await_exec(
+    channel: &Channel,
+    mut agent: impl FnMut(OwnedFd) -> io::Result<()>,
+) -> Result<(), StartError> {
     let mut executing = false;
     loop {
         let message = channel.receive();
@@ -90,10 +97,30 @@ pub(crate) fn await_exec(channel: &Channel) -> Result<(), StartError> {
         })? {
             Some(Message::Executing) => executing = true,
             Some(Message::Failed { message }) => return Err(StartError::Failed { message }),
+            Some(Message::Notify(Some(listener))) => {
+                agent(listener).map_err(|source| StartError::Step {
+                    step: "hand over the listener of the seccomp filter",
+                    source,
+                })?;
+            }
             Some(_) => {}
             None if executing => return Ok(()),
             None => return Err(StartError::Died),
         }
+    }
+}
+
+/// Hands the listener of the container's seccomp filter to the agent that the configuration names.
+pub(crate) fn hand_over_listener(
+    home: &Home,
+    record: &Record,
+    listener: &OwnedFd,
+) -> io::Result<()> {
+    let config = Config::load_file(&home.config_path()).map_err(io::Error::other)?;
+    let linux = config.spec.linux().as_ref();
+    match linux.and_then(|linux| linux.seccomp().as_ref()) {
+        Some(seccomp) => notify::hand_over(seccomp, record, Status::Created, record.pid, listener),
+        None => Ok(()),
     }
 }
 

@@ -1,0 +1,419 @@
+//! `exec`: runs one more process in a container.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use nix::sys::signal::SigSet;
+use oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec, Spec};
+use rustix::fs::{CWD, Mode, OFlags, fstat, openat};
+use rustix::process::{Pid, prlimit, setsid};
+
+use crate::cgroup::{Cgroup, CgroupError, Entry};
+use crate::create::{CreateError, Stdio, connect_console, harden, write_pid_file};
+use crate::handshake::{Channel, Message};
+use crate::launch::{self, Program};
+use crate::namespaces::{self, Forked};
+use crate::notify;
+use crate::plan::namespaces::{Kind, NamespacePlan};
+use crate::plan::process::ProcessPlan;
+use crate::plan::{PlanError, capability};
+use crate::process::Process;
+use crate::root::Root;
+use crate::seccomp::{self, Filter};
+use crate::spec::{Config, SpecError};
+use crate::state::{Home, Record, StateError, Status};
+use crate::sys;
+use crate::tty::{self, Terminal};
+use crate::verbs::start::{StartError, await_exec};
+
+/// What to run, and where.
+#[derive(Debug)]
+pub struct ExecOptions {
+    pub root: PathBuf,
+    pub id: String,
+    pub what: What,
+    pub stdio: Stdio,
+    /// They become the descriptors 3, 4, … of the process.
+    pub descriptors: Vec<OwnedFd>,
+    /// Written, atomically, when the program runs.
+    pub pid_file: Option<PathBuf>,
+    /// Wait for a paused container to be resumed, instead of refusing.
+    pub ignore_paused: bool,
+}
+
+/// The process of an [`exec`].
+#[derive(Clone, Debug)]
+pub enum What {
+    /// The container's own `process`, changed.
+    Changed(Changes),
+    /// A file with a whole `process` object.
+    File(PathBuf),
+}
+
+/// How the process differs from the container's own.
+#[derive(Clone, Debug, Default)]
+pub struct Changes {
+    pub args: Vec<String>,
+    /// Added to the environment, `NAME=VALUE`.
+    pub env: Vec<String>,
+    pub cwd: Option<PathBuf>,
+    /// User and, with it, group.
+    pub user: Option<(u32, Option<u32>)>,
+    pub additional_gids: Vec<u32>,
+    /// Added to the capabilities.
+    pub capabilities: Vec<String>,
+    pub terminal: bool,
+    pub no_new_privileges: bool,
+}
+
+/// A process that runs in a container.
+#[derive(Debug)]
+pub struct Executed {
+    /// A child of the caller, who must wait for it.
+    pub process: Process,
+    /// The other side of the terminal, if there is one and no console socket took it.
+    pub console: Option<OwnedFd>,
+}
+
+/// Why a process was not run.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("cannot exec in container `{id}`: it is {status}")]
+    Status { id: String, status: Status },
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    #[error("{} is malformed", path.display())]
+    File {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
+    #[error("there is no capability `{name}`")]
+    Capability { name: String },
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The process says why it gave up.
+    #[error("{message}")]
+    Failed { message: String },
+    #[error("the process died before it executed the program")]
+    Died,
+    #[error(transparent)]
+    Setting(#[from] CreateError),
+    #[error("cannot {step}")]
+    Step {
+        step: &'static str,
+        source: io::Error,
+    },
+}
+
+fn step<T, E: Into<io::Error>>(step: &'static str, result: Result<T, E>) -> Result<T, ExecError> {
+    result.map_err(|error| ExecError::Step {
+        step,
+        source: error.into(),
+    })
+}
+
+/// Runs a process in a running container, and returns when its program was executed.
+///
+/// # Errors
+/// Those of [`ExecError`]; no process is left. The caller must have a single thread.
+pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
+    let home = Home::open(&options.root, &options.id)?;
+    let record = home.record()?;
+    let init = find_init(&home, &record, options.ignore_paused)?;
+    let config = Config::load_file(&home.config_path())?;
+    let namespaces = step("open the container's namespaces", open_namespaces(&init))?;
+    let plan = plan(&options.what, &config.spec, &namespaces)?;
+    let console_socket = connect_console(plan.process.terminal.is_some(), &options.stdio)?;
+    let entry = Cgroup::open(&record.cgroup)?.entry()?;
+    let (ours, theirs) = step("make a socket pair", Channel::pair())?;
+    // Before the fork: the child is in the container's pid namespace at once.
+    step("stop being traceable", harden())?;
+    let forked = namespaces::fork(&namespaces, entry.clone_into(), &ours, &theirs);
+    match step("make the process", forked)? {
+        Forked::Child => {
+            drop((ours, home, init));
+            let wiring = Wiring {
+                channel: theirs,
+                entry,
+                stdio: options.stdio,
+                descriptors: options.descriptors,
+                keyring: CString::new(format!("_ses.{}", options.id)).ok(),
+            };
+            enter(&plan, &namespaces, wiring)
+        }
+        Forked::Parent(process) => {
+            drop(theirs);
+            let child = Child(Some(process));
+            let console = child.conduct(&ours, &plan, &record, console_socket.as_ref())?;
+            if let Some(path) = &options.pid_file {
+                step("write the pid file", write_pid_file(path, child.pid()))?;
+            }
+            let process = child.into_process()?;
+            Ok(Executed { process, console })
+        }
+    }
+}
+
+/// What will be done.
+#[derive(Debug)]
+struct ExecPlan {
+    process: ProcessPlan,
+    filter: Option<Filter>,
+    /// Where the listener of the filter goes, if it has one.
+    seccomp: Option<LinuxSeccomp>,
+    personality: Option<oci_spec::runtime::LinuxPersonalityDomain>,
+}
+
+fn plan(what: &What, spec: &Spec, namespaces: &NamespacePlan) -> Result<ExecPlan, ExecError> {
+    let process = match what {
+        What::Changed(changes) => changed(spec, changes)?,
+        What::File(path) => {
+            let text = std::fs::read(path).map_err(|source| SpecError::Read {
+                path: path.clone(),
+                source,
+            })?;
+            serde_json::from_slice(&text).map_err(|source| ExecError::File {
+                path: path.clone(),
+                source,
+            })?
+        }
+    };
+    let available = capability::available_in(namespaces);
+    let mut process = ProcessPlan::new(&process, available)?;
+    if let What::Changed(changes) = what {
+        for name in &changes.capabilities {
+            if !process.capabilities.add(name) {
+                return Err(ExecError::Capability { name: name.clone() });
+            }
+        }
+    }
+    let linux = spec.linux().as_ref();
+    let seccomp: Option<&LinuxSeccomp> = linux.and_then(|linux| linux.seccomp().as_ref());
+    let filter = seccomp
+        .map(seccomp::compile)
+        .transpose()
+        .map_err(PlanError::from)?;
+    let personality = linux.and_then(|linux| linux.personality().as_ref());
+    Ok(ExecPlan {
+        process,
+        filter,
+        seccomp: seccomp.cloned(),
+        personality: personality.map(|given| given.domain()),
+    })
+}
+
+/// The container's own process with the changes made.
+fn changed(spec: &Spec, changes: &Changes) -> Result<ProcessSpec, ExecError> {
+    let missing = || PlanError::invalid("process", "it is needed");
+    let mut process = spec.process().clone().ok_or_else(missing)?;
+    process.set_args(Some(changes.args.clone()));
+    process.set_terminal(Some(changes.terminal));
+    if !changes.terminal {
+        process.set_console_size(None);
+    }
+    process
+        .env_mut()
+        .get_or_insert_default()
+        .extend(changes.env.iter().cloned());
+    if let Some(cwd) = &changes.cwd {
+        process.set_cwd(cwd.clone());
+    }
+    if changes.no_new_privileges {
+        process.set_no_new_privileges(Some(true));
+    }
+    let user = process.user_mut();
+    if let Some((uid, gid)) = changes.user {
+        user.set_uid(uid);
+        if let Some(gid) = gid {
+            user.set_gid(gid);
+        }
+    }
+    user.additional_gids_mut()
+        .get_or_insert_default()
+        .extend(&changes.additional_gids);
+    Ok(process)
+}
+
+/// The first process of a container that can take one more.
+fn find_init(home: &Home, record: &Record, ignore_paused: bool) -> Result<Process, ExecError> {
+    let (status, process) = home.observe(record)?;
+    let refused = || ExecError::Status {
+        id: record.id.clone(),
+        status,
+    };
+    let can = match status {
+        Status::Created | Status::Running => true,
+        Status::Paused => ignore_paused,
+        Status::Creating | Status::Stopped => false,
+    };
+    process.filter(|_| can).ok_or_else(refused)
+}
+
+/// The namespaces of the first process that are not the caller's too.
+fn open_namespaces(init: &Process) -> io::Result<NamespacePlan> {
+    let mut plan = NamespacePlan::default();
+    for (kind, name) in Kind::ALL {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let open = |pid: &str| openat(CWD, format!("/proc/{pid}/ns/{name}"), flags, Mode::empty());
+        let (own, theirs) = match (open("self"), open(&init.pid().to_string())) {
+            // The kernel does not have this kind.
+            (Err(rustix::io::Errno::NOENT), _) => continue,
+            (own, theirs) => (own?, theirs?),
+        };
+        let (mine, other) = (fstat(&own)?, fstat(&theirs)?);
+        if mine.st_ino != other.st_ino {
+            plan.joined.push((kind, theirs));
+        }
+    }
+    // Only now is it certain that the pid was still the right process's all the time.
+    if init.ended_within(0)? {
+        return Err(rustix::io::Errno::SRCH.into());
+    }
+    Ok(plan)
+}
+
+/// The process from the creator's side; killed if it comes to nothing.
+struct Child(Option<Process>);
+
+impl Child {
+    fn pid(&self) -> i32 {
+        self.0.as_ref().map_or(0, Process::pid)
+    }
+
+    fn into_process(mut self) -> Result<Process, ExecError> {
+        self.0.take().ok_or(ExecError::Died)
+    }
+
+    fn conduct(
+        &self,
+        channel: &Channel,
+        plan: &ExecPlan,
+        record: &Record,
+        console_socket: Option<&UnixStream>,
+    ) -> Result<Option<OwnedFd>, ExecError> {
+        if let Some(score) = plan.process.oom_score_adj {
+            let path = format!("/proc/{}/oom_score_adj", self.pid());
+            step(
+                "set process.oomScoreAdj",
+                std::fs::write(path, score.to_string()),
+            )?;
+        }
+        let proceed = || {
+            channel.send(&Message::Proceed {
+                state: String::new(),
+            })
+        };
+        // If the process is dead, what it had to say is still there to be received.
+        let _ = proceed();
+        let mut console = None;
+        loop {
+            match step("hear from the process", channel.receive())? {
+                Some(Message::Console(Some(master))) => match console_socket {
+                    Some(socket) => {
+                        step("hand over the terminal", tty::hand_over(socket, &master))?;
+                    }
+                    None => console = Some(master),
+                },
+                Some(Message::Ready) => break,
+                Some(Message::Failed { message }) => return Err(ExecError::Failed { message }),
+                Some(_) => {}
+                None => return Err(ExecError::Died),
+            }
+        }
+        for (resource, limit) in &plan.process.limits {
+            let set = prlimit(Pid::from_raw(self.pid()), *resource, *limit);
+            step("set process.rlimits", set)?;
+        }
+        let _ = proceed();
+        let agent = |listener| seccomp_agent(plan, record, self.pid(), &listener);
+        match await_exec(channel, agent) {
+            Ok(()) => Ok(console),
+            Err(StartError::Failed { message }) => Err(ExecError::Failed { message }),
+            Err(_) => Err(ExecError::Died),
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if let Some(process) = self.0.take() {
+            let _ = process.signal(libc::SIGKILL);
+            let _ = process.wait();
+        }
+    }
+}
+
+/// What connects the process to the outside.
+struct Wiring {
+    channel: Channel,
+    entry: Entry,
+    stdio: Stdio,
+    descriptors: Vec<OwnedFd>,
+    keyring: Option<CString>,
+}
+
+type Error = Box<dyn std::error::Error>;
+
+/// The process's side: enters the container and becomes the program. Never returns.
+fn enter(plan: &ExecPlan, namespaces: &NamespacePlan, wiring: Wiring) -> ! {
+    let channel = wiring.channel;
+    let prepare = || -> Result<Program, Error> {
+        sys::reset_signal_handlers();
+        SigSet::empty().thread_set_mask()?;
+        wiring.entry.join()?;
+        channel.await_proceed()?;
+        namespaces::enter(namespaces)?;
+        setsid()?;
+        if let Some(name) = &wiring.keyring {
+            launch::join_keyring(name)?;
+        }
+        if let Some(label) = &plan.process.label {
+            launch::set_label(label)?;
+        }
+        set_streams(plan, &wiring.stdio, &channel)?;
+        launch::change_directory(&plan.process)?;
+        launch::set_attributes(&plan.process, plan.personality)?;
+        let program = launch::find_program(&plan.process)?;
+        channel.send(&Message::Ready)?;
+        channel.await_proceed()?;
+        Ok(program)
+    };
+    let prepared = prepare().unwrap_or_else(|error| launch::fail(&channel, &*error));
+    let ending = launch::Ending {
+        process: &plan.process,
+        filter: plan.filter.as_ref(),
+        env: launch::environment(&plan.process),
+        program: prepared,
+        has_identity: false,
+    };
+    match ending.launch(&channel, wiring.descriptors) {
+        Ok(never) => match never {},
+        Err(error) => launch::fail(&channel, &error),
+    }
+}
+
+fn seccomp_agent(plan: &ExecPlan, record: &Record, pid: i32, listener: &OwnedFd) -> io::Result<()> {
+    let Some(seccomp) = &plan.seccomp else {
+        return Ok(());
+    };
+    notify::hand_over(seccomp, record, Status::Running, pid, listener)
+}
+
+fn set_streams(plan: &ExecPlan, stdio: &Stdio, channel: &Channel) -> Result<(), Error> {
+    let Some(size) = plan.process.terminal else {
+        return Ok(stdio.take_on()?);
+    };
+    let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = Root::new(openat(CWD, "/", directory, Mode::empty())?);
+    let Terminal { master, slave } = Terminal::open(&root, size, plan.process.user.uid)?;
+    tty::take_on(slave.as_fd())?;
+    channel.send(&Message::Console(Some(master)))?;
+    Ok(())
+}
