@@ -217,3 +217,6 @@ impl VirtioDevice for Vsock {
         self.event_buffers.clear();
     }
 }
+
+#[cfg(test)]
+mod tests;

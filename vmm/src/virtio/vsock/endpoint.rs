@@ -222,3 +222,114 @@ fn retry(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use nix::pty::openpty;
+    use nix::unistd::pipe;
+    use tempfile::tempfile;
+
+    use super::*;
+
+    fn flags(file: &File) -> OFlag {
+        OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL).unwrap())
+    }
+
+    #[test]
+    fn whoever_shares_an_open_file_with_us_sees_no_change() {
+        let (reader, writer) = pipe().unwrap();
+        let (input, output) = (File::from(reader), File::from(writer));
+        let terminal = openpty(None, None).unwrap();
+        let slave = File::from(terminal.slave);
+        for (file, direction) in [
+            (input, StreamDirection::ToGuest),
+            (output, StreamDirection::FromGuest),
+            (slave.try_clone().unwrap(), StreamDirection::ToGuest),
+            (slave, StreamDirection::FromGuest),
+            (tempfile().unwrap(), StreamDirection::FromGuest),
+        ] {
+            let before = flags(&file);
+            let stream = Stream::new(file.try_clone().unwrap(), direction).unwrap();
+            assert_eq!(flags(&file), before);
+            let list = IoList::new();
+            if direction == StreamDirection::ToGuest {
+                let result = Endpoint::Stream(stream).read(&list);
+                assert!(
+                    matches!(&result, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+                        || result.is_ok()
+                );
+            }
+            assert_eq!(flags(&file), before);
+        }
+    }
+
+    #[test]
+    fn flags_that_had_to_be_changed_are_restored() {
+        let terminal = openpty(None, None).unwrap();
+        let slave = File::from(terminal.slave);
+        let before = flags(&slave);
+        fcntl(&slave, FcntlArg::F_SETFL(before | OFlag::O_NONBLOCK)).unwrap();
+        drop(Stream {
+            file: slave.try_clone().unwrap(),
+            mode: Mode::Borrowed(before),
+            direction: StreamDirection::FromGuest,
+        });
+        assert_eq!(flags(&slave), before);
+    }
+
+    #[test]
+    fn a_polled_pipe_never_blocks_and_loses_nothing() {
+        let (reader, writer) = pipe().unwrap();
+        let (mut reader, writer) = (File::from(reader), File::from(writer));
+        assert!(!flags(&writer).contains(OFlag::O_NONBLOCK));
+        let endpoint = Endpoint::Stream(Stream {
+            file: writer,
+            mode: Mode::Polled,
+            direction: StreamDirection::FromGuest,
+        });
+        // More than a pipe holds, in pieces that do not divide it.
+        let data: Vec<u8> = (0..=250).cycle().take(1_000_000).collect();
+        let (mut sent, mut received) = (0, Vec::new());
+        while received.len() < data.len() {
+            match endpoint.write_bytes(&data[sent..]) {
+                Ok(written) => sent += written,
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                    // What is in the pipe: a read of a pipe that is not empty does not wait.
+                    let mut some = [0; 5000];
+                    let read = reader.read(&mut some).unwrap();
+                    received.extend(&some[..read]);
+                }
+            }
+            if sent == data.len() {
+                let mut rest = vec![0; sent - received.len()];
+                reader.read_exact(&mut rest).unwrap();
+                received.extend(rest);
+            }
+        }
+        assert!(received == data);
+
+        let (reader, writer) = pipe().unwrap();
+        let endpoint = Endpoint::Stream(Stream {
+            file: File::from(reader),
+            mode: Mode::Polled,
+            direction: StreamDirection::ToGuest,
+        });
+        let mut buffer = [0; 16];
+        let mut read = || {
+            let mut list = IoList::new();
+            list.push_buffer(&mut buffer);
+            endpoint.read(&list).map_err(|error| error.kind())
+        };
+        assert_eq!(read(), Err(io::ErrorKind::WouldBlock));
+        File::from(writer.try_clone().unwrap())
+            .write_all(b"abc")
+            .unwrap();
+        assert_eq!(read(), Ok(3));
+        assert_eq!(read(), Err(io::ErrorKind::WouldBlock));
+        drop(writer);
+        assert_eq!(read(), Ok(0));
+    }
+}

@@ -104,6 +104,12 @@ impl Muxer {
         })
     }
 
+    /// How many connections there are.
+    #[cfg(test)]
+    pub(super) fn connections(&self) -> usize {
+        self.connections.len()
+    }
+
     /// Readable when [`poll`](Self::poll) has something to do.
     pub(super) fn fd(&self) -> RawFd {
         self.epoll.0.as_raw_fd()
@@ -272,7 +278,10 @@ impl Muxer {
                 host_port: NO_PORT,
                 guest_port: number,
             };
-            let event = EpollEvent::new(EpollFlags::EPOLLIN, key.token());
+            // On the edge: half a request is left where it is, and must not wake us until the rest
+            // has come.
+            let flags = EpollFlags::EPOLLET | EpollFlags::EPOLLIN;
+            let event = EpollEvent::new(flags, key.token());
             if self.epoll.add(&stream, event).is_ok() {
                 self.clients.insert(number, stream);
             }
