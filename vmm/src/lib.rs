@@ -29,6 +29,7 @@ pub mod machine;
 pub mod plan;
 pub mod platform;
 pub mod rate_limit;
+pub mod seccomp;
 pub mod signals;
 pub mod spec;
 pub mod terminal;

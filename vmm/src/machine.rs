@@ -29,6 +29,7 @@ use crate::layout;
 use crate::listen::Listener;
 use crate::plan::{ConsolePlan, DiskPlan, ListenPlan, NetPlan, Plan, TapPlan, VsockPlan};
 use crate::platform::DevicePlatform;
+use crate::seccomp::{Filter, SeccompError, Thread};
 use crate::signals::{self, SignalError};
 use crate::terminal::RawTerminal;
 use crate::vcpu::{Buses, VcpuError, Vcpus};
@@ -45,6 +46,8 @@ use crate::virtio::vsock::{Vsock, VsockError, VsockHost};
 pub struct Options {
     /// Print how long the guest took to boot since then.
     pub boot_timer: Option<Start>,
+    /// Let every thread make every system call, which is for finding out what it needs.
+    pub no_seccomp: bool,
 }
 
 /// Why a machine could not be made.
@@ -85,6 +88,8 @@ pub enum MachineError {
     Vcpu(#[from] VcpuError),
     #[error(transparent)]
     Signal(#[from] SignalError),
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
 }
 
 /// Why a virtio device could not be made.
@@ -110,6 +115,7 @@ pub struct Machine {
     vcpus: Arc<Vcpus>,
     events: EventLoop,
     exit: ExitSwitch,
+    filters: Filters,
     /// Put back to what it was when the machine is gone.
     _terminal: Option<RawTerminal>,
 }
@@ -146,7 +152,8 @@ impl Machine {
             fds.push(vm.create_vcpu(id)?);
         }
         x86_64::configure(&kvm, &fds, &memory, entry)?;
-        let enter: Arc<dyn Fn() + Send + Sync> = Arc::new(|| ());
+        let filters = Filters::new(options)?;
+        let enter = filters.vcpus(&parts.exit);
         let buses = Arc::new(parts.buses);
         let vcpus = Arc::new(Vcpus::start(fds, &buses, &parts.exit, &enter)?);
         if let Some(listen) = plan.control {
@@ -165,19 +172,59 @@ impl Machine {
             vcpus,
             events: parts.events,
             exit: parts.exit,
+            filters,
             _terminal: terminal,
         })
     }
 
     /// Runs the machine to its end, and says why it ended.
     pub fn run(self) -> ExitStatus {
-        self.vcpus.resume();
+        // From here on there are guests, and no way back out of the filters.
+        match self.filters.lock_event_loop() {
+            Ok(()) => self.vcpus.resume(),
+            Err(error) => self.exit.fail(&error),
+        }
         if let Err(error) = self.events.run() {
             self.exit.fail(&error);
         }
         self.vcpus.finish();
         let status = self.exit.status();
         status.expect("the event loop ends with the machine")
+    }
+}
+
+/// What threads may do. Absent filters allow everything.
+struct Filters {
+    event_loop: Option<Filter>,
+    vcpu: Option<Filter>,
+}
+
+impl Filters {
+    fn new(options: Options) -> Result<Self, SeccompError> {
+        let filter = |thread| {
+            if options.no_seccomp {
+                return Ok(None);
+            }
+            Filter::new(thread).map(Some)
+        };
+        Ok(Self {
+            event_loop: filter(Thread::EventLoop)?,
+            vcpu: filter(Thread::Vcpu)?,
+        })
+    }
+
+    fn lock_event_loop(&self) -> Result<(), SeccompError> {
+        self.event_loop.as_ref().map_or(Ok(()), Filter::install)
+    }
+
+    /// What each processor's thread does first.
+    fn vcpus(&self, exit: &ExitSwitch) -> Arc<dyn Fn() + Send + Sync> {
+        let (filter, exit) = (self.vcpu.clone(), exit.clone());
+        Arc::new(move || {
+            if let Some(Err(error)) = filter.as_ref().map(Filter::install) {
+                exit.fail(&error);
+            }
+        })
     }
 }
 

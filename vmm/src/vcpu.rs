@@ -239,13 +239,23 @@ impl Vcpu {
         let mut state = State::Parked;
         loop {
             state = match state {
-                State::Parked => self.gate.park().into(),
+                State::Parked => self.parked(),
                 State::Running => self.running(),
                 State::Finished => break,
             };
         }
         kvm::refuse_interrupts();
         self.gate.leave();
+    }
+
+    fn parked(&mut self) -> State {
+        let order = self.gate.park();
+        if order == Order::Run {
+            // Keeps the guest's watchdog from taking the pause for a hang. A guest that does not
+            // use KVM's clock has no such watchdog, and makes this fail.
+            let _ = self.fd.kvmclock_ctrl();
+        }
+        order.into()
     }
 
     /// Runs guest code until it needs something of us.

@@ -1,0 +1,386 @@
+//! The system calls that each thread may make once guests run. Another one ends the process, and
+//! names itself.
+//!
+//! UNSAFETY: a signal handler reads the context that the kernel hands it, and may use nothing but
+//! bare system calls.
+#![expect(
+    unsafe_code,
+    reason = "the handler of SIGSYS reads its context and may only make bare system calls"
+)]
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+
+use libc::c_long;
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch,
+};
+use vmm_sys_util::signal::register_signal_handler;
+
+use crate::control::ExitStatus;
+
+/// The walls cannot be put up.
+#[derive(Debug, thiserror::Error)]
+pub enum SeccompError {
+    #[error("a system call filter cannot be compiled")]
+    Compile(#[source] BackendError),
+    #[error("a system call filter cannot be installed")]
+    Install(#[source] seccompiler::Error),
+    #[error("violations of the system call filter cannot be caught")]
+    Handler(#[source] vmm_sys_util::errno::Error),
+}
+
+/// A kind of thread.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Thread {
+    /// Serves the host's descriptors.
+    EventLoop,
+    /// Runs guest code, and what guests do to registers.
+    Vcpu,
+}
+
+impl Thread {
+    fn name(self) -> &'static str {
+        match self {
+            Thread::EventLoop => "the event loop",
+            Thread::Vcpu => "a virtual processor",
+        }
+    }
+
+    fn rules(self) -> [&'static [Rule]; 2] {
+        match self {
+            Thread::EventLoop => [SHARED, EVENT_LOOP],
+            Thread::Vcpu => [SHARED, VCPU],
+        }
+    }
+}
+
+/// A permission.
+struct Rule {
+    call: c_long,
+    when: When,
+    /// For readers: nobody should have to guess what a line is good for.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "it is for people and for a test")
+    )]
+    reason: &'static str,
+}
+
+/// Arguments of a call that is permitted.
+enum When {
+    Always,
+    /// The argument at this position is one of these.
+    OneOf(u8, &'static [u64]),
+    /// The argument at this position has none of these bits.
+    Without(u8, u64),
+}
+
+use When::{Always, OneOf, Without};
+
+const fn rule(call: c_long, when: When, reason: &'static str) -> Rule {
+    Rule { call, when, reason }
+}
+
+/// Memory that can be executed.
+const EXECUTABLE: u64 = 4;
+/// `ioctl` numbers of KVM, which no crate names.
+const KVM_RUN: u64 = 0xae80;
+const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
+const KVM_IRQFD: u64 = 0x4020_ae76;
+const KVM_IOEVENTFD: u64 = 0x4040_ae79;
+const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
+/// What a tap may leave to its user.
+const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+/// `tcsetattr` at once.
+const TCSETS: u64 = 0x5402;
+/// Makes a socket non-blocking.
+const FIONBIO: u64 = 0x5421;
+/// A socket of this machine.
+const AF_UNIX: u64 = 1;
+/// Signals that one thread sends to another: the first real-time one, and what `abort` sends.
+const SIGNALS: &[u64] = &[32 + 2, 6];
+
+/// What devices, memory allocation and the end of a thread need, whoever's turn it is.
+const SHARED: &[Rule] = &[
+    rule(libc::SYS_read, Always, "eventfds, timers, taps, streams"),
+    rule(
+        libc::SYS_write,
+        Always,
+        "eventfds, console, streams, errors",
+    ),
+    rule(libc::SYS_readv, Always, "frames from the tap, streams"),
+    rule(libc::SYS_writev, Always, "frames to the tap, streams"),
+    rule(libc::SYS_preadv, Always, "disks"),
+    rule(libc::SYS_preadv2, Always, "disks"),
+    rule(libc::SYS_pwritev, Always, "disks"),
+    rule(libc::SYS_pwritev2, Always, "disks, written through"),
+    rule(libc::SYS_pread64, Always, "disks"),
+    rule(libc::SYS_pwrite64, Always, "disks"),
+    rule(libc::SYS_fsync, Always, "flushes of disks"),
+    rule(libc::SYS_fdatasync, Always, "flushes of disks"),
+    rule(libc::SYS_fallocate, Always, "discards of disks"),
+    rule(libc::SYS_io_uring_enter, Always, "requests to disks"),
+    rule(libc::SYS_timerfd_settime, Always, "disk limits"),
+    rule(
+        libc::SYS_clock_gettime,
+        Always,
+        "disk limits where there is no vDSO",
+    ),
+    rule(libc::SYS_getrandom, Always, "the rng device, hash tables"),
+    rule(libc::SYS_sendto, Always, "vsock connections"),
+    rule(libc::SYS_sendmsg, Always, "vsock connections"),
+    rule(libc::SYS_recvfrom, Always, "vsock connections"),
+    rule(libc::SYS_recvmsg, Always, "vsock connections"),
+    rule(
+        libc::SYS_socket,
+        OneOf(0, &[AF_UNIX]),
+        "a guest's connection to a socket of the host",
+    ),
+    rule(
+        libc::SYS_connect,
+        Always,
+        "the same; all sockets are unix ones",
+    ),
+    rule(libc::SYS_shutdown, Always, "half-closed vsock connections"),
+    rule(libc::SYS_poll, Always, "readers that may not read"),
+    rule(libc::SYS_ppoll, Always, "readers that may not read"),
+    rule(libc::SYS_epoll_ctl, Always, "descriptors come and go"),
+    rule(libc::SYS_epoll_wait, Always, "waiting; vsock's own set"),
+    rule(libc::SYS_epoll_pwait, Always, "waiting; vsock's own set"),
+    rule(libc::SYS_eventfd2, Always, "kicks, when a driver starts"),
+    rule(
+        libc::SYS_fcntl,
+        Always,
+        "flags of streams and copies of descriptors",
+    ),
+    rule(libc::SYS_close, Always, "descriptors that are done with"),
+    rule(libc::SYS_futex, Always, "locks"),
+    rule(libc::SYS_sched_yield, Always, "locks"),
+    rule(libc::SYS_brk, Always, "memory allocation"),
+    rule(libc::SYS_mmap, Without(2, EXECUTABLE), "memory allocation"),
+    rule(
+        libc::SYS_mprotect,
+        Without(2, EXECUTABLE),
+        "memory allocation",
+    ),
+    rule(libc::SYS_mremap, Always, "memory allocation"),
+    rule(libc::SYS_munmap, Always, "memory allocation"),
+    rule(
+        libc::SYS_madvise,
+        Always,
+        "memory allocation, stacks of ended threads",
+    ),
+    rule(libc::SYS_rt_sigprocmask, Always, "the end of a thread"),
+    rule(
+        libc::SYS_rt_sigreturn,
+        Always,
+        "the end of a signal handler",
+    ),
+    rule(libc::SYS_sigaltstack, Always, "the end of a thread"),
+    rule(
+        libc::SYS_restart_syscall,
+        Always,
+        "waiting that was interrupted",
+    ),
+    rule(libc::SYS_getpid, Always, "signals between threads"),
+    rule(libc::SYS_gettid, Always, "signals between threads, panics"),
+    rule(
+        libc::SYS_tgkill,
+        OneOf(2, SIGNALS),
+        "stopping processors, abort",
+    ),
+    rule(
+        libc::SYS_rt_sigaction,
+        Always,
+        "abort restores the signal's default",
+    ),
+    rule(libc::SYS_exit, Always, "the end of a thread"),
+    rule(libc::SYS_exit_group, Always, "the end"),
+];
+
+const VCPU: &[Rule] = &[rule(
+    libc::SYS_ioctl,
+    OneOf(
+        1,
+        &[
+            KVM_RUN,
+            KVM_KVMCLOCK_CTRL,
+            KVM_SET_GSI_ROUTING,
+            KVM_IRQFD,
+            KVM_IOEVENTFD,
+            TUNSETOFFLOAD,
+        ],
+    ),
+    "guest code; interrupt lines, kicks and offloads, as drivers start",
+)];
+
+const EVENT_LOOP: &[Rule] = &[
+    rule(
+        libc::SYS_ioctl,
+        OneOf(1, &[FIONBIO, TCSETS]),
+        "clients that do not block; the terminal at the end",
+    ),
+    rule(
+        libc::SYS_accept4,
+        Always,
+        "clients of the control socket and of vsock",
+    ),
+    rule(
+        libc::SYS_unlink,
+        Always,
+        "sockets that were made, at the end",
+    ),
+    rule(libc::SYS_lseek, Always, "the exit status"),
+];
+
+/// A compiled filter.
+#[derive(Clone, Debug)]
+pub struct Filter {
+    thread: Thread,
+    program: BpfProgram,
+}
+
+impl Filter {
+    /// The filter of `thread`.
+    pub fn new(thread: Thread) -> Result<Self, SeccompError> {
+        let mut rules: BTreeMap<c_long, Vec<SeccompRule>> = BTreeMap::new();
+        for rule in thread.rules().into_iter().flatten() {
+            let conditions = conditions(rule).map_err(SeccompError::Compile)?;
+            rules.entry(rule.call).or_default().extend(conditions);
+        }
+        let filter = SeccompFilter::new(
+            rules,
+            SeccompAction::Trap,
+            SeccompAction::Allow,
+            TargetArch::x86_64,
+        );
+        let program = filter
+            .and_then(BpfProgram::try_from)
+            .map_err(SeccompError::Compile)?;
+        Ok(Self { thread, program })
+    }
+
+    /// Confines the calling thread, for ever.
+    pub fn install(&self) -> Result<(), SeccompError> {
+        register_signal_handler(libc::SIGSYS, on_violation).map_err(SeccompError::Handler)?;
+        NAME.set(self.thread.name());
+        seccompiler::apply_filter(&self.program).map_err(SeccompError::Install)
+    }
+}
+
+/// A rule in the compiler's words: any of the results permits the call, and none does so always.
+fn conditions(rule: &Rule) -> Result<Vec<SeccompRule>, BackendError> {
+    let condition = |argument, operator, value| {
+        let length = SeccompCmpArgLen::Dword;
+        SeccompRule::new(vec![SeccompCondition::new(
+            argument, length, operator, value,
+        )?])
+    };
+    match rule.when {
+        Always => Ok(Vec::new()),
+        OneOf(argument, values) => values
+            .iter()
+            .map(|value| condition(argument, SeccompCmpOp::Eq, *value))
+            .collect(),
+        Without(argument, bits) => {
+            let operator = SeccompCmpOp::MaskedEq(bits);
+            Ok(vec![condition(argument, operator, 0)?])
+        }
+    }
+}
+
+thread_local! {
+    /// What a violation calls the thread.
+    static NAME: Cell<&'static str> = const { Cell::new("a thread") };
+}
+
+/// Says which system call it was and ends the process.
+extern "C" fn on_violation(
+    _signal: libc::c_int,
+    _info: *mut libc::siginfo_t,
+    context: *mut libc::c_void,
+) {
+    let context: *const libc::ucontext_t = context.cast();
+    // SAFETY: the kernel hands a handler with SA_SIGINFO a ucontext_t.
+    let registers = unsafe { (*context).uc_mcontext.gregs };
+    let index = usize::try_from(libc::REG_RAX).unwrap_or_default();
+    let mut digits = [0; 20];
+    say("hostd-vmm: ");
+    say(NAME.get());
+    say(" made system call ");
+    say(decimal(registers[index].unsigned_abs(), &mut digits));
+    say(", which its filter does not allow; --no-seccomp runs without filters\n");
+    // SAFETY: ends the process without running anything else.
+    unsafe { libc::_exit(ExitStatus::FAILURE_CODE.into()) };
+}
+
+/// Writes to standard error, without a lock or memory allocation.
+fn say(text: &str) {
+    // SAFETY: the range is `text`.
+    let _ = unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) };
+}
+
+fn decimal(mut number: u64, digits: &mut [u8; 20]) -> &str {
+    let mut start = digits.len();
+    loop {
+        start -= 1;
+        digits[start] = b'0' + u8::try_from(number % 10).unwrap_or_default();
+        number /= 10;
+        if number == 0 {
+            break;
+        }
+    }
+    str::from_utf8(&digits[start..]).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::env;
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn filters_compile_and_every_rule_has_a_reason() {
+        for thread in [Thread::EventLoop, Thread::Vcpu] {
+            Filter::new(thread).unwrap();
+            for rule in thread.rules().into_iter().flatten() {
+                assert!(rule.reason.len() > 4, "system call {}", rule.call);
+            }
+        }
+    }
+
+    /// Set for a process that is to break its rules.
+    const VIOLATOR: &str = "HOSTD_VMM_TEST_VIOLATOR";
+
+    #[test]
+    fn a_violation_ends_the_process_and_names_the_call_and_the_thread() {
+        if env::var_os(VIOLATOR).is_some() {
+            Filter::new(Thread::Vcpu).unwrap().install().unwrap();
+            nix::unistd::getppid();
+            unreachable!("the filter let it pass");
+        }
+        let name = "seccomp::tests::a_violation_ends_the_process_and_names_the_call_and_the_thread";
+        let violator = Command::new(env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(VIOLATOR, "")
+            .output()
+            .unwrap();
+        assert_eq!(violator.status.code(), Some(125));
+        let said = String::from_utf8(violator.stderr).unwrap();
+        let want = format!(
+            "a virtual processor made system call {}, ",
+            libc::SYS_getppid
+        );
+        assert!(said.contains(&want), "{said}");
+    }
+
+    #[test]
+    fn numbers_are_told_in_full() {
+        for number in [0, 7, 10, 333, u64::MAX] {
+            assert_eq!(decimal(number, &mut [0; 20]), number.to_string());
+        }
+    }
+}
