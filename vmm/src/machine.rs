@@ -29,7 +29,7 @@ use crate::layout;
 use crate::listen::Listener;
 use crate::plan::{ConsolePlan, DiskPlan, ListenPlan, NetPlan, Plan, TapPlan, VsockPlan};
 use crate::platform::DevicePlatform;
-use crate::seccomp::{Filter, SeccompError, Thread};
+use crate::seccomp::{self, Filter, SeccompError, Thread};
 use crate::signals::{self, SignalError};
 use crate::terminal::RawTerminal;
 use crate::vcpu::{Buses, VcpuError, Vcpus};
@@ -152,6 +152,7 @@ impl Machine {
             fds.push(vm.create_vcpu(id)?);
         }
         x86_64::configure(&kvm, &fds, &memory, entry)?;
+        seccomp::prepare_allocator();
         let filters = Filters::new(options)?;
         let enter = filters.vcpus(&parts.exit);
         let buses = Arc::new(parts.buses);

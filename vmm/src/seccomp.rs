@@ -270,6 +270,15 @@ impl Filter {
     }
 }
 
+/// Keeps memory allocation to calls that the filters know. To be called before threads are started.
+///
+/// When threads meet in the C library's allocator, it makes them an arena each, up to a number for
+/// which it reads a file about the host's processors. One arena is enough here, and smaller.
+pub fn prepare_allocator() {
+    // SAFETY: sets a number of the allocator, which takes its own lock.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
 /// A rule in the compiler's words: any of the results permits the call, and none does so always.
 fn conditions(rule: &Rule) -> Result<Vec<SeccompRule>, BackendError> {
     let condition = |argument, operator, value| {
