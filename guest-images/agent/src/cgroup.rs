@@ -1,0 +1,184 @@
+//! Control groups (version 2) of what runs beside the agent.
+//!
+//! - `PARENT/workload` has the limits: for the workload and what exec started, together.
+//! - `PARENT/workload/main` is for the workload.
+//! - `PARENT/workload/exec-N` is for one process of exec and its children.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Delegated to the groups as far as the kernel has them.
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+
+#[derive(Debug, thiserror::Error)]
+#[error("Failed to use the control group file {}", path.display())]
+pub(crate) struct CgroupError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// The workload's group and those below it.
+#[derive(Debug)]
+pub(crate) struct Cgroups {
+    workload: PathBuf,
+    /// The number of the next exec.
+    next: AtomicU64,
+}
+
+/// A group for one process and its children.
+#[derive(Debug)]
+pub(crate) struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroups {
+    /// Makes the workload's group below `parent`, which must have no processes of its own unless it
+    /// is the root.
+    pub(crate) fn create(parent: &Path) -> Result<Self, CgroupError> {
+        let workload = parent.join("workload");
+        delegate(parent)?;
+        make(&workload)?;
+        delegate(&workload)?;
+        Ok(Self {
+            workload,
+            next: AtomicU64::new(0),
+        })
+    }
+
+    /// The group of the workload itself.
+    pub(crate) fn main(&self) -> Result<Cgroup, CgroupError> {
+        Cgroup::create(self.workload.join("main"))
+    }
+
+    /// A new group for an exec'd process. Takes away those whose processes have all ended.
+    pub(crate) fn exec(&self) -> Result<Cgroup, CgroupError> {
+        self.sweep();
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        Cgroup::create(self.workload.join(format!("exec-{number}")))
+    }
+
+    /// Limits the number of processes and threads; `None` takes the limit away.
+    pub(crate) fn set_pids_max(&self, max: Option<u32>) -> Result<(), CgroupError> {
+        let text = max.map_or_else(|| "max".to_owned(), |max| max.to_string());
+        write(&self.workload.join("pids.max"), &text)
+    }
+
+    /// Processes and threads.
+    pub(crate) fn pids(&self) -> Result<u64, CgroupError> {
+        let path = self.workload.join("pids.current");
+        let text = read(&path)?;
+        let number = text.trim().parse().map_err(io::Error::other);
+        number.map_err(|source| CgroupError { path, source })
+    }
+
+    /// What an exec'd process left running keeps its group until it ends.
+    fn sweep(&self) {
+        let Ok(entries) = fs::read_dir(&self.workload) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            if entry.file_name().to_string_lossy().starts_with("exec-") {
+                // A group with processes in it cannot be removed, which is what is wanted.
+                let _ = fs::remove_dir(entry.path());
+            }
+        }
+    }
+}
+
+impl Cgroup {
+    fn create(path: PathBuf) -> Result<Self, CgroupError> {
+        make(&path)?;
+        Ok(Self { path })
+    }
+
+    /// The file that a process joins the group with.
+    pub(crate) fn procs(&self) -> Result<OwnedFd, CgroupError> {
+        let path = self.path.join("cgroup.procs");
+        let file = OpenOptions::new().write(true).open(&path);
+        file.map(OwnedFd::from)
+            .map_err(|source| CgroupError { path, source })
+    }
+
+    /// Kills every process of the group.
+    pub(crate) fn kill(&self) -> Result<(), CgroupError> {
+        write(&self.path.join("cgroup.kill"), "1")
+    }
+
+    /// Whether the kernel has killed a process of the group for want of memory.
+    pub(crate) fn oom_killed(&self) -> bool {
+        // Without the memory controller there is no such file, and no answer but no.
+        let events = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
+        has_oom_kill(&events)
+    }
+}
+
+fn has_oom_kill(events: &str) -> bool {
+    let count = events
+        .lines()
+        .find_map(|line| line.strip_prefix("oom_kill "));
+    count.is_some_and(|count| count.trim() != "0")
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // Fails while there are processes left; `sweep` tries again.
+        let _ = fs::remove_dir(&self.path);
+    }
+}
+
+/// Lets the groups below `group` use the controllers that `group` has.
+fn delegate(group: &Path) -> Result<(), CgroupError> {
+    let available = read(&group.join("cgroup.controllers"))?;
+    for controller in CONTROLLERS {
+        if available.split_whitespace().any(|name| name == controller) {
+            write(
+                &group.join("cgroup.subtree_control"),
+                &format!("+{controller}"),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn make(path: &Path) -> Result<(), CgroupError> {
+    fs::create_dir(path).map_err(|source| CgroupError {
+        path: path.into(),
+        source,
+    })
+}
+
+fn read(path: &Path) -> Result<String, CgroupError> {
+    fs::read_to_string(path).map_err(|source| CgroupError {
+        path: path.into(),
+        source,
+    })
+}
+
+/// Writes to a file that exists: cgroupfs has no others.
+fn write(path: &Path, text: &str) -> Result<(), CgroupError> {
+    let mut options = File::options();
+    let file = options.write(true).open(path);
+    file.and_then(|mut file| io::Write::write_all(&mut file, text.as_bytes()))
+        .map_err(|source| CgroupError {
+            path: path.into(),
+            source,
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kill_for_want_of_memory_is_found_among_the_events() {
+        let events = |kills: u32| {
+            format!("low 0\nhigh 0\nmax 7\noom 3\noom_kill {kills}\noom_group_kill 0\n")
+        };
+        assert!(has_oom_kill(&events(2)));
+        assert!(!has_oom_kill(&events(0)));
+        assert!(!has_oom_kill(""));
+    }
+}

@@ -1,0 +1,118 @@
+//! Makes a running system out of a kernel that has just started the agent from the initramfs.
+//!
+//! Read [`set_up`]: it is the list of what happens, in order. The parts are in the modules below.
+
+mod disks;
+mod files;
+mod modules;
+mod mounts;
+mod netlink;
+mod network;
+mod system;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::unistd::sync;
+
+use crate::console::say;
+use crate::protocol::{CONFIG_PATH, Config};
+use crate::sys;
+
+/// Where control groups are found.
+pub const CGROUP: &str = "/sys/fs/cgroup";
+
+/// A machine that is ready for its workload.
+#[derive(Debug)]
+pub struct Machine {
+    /// /proc/meminfo, open.
+    pub memory: File,
+    /// The root directory of the writable disk.
+    writable: File,
+}
+
+/// Why the machine could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum SetUpError {
+    #[error("Failed to read the configuration at {CONFIG_PATH}")]
+    ReadConfig(#[source] io::Error),
+    #[error("The configuration at {CONFIG_PATH} is malformed")]
+    Config(#[source] serde_json::Error),
+    #[error("Failed to load the kernel module {path}")]
+    Module { path: String, source: io::Error },
+    #[error("Failed to look for disks")]
+    Disks(#[source] io::Error),
+    #[error("There is no disk with the serial number `{serial}`; found: {found}")]
+    NoDisk { serial: String, found: String },
+    #[error("Failed to mount {what} at {target}")]
+    Mount {
+        what: String,
+        target: String,
+        source: Errno,
+    },
+    #[error("Failed to make the joined file systems the root")]
+    Root(#[source] Errno),
+    #[error("Failed to write {path}")]
+    File { path: String, source: io::Error },
+    #[error("There is no network interface with the address {mac}")]
+    NoInterface { mac: String },
+    #[error("Failed to look for network interfaces")]
+    Interfaces(#[source] io::Error),
+    #[error("Failed to {action}")]
+    Network {
+        action: &'static str,
+        source: io::Error,
+    },
+    #[error("Failed to {action}")]
+    System { action: &'static str, source: Errno },
+}
+
+/// Reads what the host wants run.
+pub fn read_config() -> Result<Config, SetUpError> {
+    let text = fs::read(CONFIG_PATH).map_err(SetUpError::ReadConfig)?;
+    serde_json::from_slice(&text).map_err(SetUpError::Config)
+}
+
+/// Sets everything up but the workload. From then on the image is the root file system.
+pub fn set_up(config: &Config) -> Result<Machine, SetUpError> {
+    mounts::mount_kernel_file_systems()?;
+    modules::load_all()?;
+    system::set_clock(config.clock_ns)?;
+    system::set_host_name(&config.hostname)?;
+    system::raise_limits()?;
+    system::let_users_use_low_ports();
+    let memory = system::open_memory_information()?;
+
+    let image = disks::find(&config.image_serial)?;
+    let writable = disks::find(&config.writable_serial)?;
+    let writable = mounts::join_disks(&image, &config.image_fs, &writable)?;
+    system::drop_initramfs();
+    mounts::enter_root()?;
+    mounts::mount_device_file_systems()?;
+    files::write_all(config)?;
+
+    network::bring_up_loopback()?;
+    if let Some(network) = &config.network {
+        network::configure(network)?;
+    }
+    Ok(Machine { memory, writable })
+}
+
+impl Machine {
+    /// Brings the writable disk into the state of a clean unmount. Writers wait from then on.
+    pub fn settle(&self) {
+        sync();
+        if let Err(error) = sys::freeze(self.writable.as_fd()) {
+            say(&format!("The disk was not settled: {error}"));
+        }
+    }
+}
+
+/// Turns the machine off. Returns only if the kernel refuses.
+pub fn power_off() {
+    let Err(error) = reboot(RebootMode::RB_POWER_OFF);
+    say(&format!("Failed to power off: {error}"));
+}
