@@ -373,16 +373,7 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, features: u64) -> Result<(), DeviceError> {
         let has = |feature: u32| features & (1 << feature) != 0;
-        let offloads = OFFLOADS
-            .iter()
-            .filter(|(feature, _)| has(*feature))
-            .fold(0, |all, (_, offload)| all | offload);
-        // Segmentation without checksums is refused by the tap, as it is by the specification.
-        let offloads = if has(VIRTIO_NET_F_GUEST_CSUM) {
-            offloads
-        } else {
-            0
-        };
+        let offloads = offloads(features);
         self.receiving.mergeable = has(VIRTIO_NET_F_MRG_RXBUF);
         let large = offloads & (libc::TUN_F_TSO4 | libc::TUN_F_TSO6) != 0;
         self.receiving.room_wanted = if large {
@@ -464,6 +455,23 @@ impl VirtioDevice for Net {
         self.receiving.starved = false;
         self.sending.clear();
         self.blocked = false;
+    }
+}
+
+/// What the tap may leave to a guest that accepted these features: what the specification says
+/// depends on another feature (virtio 1.2, 5.1.3.1), the tap refuses without it.
+fn offloads(features: u64) -> u32 {
+    let offloads = OFFLOADS
+        .iter()
+        .filter(|(feature, _)| features & (1 << feature) != 0)
+        .fold(0, |all, (_, offload)| all | offload);
+    let segmentation = libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+    if offloads & libc::TUN_F_CSUM == 0 {
+        0
+    } else if offloads & segmentation == 0 {
+        libc::TUN_F_CSUM
+    } else {
+        offloads
     }
 }
 

@@ -235,6 +235,16 @@ fn checksums_are_left_to_a_guest_that_accepts_that_and_computed_for_another() {
 }
 
 #[test]
+fn no_combination_of_features_makes_the_tap_refuse() {
+    in_network(|| {
+        let mut net = Net::new(Tap::open("tap0").unwrap(), GUEST_MAC);
+        for features in 0..1 << 11 {
+            net.activate(features).unwrap();
+        }
+    });
+}
+
+#[test]
 fn a_large_frame_is_spread_over_merged_buffers() {
     in_network(|| {
         let mut bench = Bench::new(&[VIRTIO_NET_F_MRG_RXBUF]);

@@ -53,12 +53,18 @@ impl VsockHost {
         })
     }
 
-    /// The next client, if one waits.
-    pub(super) fn accept(&self) -> Option<UnixStream> {
-        // An error other than "none waits" is that client's: it has gone already.
-        let (stream, _) = self.listener.accept().ok()?;
-        stream.set_nonblocking(true).ok()?;
-        Some(stream)
+    /// The next client; none if it has gone already; an error if none waits or can be let in.
+    pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
+        match self.listener.accept() {
+            Ok((stream, _)) => Ok(Some(stream)),
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionAborted
+                    || error.kind() == io::ErrorKind::Interrupted =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Connects to the socket for the guest's connections to `port`. Never waits: a socket whose

@@ -25,8 +25,11 @@ pub(super) const CONNECTIONS_MAX: usize = 512;
 /// answer to each.
 const RESETS_MAX: usize = 1024;
 
-/// The most events, and the most new clients, per call.
+/// The most events per call.
 const EVENTS_MAX: usize = 64;
+
+/// The most clients that are let in per call: as many as Linux lets wait (`net.core.somaxconn`).
+const CLIENTS_PER_CALL_MAX: usize = 4096;
 
 /// Ports of host clients: far from those that programs listen on.
 const HOST_PORTS: Range<u32> = 1 << 30..1 << 31;
@@ -88,7 +91,9 @@ impl Muxer {
         streams: HashMap<u32, Option<Stream>>,
     ) -> io::Result<Muxer> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, LISTENER.token());
+        // On the edge, as everything here: a client that cannot be let in must not keep waking us.
+        let flags = EpollFlags::EPOLLET | EpollFlags::EPOLLIN;
+        let event = EpollEvent::new(flags, LISTENER.token());
         epoll.add(host.as_fd(), event)?;
         Ok(Muxer {
             guest_cid,
@@ -264,9 +269,14 @@ impl Muxer {
 
     /// Lets clients in. Those that there is no room for are hung up on.
     fn accept(&mut self) {
-        for _ in 0..EVENTS_MAX {
-            let Some(stream) = self.host.accept() else {
-                return;
+        for _ in 0..CLIENTS_PER_CALL_MAX {
+            let stream = match self.host.accept() {
+                Ok(Some(stream)) => stream,
+                // That client has gone already.
+                Ok(None) => continue,
+                // There are no more, or we may not open more files: then the next client to come
+                // makes us look again.
+                Err(_) => return,
             };
             if self.is_full() {
                 continue;
