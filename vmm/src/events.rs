@@ -6,6 +6,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::exit::ExitSwitch;
 
@@ -14,6 +15,11 @@ const BATCH: usize = 32;
 
 /// The source number of the exit switch, which has no owner.
 const EXIT: u32 = u32::MAX;
+
+/// A counter that makes a descriptor readable. Neither end of it ever waits.
+pub fn event() -> io::Result<EventFd> {
+    EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC)
+}
 
 /// What a descriptor is ready for, or is waited for. A closed other end counts as both.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -162,8 +168,6 @@ mod tests {
     use std::os::fd::AsRawFd;
     use std::sync::Mutex;
 
-    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
     use super::*;
     use crate::control::{ExitReason, ExitStatus};
 
@@ -189,7 +193,7 @@ mod tests {
         let source = events.reserve();
         let owner = Arc::new(Owner {
             seen: Mutex::default(),
-            event: EventFd::new(EFD_NONBLOCK).unwrap(),
+            event: event().unwrap(),
             exit,
         });
         owner.event.write(1).unwrap();

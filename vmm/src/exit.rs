@@ -5,9 +5,10 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{ExitReason, ExitStatus};
+use crate::events::event;
 
 /// Ends the machine. Clones end the same one.
 #[derive(Clone, Debug)]
@@ -27,7 +28,7 @@ impl ExitSwitch {
         Ok(Self {
             inner: Arc::new(Inner {
                 status: Mutex::new(None),
-                wake: EventFd::new(EFD_NONBLOCK)?,
+                wake: event()?,
             }),
         })
     }

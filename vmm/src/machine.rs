@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::{self, ArchError, acpi};
 use crate::boot::{self, BootError};
@@ -21,7 +21,7 @@ use crate::devices::ioapic::IoApic;
 use crate::devices::keyboard::KeyboardController;
 use crate::devices::power::PowerRegisters;
 use crate::devices::serial::SerialPort;
-use crate::events::EventLoop;
+use crate::events::{EventLoop, event};
 use crate::exit::ExitSwitch;
 use crate::guest_status;
 use crate::kvm::{self, KernelRoutes, KvmError, Vm};
@@ -371,7 +371,7 @@ impl Parts {
 
     /// A new interrupt line: the device's end of it.
     fn line(&mut self, gsi: u32) -> Result<EventFd, MachineError> {
-        let ours = EventFd::new(EFD_NONBLOCK).map_err(host("make an interrupt line"))?;
+        let ours = event().map_err(host("make an interrupt line"))?;
         let line = ours.try_clone().map_err(host("make an interrupt line"))?;
         self.lines.insert(gsi, ours);
         Ok(line)

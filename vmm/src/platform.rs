@@ -5,9 +5,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use crate::events::{Poller, Readiness};
+use crate::events::{Poller, Readiness, event};
 use crate::exit::ExitSwitch;
 use crate::kvm::Vm;
 use crate::virtio::mmio::{KICK_TOKEN, Kick, Platform, Window};
@@ -66,7 +66,7 @@ impl Platform for DevicePlatform {
 
     fn watch_kicks(&mut self, queues: usize) -> io::Result<()> {
         for index in 0..u32::try_from(queues).expect("a few queues") {
-            let kick = EventFd::new(EFD_NONBLOCK)?;
+            let kick = event()?;
             let token = KICK_TOKEN + index;
             self.poller
                 .add(self.source, token, kick.as_raw_fd(), Readiness::READABLE)?;

@@ -5,10 +5,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 use crate::control::{ExitReason, ExitStatus};
+use crate::events::event;
 use crate::exit::ExitSwitch;
 use crate::guest_status::{MAGIC, Report};
 
@@ -24,7 +25,7 @@ impl Readiness {
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             ready: Arc::default(),
-            wake: Arc::new(EventFd::new(EFD_NONBLOCK)?),
+            wake: Arc::new(event()?),
         })
     }
 

@@ -242,7 +242,7 @@ mod tests {
     use std::io::Seek;
 
     use super::*;
-    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+    use crate::events::event;
 
     #[test]
     fn a_console_file_takes_a_bounded_amount_and_says_when_it_is_full() {
@@ -250,7 +250,7 @@ mod tests {
         file.set_len(CONSOLE_BYTES_MAX - 3).unwrap();
         file.seek(io::SeekFrom::End(0)).unwrap();
         let output = Output::File(Bounded::new(file.try_clone().unwrap()).unwrap());
-        let mut port = SerialPort::new(EventFd::new(EFD_NONBLOCK).unwrap(), output);
+        let mut port = SerialPort::new(event().unwrap(), output);
         for _ in 0..1000 {
             port.write(0, b"x");
         }
@@ -265,7 +265,7 @@ mod tests {
     fn a_reader_that_does_not_read_holds_the_guest_up_only_once() {
         let (_reader, writer) = nix::unistd::pipe().unwrap();
         let output = Output::Stream(Patient::new(File::from(writer)));
-        let mut port = SerialPort::new(EventFd::new(EFD_NONBLOCK).unwrap(), output);
+        let mut port = SerialPort::new(event().unwrap(), output);
         let start = std::time::Instant::now();
         for _ in 0..100_000 {
             port.write(0, b"x");

@@ -229,3 +229,39 @@ fn a_check_starts_nothing() {
     let ended = machine.run();
     assert_eq!((ended.code, ended.status), (Some(0), None));
 }
+
+#[test]
+fn all_files_may_be_inherited_descriptors() {
+    let mut machine = Machine::new(guest().print("by number").exit(9));
+    machine.spec = json!({
+        "kvm": "fd:3",
+        "boot": {"kernel": "fd:4"},
+        "memory": {"size_mib": 16},
+        "disks": [{"path": "fd:5", "read_only": true}],
+        "console": {"path": "fd:6"},
+        "exit_status": "fd:7",
+    });
+    machine.shell = "3<>/dev/kvm 4<kernel 5<kernel 6>console 7>status".to_owned();
+    let ended = machine.run();
+    assert_eq!(ended.code, Some(9), "{ended:?}");
+    assert_eq!(ended.console, b"by number");
+    assert_eq!(reason(&ended), ExitReason::GuestExit);
+
+    let mut machine = Machine::new(guest());
+    machine.spec["boot"]["kernel"] = json!("fd:77");
+    let ended = machine.run();
+    assert_eq!(ended.code, Some(125));
+    assert!(
+        ended.stderr.contains("descriptor 77 was not inherited"),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn a_machine_that_has_ended_leaves_no_socket() {
+    let machine = Machine::new(guest().exit(0));
+    let control = machine.path("control");
+    let running = machine.start();
+    running.wait();
+    assert!(!control.exists());
+}

@@ -23,6 +23,8 @@ pub(crate) struct Machine {
     folder: TempDir,
     pub(crate) spec: Value,
     pub(crate) arguments: Vec<String>,
+    /// Redirections of a shell in the machine's folder.
+    pub(crate) shell: String,
 }
 
 /// What a machine left behind.
@@ -52,6 +54,7 @@ impl Machine {
             folder,
             spec,
             arguments: Vec::new(),
+            shell: String::new(),
         }
     }
 
@@ -62,7 +65,11 @@ impl Machine {
     pub(crate) fn start(self) -> Running {
         let config = self.path("config");
         fs::write(&config, self.spec.to_string()).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_hostd-vmm"))
+        let child = Command::new("sh")
+            .arg("-c")
+            .arg(format!("exec \"$0\" \"$@\" {}", self.shell))
+            .arg(env!("CARGO_BIN_EXE_hostd-vmm"))
+            .current_dir(self.folder.path())
             .arg("--config")
             .arg(config)
             .args(&self.arguments)
