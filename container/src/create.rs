@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use rustix::fs::CWD;
-use rustix::process::{DumpableBehavior, Pid, prlimit, set_dumpable_behavior};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::handshake::{self, Channel, Message};
@@ -30,7 +30,7 @@ use crate::state::{Home, INIT_SOCKET, Record, StateError, Status};
 use crate::verbs::delete::{DeleteOptions, delete};
 use crate::verbs::start::{StartError, await_exec, hand_over_listener, run_poststart};
 use crate::verbs::state::oci_state;
-use crate::{hooks, tty};
+use crate::{hooks, launch, tty};
 
 /// Where the standard streams of a process come from.
 #[derive(Debug)]
@@ -342,6 +342,8 @@ impl Making {
     ) -> Result<Option<OwnedFd>, CreateError> {
         let state = oci_state(&self.record, Status::Created, self.record.pid);
         self.set_score(plan)?;
+        let raised = launch::raise_limits(&plan.process, self.record.pid);
+        step("raise process.rlimits", raised)?;
         let proceed = || {
             step(
                 "go on",
@@ -368,7 +370,6 @@ impl Making {
                     None => console = Some(master),
                 },
                 Some(Message::Ready) => {
-                    self.set_limits(plan)?;
                     return Ok(console);
                 }
                 Some(Message::Failed { message }) => return Err(CreateError::Init { message }),
@@ -394,15 +395,6 @@ impl Making {
             "set process.oomScoreAdj",
             std::fs::write(path, score.to_string()),
         )
-    }
-
-    /// As late as possible: a low limit must not stop the set-up.
-    fn set_limits(&self, plan: &Plan) -> Result<(), CreateError> {
-        let pid = Pid::from_raw(self.record.pid);
-        for (resource, limit) in &plan.process.limits {
-            step("set process.rlimits", prlimit(pid, *resource, *limit))?;
-        }
-        Ok(())
     }
 
     fn explain_death(&self) -> CreateError {

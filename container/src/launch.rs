@@ -13,7 +13,7 @@ use nix::fcntl::AtFlags;
 use nix::sys::personality::{self, Persona};
 use oci_spec::runtime::LinuxPersonalityDomain;
 use rustix::fs::{Mode, OFlags, PROC_SUPER_MAGIC};
-use rustix::process::{chdir, getcwd, umask};
+use rustix::process::{Pid, Rlimit, chdir, getcwd, getrlimit, prlimit, setrlimit, umask};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, Gid, Uid, clear_ambient_capability_set,
     configure_capability_in_ambient_set, remove_capability_from_bounding_set, set_capabilities,
@@ -224,6 +224,26 @@ pub(crate) fn join_keyring(name: &CStr) -> Result<(), LaunchError> {
     }
 }
 
+/// Lets a process that was just forked have the hard limits of its program that are above the caller's
+/// own: the process itself may lack the right to raise them, and sets its limits only at its end.
+pub(crate) fn raise_limits(process: &ProcessPlan, pid: i32) -> io::Result<()> {
+    // No limit is the highest.
+    let above = |one: Option<u64>, other: Option<u64>| {
+        other.is_some_and(|other| one.is_none_or(|one| one > other))
+    };
+    for (resource, limit) in &process.limits {
+        let own = getrlimit(*resource);
+        if above(limit.maximum, own.maximum) {
+            let raised = Rlimit {
+                maximum: limit.maximum,
+                ..own
+            };
+            prlimit(Pid::from_raw(pid), *resource, raised)?;
+        }
+    }
+    Ok(())
+}
+
 /// Takes on the user, its groups and its capabilities. Nothing that is given up comes back.
 pub(crate) fn take_on_identity(process: &ProcessPlan) -> Result<(), LaunchError> {
     drop_bounding(process.capabilities.bounding)?;
@@ -338,13 +358,14 @@ impl Ending<'_> {
         if first && !self.has_identity {
             take_on_identity(self.process)?;
         }
-        if !first {
-            install(self.filter, &starter)?;
-            take_on_identity(self.process)?;
-        }
         step("place the descriptors", place_descriptors(descriptors))?;
-        if first {
-            install(self.filter, &starter)?;
+        // As late as possible: a low limit must not stop what comes before.
+        for (resource, limit) in &self.process.limits {
+            step("set process.rlimits", setrlimit(*resource, *limit))?;
+        }
+        install(self.filter, &starter)?;
+        if !first {
+            take_on_identity(self.process)?;
         }
         let error = execute(&program, &self.process.args, &self.env);
         // The original channel may have been overwritten by a descriptor.

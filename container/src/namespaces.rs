@@ -102,9 +102,10 @@ fn fork_by_helper(
     ours: &Channel,
     theirs: &Channel,
 ) -> io::Result<Forked> {
-    match sys::clone3(plan.new & Kind::USER.0, None)? {
+    // The cgroup is entered by the helper, and inherited: afterwards the right to may be gone.
+    match sys::clone3(plan.new & Kind::USER.0, cgroup)? {
         Cloned::Child => {
-            let made = help(plan, cgroup, theirs);
+            let made = help(plan, theirs);
             match made {
                 Ok(Cloned::Child) => Ok(Forked::Child),
                 Ok(Cloned::Parent { pid, pidfd }) => {
@@ -166,11 +167,7 @@ fn await_sibling(ours: &Channel, helper: &OwnedFd) -> io::Result<Process> {
     }
 }
 
-fn help(
-    plan: &NamespacePlan,
-    cgroup: Option<BorrowedFd<'_>>,
-    theirs: &Channel,
-) -> io::Result<Cloned> {
+fn help(plan: &NamespacePlan, theirs: &Channel) -> io::Result<Cloned> {
     theirs.await_proceed()?;
     if plan.makes(Kind::USER) {
         become_root()?;
@@ -187,7 +184,7 @@ fn help(
         become_root()?;
     }
     let rest = made_by_clone(plan) & !(Kind::USER.0 | Kind::TIME.0);
-    sys::clone3(rest | sys::CLONE_PARENT, cgroup)
+    sys::clone3(rest | sys::CLONE_PARENT, None)
 }
 
 fn join(plan: &NamespacePlan, which: impl Fn(Kind) -> bool) -> io::Result<()> {

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use nix::sys::signal::SigSet;
 use oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec, Spec};
 use rustix::fs::{CWD, Mode, OFlags, fstat, openat};
-use rustix::process::{Pid, prlimit, setsid};
+use rustix::process::setsid;
 
 use crate::cgroup::{Cgroup, CgroupError, Entry};
 use crate::create::{CreateError, Stdio, connect_console, harden, write_pid_file};
@@ -305,6 +305,10 @@ impl Child {
                 std::fs::write(path, score.to_string()),
             )?;
         }
+        step(
+            "raise process.rlimits",
+            launch::raise_limits(&plan.process, self.pid()),
+        )?;
         let proceed = || {
             channel.send(&Message::Proceed {
                 state: String::new(),
@@ -326,10 +330,6 @@ impl Child {
                 Some(_) => {}
                 None => return Err(ExecError::Died),
             }
-        }
-        for (resource, limit) in &plan.process.limits {
-            let set = prlimit(Pid::from_raw(self.pid()), *resource, *limit);
-            step("set process.rlimits", set)?;
         }
         let _ = proceed();
         let agent = |listener| seccomp_agent(plan, record, self.pid(), &listener);

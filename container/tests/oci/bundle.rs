@@ -1,0 +1,219 @@
+//! A bundle with busybox as its root file system, and the runtime to run it with; needs root and
+//! Debian's busybox-static. Everything of it is gone at the end, also when the test fails.
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use container::cgroup::Cgroup;
+use container::verbs::spec::spec;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+const RUNTIME: &str = env!("CARGO_BIN_EXE_hostd-oci");
+
+/// The commands of busybox that the tests use.
+const APPLETS: &[&str] = &[
+    "cat", "echo", "env", "false", "grep", "head", "hostname", "id", "ip", "kill", "ls", "mkdir",
+    "mknod", "mount", "ps", "pwd", "readlink", "sh", "sleep", "stat", "stty", "test", "touch",
+    "true", "tty", "umount", "wc",
+];
+
+/// How long anything may take before the test gives up.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// One container that can be made from a bundle.
+pub(crate) struct Bundle {
+    directory: tempfile::TempDir,
+    pub(crate) id: String,
+    pub(crate) config: Value,
+}
+
+/// What a command printed, and how it ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) status: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Bundle {
+    /// A bundle that runs a script of busybox's shell.
+    pub(crate) fn new(script: &str) -> Bundle {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let directory = tempfile::tempdir().unwrap();
+        let bin = directory.path().join("rootfs/bin");
+        fs::create_dir_all(&bin).unwrap();
+        fs::copy("/bin/busybox", bin.join("busybox")).unwrap();
+        for applet in APPLETS {
+            symlink("busybox", bin.join(applet)).unwrap();
+        }
+        let next = NEXT.fetch_add(1, Ordering::Relaxed);
+        let id = format!("hostd-test-{}-{next}", std::process::id());
+        let mut config = spec(None);
+        config["process"]["terminal"] = json!(false);
+        config["process"]["args"] = json!(["sh", "-c", script]);
+        config["linux"]["cgroupsPath"] = json!(format!("/{id}"));
+        Bundle {
+            directory,
+            id,
+            config,
+        }
+    }
+
+    /// Changes the configuration.
+    pub(crate) fn with(mut self, change: impl FnOnce(&mut Value)) -> Bundle {
+        change(&mut self.config);
+        self
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub(crate) fn rootfs(&self) -> PathBuf {
+        self.path().join("rootfs")
+    }
+
+    /// Where the states are.
+    pub(crate) fn states(&self) -> PathBuf {
+        self.path().join("states")
+    }
+
+    /// The runtime with its global options, and the verb.
+    pub(crate) fn command(&self, verb: &[&str]) -> Command {
+        let config = serde_json::to_vec_pretty(&self.config).unwrap();
+        fs::write(self.path().join("config.json"), config).unwrap();
+        let mut command = Command::new(RUNTIME);
+        command.arg("--root").arg(self.states()).args(verb);
+        command.current_dir(self.path()).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a verb on this container to its end.
+    pub(crate) fn verb(&self, verb: &[&str], arguments: &[&str]) -> Ended {
+        let mut command = self.command(verb);
+        command.arg(&self.id).args(arguments);
+        finish(command)
+    }
+
+    /// Runs the container in the foreground.
+    pub(crate) fn run(&self) -> Ended {
+        self.verb(&["run"], &[])
+    }
+
+    /// Runs the container, which must succeed, and returns what it printed.
+    pub(crate) fn output(&self) -> String {
+        let ended = self.run();
+        assert_eq!(ended.status, 0, "{ended:?}");
+        ended.stdout
+    }
+
+    /// Runs the container, which must not come to be, and returns the message.
+    pub(crate) fn refusal(&self) -> String {
+        let ended = self.run();
+        assert_eq!(ended.status, 1, "{ended:?}");
+        assert_eq!(ended.stdout, "", "the program must not have run");
+        self.assert_nothing_is_left();
+        ended.stderr
+    }
+
+    /// Creates and starts the container in the background, its output going nowhere.
+    pub(crate) fn start(&self) {
+        for verb in ["create", "start"] {
+            let ended = self.quiet(&[verb]);
+            assert_eq!(ended.status, 0, "{verb}: {ended:?}");
+        }
+    }
+
+    /// Like [`Bundle::verb`], for verbs whose process outlives them: its streams are not pipes of
+    /// ours.
+    pub(crate) fn quiet(&self, verb: &[&str]) -> Ended {
+        let errors = self.path().join("errors");
+        let mut command = self.command(verb);
+        command
+            .arg(&self.id)
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(&errors).unwrap());
+        let status = command.status().unwrap().code().unwrap();
+        let stderr = fs::read_to_string(errors).unwrap();
+        Ended {
+            status,
+            stdout: String::new(),
+            stderr,
+        }
+    }
+
+    /// The container's state.
+    pub(crate) fn state(&self) -> Value {
+        let ended = self.verb(&["state"], &[]);
+        assert_eq!(ended.status, 0, "{ended:?}");
+        serde_json::from_str(&ended.stdout).unwrap()
+    }
+
+    pub(crate) fn wait_for_status(&self, status: &str) {
+        let start = Instant::now();
+        while self.state()["status"] != status {
+            assert!(
+                start.elapsed() < PATIENCE,
+                "never {status}: {}",
+                self.state()
+            );
+            std::thread::yield_now();
+        }
+    }
+
+    pub(crate) fn assert_nothing_is_left(&self) {
+        assert!(!self.states().join(&self.id).exists(), "the state is left");
+        let cgroups = Cgroup::open(&format!("/{}", self.id));
+        assert!(!cgroups.unwrap().exists(), "the cgroup is left");
+    }
+}
+
+impl Drop for Bundle {
+    fn drop(&mut self) {
+        let _ = self.command(&["delete", "--force"]).arg(&self.id).output();
+    }
+}
+
+/// Runs a command to its end, but not for ever.
+pub(crate) fn finish(mut command: Command) -> Ended {
+    let child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    finish_child(child)
+}
+
+/// Waits for a child, but not for ever.
+pub(crate) fn finish_child(mut child: Child) -> Ended {
+    let pid = Pid::from_raw(child.id().cast_signed());
+    let (done, waiter) = std::sync::mpsc::channel::<()>();
+    let watchdog = std::thread::spawn(move || {
+        if waiter.recv_timeout(PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    });
+    let mut stderr = child.stderr.take();
+    let errors = std::thread::spawn(move || {
+        let mut text = String::new();
+        if let Some(stderr) = &mut stderr {
+            let _ = stderr.read_to_string(&mut text);
+        }
+        text
+    });
+    let Output { status, stdout, .. } = child.wait_with_output().unwrap();
+    drop(done);
+    watchdog.join().unwrap();
+    Ended {
+        status: status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&stdout).into_owned(),
+        stderr: errors.join().unwrap(),
+    }
+}
