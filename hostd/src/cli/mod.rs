@@ -51,6 +51,7 @@ struct CommandLine {
     #[arg(
         long,
         global = true,
+        help_heading = "Global options",
         env = "HOSTD_SOCKET",
         value_name = "PATH",
         default_value = "/run/hostd/hostd.sock",
@@ -58,11 +59,12 @@ struct CommandLine {
     )]
     socket: PathBuf,
     /// Wait so long for a hostd that is not up yet, e.g. 30s
-    #[arg(long, global = true, value_name = "TIME", value_parser = units::parse_duration,
+    #[arg(long, global = true, help_heading = "Global options", value_name = "TIME",
+          value_parser = units::parse_duration,
           default_value = "0s", hide_default_value = true)]
     wait: Duration,
     /// Print JSON
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Global options")]
     json: bool,
     #[command(subcommand)]
     verb: Verb,
