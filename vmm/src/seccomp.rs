@@ -93,8 +93,9 @@ const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 /// What a tap may leave to its user.
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
-/// `tcsetattr` at once.
+/// `tcsetattr` at once, which looks afterwards at what has come of it.
 const TCSETS: u64 = 0x5402;
+const TCGETS: u64 = 0x5401;
 /// Makes a socket non-blocking.
 const FIONBIO: u64 = 0x5421;
 /// A socket of this machine.
@@ -219,7 +220,7 @@ const VCPU: &[Rule] = &[rule(
 const EVENT_LOOP: &[Rule] = &[
     rule(
         libc::SYS_ioctl,
-        OneOf(1, &[FIONBIO, TCSETS]),
+        OneOf(1, &[FIONBIO, TCSETS, TCGETS]),
         "clients that do not block; the terminal at the end",
     ),
     rule(

@@ -55,6 +55,25 @@ impl Guest {
         self
     }
 
+    /// Waits for a byte on the serial port and keeps it.
+    pub(crate) fn read_serial(self) -> Self {
+        let port = |offset| {
+            u16::try_from(layout::SERIAL_PORT + offset)
+                .unwrap()
+                .to_le_bytes()
+        };
+        let (data, status) = (port(0), port(5));
+        // Until bit 0 of the line status is set: mov dx; in al, dx; test al, 1; jz back to in.
+        self.then(&[&[0x66, 0xba], &status, &[0xec, 0xa8, 1, 0x74, 0xfb]])
+            .then(&[&[0x66, 0xba], &data, &[0xec]])
+    }
+
+    /// Writes the byte that was read to the serial port.
+    pub(crate) fn print_read(self) -> Self {
+        let port = u16::try_from(layout::SERIAL_PORT).unwrap().to_le_bytes();
+        self.then(&[&[0x66, 0xba], &port, &[0xee]])
+    }
+
     /// Reports the workload's exit.
     pub(crate) fn exit(self, code: u8) -> Self {
         self.out_long(guest_status::PORT, guest_status::exit(code, false))

@@ -4,7 +4,9 @@
 mod guest;
 mod runner;
 
+use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::termios::tcgetattr;
 use nix::unistd::Pid;
 use serde_json::json;
 use vmm::control::{ExitReason, ExitStatus, MachineState, Request, Response};
@@ -264,4 +266,23 @@ fn a_machine_that_has_ended_leaves_no_socket() {
     let running = machine.start();
     running.wait();
     assert!(!control.exists());
+}
+
+#[test]
+fn a_terminal_is_the_guests_and_then_as_it_was() {
+    let pty = openpty(None, None).unwrap();
+    let before = tcgetattr(&pty.slave).unwrap();
+    let echo = guest().read_serial().print_read().print("!").exit(0);
+    let mut machine = Machine::new(echo);
+    machine.spec["console"] = json!("stdio");
+    machine.terminal = Some(pty.slave.try_clone().unwrap());
+    let running = machine.start();
+    // A key that a terminal of its own would have kept until the line ends.
+    nix::unistd::write(&pty.master, b"k").unwrap();
+    let ended = running.wait();
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+    let mut seen = [0; 8];
+    let count = nix::unistd::read(&pty.master, &mut seen).unwrap();
+    assert!(seen[..count].ends_with(b"k!"), "{:?}", &seen[..count]);
+    assert_eq!(tcgetattr(&pty.slave).unwrap(), before);
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -25,6 +25,8 @@ pub(crate) struct Machine {
     pub(crate) arguments: Vec<String>,
     /// Redirections of a shell in the machine's folder.
     pub(crate) shell: String,
+    /// Standard input and output, if not nothing.
+    pub(crate) terminal: Option<OwnedFd>,
 }
 
 /// What a machine left behind.
@@ -55,6 +57,7 @@ impl Machine {
             spec,
             arguments: Vec::new(),
             shell: String::new(),
+            terminal: None,
         }
     }
 
@@ -73,14 +76,21 @@ impl Machine {
             .arg("--config")
             .arg(config)
             .args(&self.arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdin(self.stdio())
+            .stdout(self.stdio())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
         Running {
             machine: self,
             child,
+        }
+    }
+
+    fn stdio(&self) -> Stdio {
+        match &self.terminal {
+            Some(terminal) => terminal.try_clone().unwrap().into(),
+            None => Stdio::null(),
         }
     }
 
