@@ -96,8 +96,8 @@ impl FakeHostd {
     }
 
     /// An instance that runs already.
-    pub(crate) fn has(&self, name: &str, spec: InstanceSpec) {
-        let mut instance = new_instance(name, &spec);
+    pub(crate) fn has(&self, name: &str, spec: &InstanceSpec) {
+        let mut instance = new_instance(name, spec);
         instance.state = InstanceState::Running;
         self.known
             .lock()

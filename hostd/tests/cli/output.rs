@@ -73,8 +73,8 @@ fn a_wrong_command_line_has_status_125_and_help_has_0() {
 #[test]
 fn several_names_are_all_tried_and_the_status_tells_of_the_one_that_failed() {
     let hostd = FakeHostd::start();
-    hostd.has("one", InstanceSpec::default());
-    hostd.has("two", InstanceSpec::default());
+    hostd.has("one", &InstanceSpec::default());
+    hostd.has("two", &InstanceSpec::default());
     let output = hostd.hostctl(&["rm", "--force", "one", "nobody", "two"]);
     assert_eq!(output.status.code(), Some(125));
     assert_eq!(out(&output), "one\ntwo\n");
@@ -92,8 +92,8 @@ fn several_names_are_all_tried_and_the_status_tells_of_the_one_that_failed() {
 #[test]
 fn one_instance_is_inspected_as_an_object_and_several_as_a_list() {
     let hostd = FakeHostd::start();
-    hostd.has("one", InstanceSpec::default());
-    hostd.has("two", InstanceSpec::default());
+    hostd.has("one", &InstanceSpec::default());
+    hostd.has("two", &InstanceSpec::default());
     assert_eq!(
         json_of(&hostd.hostctl(&["inspect", "--json", "one"]))["name"],
         "one"
@@ -114,7 +114,7 @@ fn lists_are_tables_for_people_and_json_for_programs() {
     let hostd = FakeHostd::start();
     hostd.has(
         "web",
-        InstanceSpec {
+        &InstanceSpec {
             image: "busybox".into(),
             ..InstanceSpec::default()
         },
@@ -157,7 +157,7 @@ fn lists_are_tables_for_people_and_json_for_programs() {
 #[test]
 fn logs_go_to_the_stream_that_they_came_from() {
     let hostd = FakeHostd::start();
-    hostd.has("web", InstanceSpec::default());
+    hostd.has("web", &InstanceSpec::default());
     let output = hostd.hostctl(&["logs", "--follow", "--tail", "5", "web"]);
     assert_eq!(
         (out(&output), err(&output)),
@@ -194,7 +194,7 @@ fn events_are_lines() {
 #[test]
 fn an_update_says_what_takes_effect_when() {
     let hostd = FakeHostd::start();
-    hostd.has("web", InstanceSpec::default());
+    hostd.has("web", &InstanceSpec::default());
     let output = hostd.hostctl(&["update", "--pids", "40", "--memory", "none", "web"]);
     assert_eq!(
         out(&output),
@@ -205,7 +205,7 @@ fn an_update_says_what_takes_effect_when() {
 #[test]
 fn wait_ends_as_the_workload_did() {
     let hostd = FakeHostd::start();
-    hostd.has("job", InstanceSpec::default());
+    hostd.has("job", &InstanceSpec::default());
     assert_eq!(hostd.hostctl(&["wait", "job"]).status.code(), Some(7));
     assert_eq!(
         hostd

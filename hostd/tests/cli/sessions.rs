@@ -121,7 +121,7 @@ fn a_start_that_fails_is_told_and_leaves_nothing_under_rm() {
 #[test]
 fn exec_passes_megabytes_and_statuses_on() {
     let hostd = FakeHostd::start();
-    hostd.has("web", InstanceSpec::default());
+    hostd.has("web", &InstanceSpec::default());
     let input = vec![b'x'; 3 << 20];
     let output = with_input(&hostd, &["exec", "-i", "web", "count"], &input);
     assert_eq!(
@@ -170,7 +170,7 @@ fn attach_joins_a_workload_that_runs() {
     let command = Some(vec!["early".to_owned(), "5".to_owned()]);
     hostd.has(
         "web",
-        InstanceSpec {
+        &InstanceSpec {
             command,
             stdin: true,
             ..InstanceSpec::default()
@@ -186,7 +186,7 @@ fn attach_joins_a_workload_that_runs() {
 #[test]
 fn a_terminal_cannot_be_asked_for_without_having_one() {
     let hostd = FakeHostd::start();
-    hostd.has("web", InstanceSpec::default());
+    hostd.has("web", &InstanceSpec::default());
     for arguments in [
         &["run", "-it", "busybox", "sh"][..],
         &["exec", "-it", "web", "sh"],

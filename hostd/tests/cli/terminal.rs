@@ -99,7 +99,7 @@ fn the_detach_keys_leave_the_workload_alone() {
 #[test]
 fn the_terminals_size_is_passed_on_at_first_and_when_it_changes() {
     let hostd = FakeHostd::start();
-    hostd.has("web", InstanceSpec::default());
+    hostd.has("web", &InstanceSpec::default());
     let mut screen = Screen::new();
     let mut child = screen.spawn(&hostd, &["exec", "-it", "web", "size"]);
     screen.until("24x80");
@@ -112,7 +112,7 @@ fn the_terminals_size_is_passed_on_at_first_and_when_it_changes() {
 #[test]
 fn people_see_colours() {
     let hostd = FakeHostd::start();
-    hostd.has("web", InstanceSpec::default());
+    hostd.has("web", &InstanceSpec::default());
     let mut screen = Screen::new();
     let mut child = screen.spawn(&hostd, &["list"]);
     let shown = screen.until("running");
