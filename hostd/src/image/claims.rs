@@ -5,7 +5,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::sync::OwnedMutexGuard;
 
-/// Lets only one at a time make the thing of a name; the others wait and then find it made.
+use super::layout::Digest;
+use super::manifest::Layer;
+
+/// A thing of the store, as it is claimed: its directory and its name there.
+pub(super) fn blob(digest: &Digest) -> String {
+    format!("blobs/{}", digest.hex())
+}
+
+pub(super) fn layer(layer: &Layer) -> String {
+    format!("layers/{}", layer.directory())
+}
+
+pub(super) fn disk(digest: &Digest) -> String {
+    format!("disks/{}", digest.hex())
+}
+
+/// Lets only one at a time make a thing; the others wait and then find it made.
 #[derive(Debug, Default)]
 pub(super) struct Makers {
     locks: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
@@ -29,13 +45,13 @@ impl Makers {
     }
 }
 
-/// Names of files that garbage collection must leave, since an operation relies on them.
+/// Things that garbage collection must leave, since an operation relies on them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Holds {
     counts: Arc<Mutex<HashMap<String, usize>>>,
 }
 
-/// Keeps files from being collected as garbage while it lives.
+/// Keeps things from being collected as garbage while it lives.
 #[derive(Debug)]
 pub(super) struct Hold {
     holds: Holds,

@@ -5,8 +5,8 @@
 //! mounted in a mount namespace of the thread that waits for the program: whatever ends hostd ends
 //! the mount. The same layers give the same bytes.
 
-use std::ffi::OsString;
 use std::io::{ErrorKind, Read};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -14,6 +14,7 @@ use std::thread;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
+use super::claims;
 use super::error::ImageError;
 use super::layout::Digest;
 use super::{Disk, ImageStore, blocking};
@@ -44,7 +45,7 @@ impl ImageStore {
             .layout
             .disks()
             .join(format!("{}.{FILE_SYSTEM}", digest.hex()));
-        let maker = self.makers.lock(&format!("disk {digest}")).await;
+        let maker = self.makers.lock(&claims::disk(&digest)).await;
         let disk = Disk {
             path,
             fs: FILE_SYSTEM,
@@ -64,21 +65,20 @@ impl ImageStore {
 
     fn make_disk(&self, digest: &Digest, path: &Path) -> Result<(), ImageError> {
         let mut hold = self.holds.hold();
-        hold.add(digest.hex());
+        hold.add(claims::blob(digest));
         let layers = self.stack(digest)?.1;
         for layer in &layers {
-            hold.add(layer.directory());
+            hold.add(claims::layer(layer));
         }
-        let names = layers
+        let layers = layers
             .iter()
-            .map(|layer| layer.directory().to_owned())
+            .map(|layer| self.layout.layers().join(layer.directory()))
             .collect();
         let file = self.layout.temporary_file()?;
         // Removed after the thread and its mount are gone.
         let scratch = self.layout.temporary_directory()?;
         let build = Build {
-            layers: self.layout.layers(),
-            names,
+            layers,
             scratch: scratch.path().to_owned(),
             disk: file.path().to_owned(),
             uuid: uuid(digest),
@@ -94,9 +94,9 @@ impl ImageStore {
 }
 
 struct Build {
-    layers: PathBuf,
-    /// Directories in `layers`, lowest first.
-    names: Vec<String>,
+    /// The lowest first.
+    layers: Vec<PathBuf>,
+    /// An empty directory to work in.
     scratch: PathBuf,
     disk: PathBuf,
     uuid: String,
@@ -105,11 +105,8 @@ struct Build {
 impl Build {
     fn run(self) -> Result<(), ImageError> {
         let root = self.scratch.join("root");
-        // Overlayfs without an upper layer wants two lower ones.
-        let empty = [self.scratch.join("empty"), self.scratch.join("empty2")];
-        for path in empty.iter().chain([&root]) {
-            std::fs::create_dir(path).map_err(ImageError::io("create", path))?;
-        }
+        std::fs::create_dir(&root).map_err(ImageError::io("create", &root))?;
+        let options = self.overlay_options()?;
         let failed = |action, path: &Path| {
             let path = path.to_owned();
             move |error: nix::Error| ImageError::io(action, path)(error.into())
@@ -119,28 +116,34 @@ impl Build {
         let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
         mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
             .map_err(failed("make private", Path::new("/")))?;
-        // Relative names: the options of a mount are one page, whatever the store's path.
-        nix::unistd::chdir(&self.layers).map_err(failed("enter", &self.layers))?;
-        let mut lower = OsString::from("lowerdir=");
-        for name in self.names.iter().rev() {
-            lower.push(name);
-            lower.push(":");
-        }
-        let empties = &empty[..2_usize.saturating_sub(self.names.len()).max(1)];
-        for (index, path) in empties.iter().enumerate() {
-            lower.push(if index == 0 { "" } else { ":" });
-            lower.push(path);
-        }
+        nix::unistd::chdir(&self.scratch).map_err(failed("enter", &self.scratch))?;
         let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
         mount(
             Some("overlay"),
             &root,
             Some("overlay"),
             flags,
-            Some(lower.as_os_str()),
+            Some(options.as_str()),
         )
         .map_err(failed("mount the layers at", &root))?;
         self.make_file_system(&root)
+    }
+
+    /// Names are relative and short, since the options of a mount are one page.
+    fn overlay_options(&self) -> Result<String, ImageError> {
+        let mut lower = Vec::new();
+        for (index, layer) in self.layers.iter().rev().enumerate() {
+            let link = self.scratch.join(index.to_string());
+            symlink(layer, &link).map_err(ImageError::io("create", &link))?;
+            lower.push(index.to_string());
+        }
+        // Overlayfs without an upper layer wants two lower ones, however few the image has.
+        for name in ["empty", "empty2"] {
+            let path = self.scratch.join(name);
+            std::fs::create_dir(&path).map_err(ImageError::io("create", &path))?;
+            lower.push(name.to_owned());
+        }
+        Ok(format!("lowerdir={}", lower.join(":")))
     }
 
     fn make_file_system(&self, root: &Path) -> Result<(), ImageError> {

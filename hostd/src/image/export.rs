@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::json;
 use tempfile::NamedTempFile;
 
+use super::claims;
 use super::error::ImageError;
 use super::layout::{Digest, LAYOUT_FILE};
 use super::manifest::MANIFEST_BYTES_MAX;
@@ -29,14 +30,14 @@ impl ImageStore {
 
     fn write_archive(&self, digest: &Digest, path: &Path) -> Result<(), ImageError> {
         let mut hold = self.holds.hold();
-        hold.add(digest.hex());
+        hold.add(claims::blob(digest));
         let (manifest, layers) = self.stack(digest)?;
         let mut blobs = vec![digest.clone(), manifest.config.digest];
         blobs.extend(layers.into_iter().map(|layer| layer.blob.digest));
         blobs.sort();
         blobs.dedup();
         for blob in &blobs {
-            hold.add(blob.hex());
+            hold.add(claims::blob(blob));
         }
         let directory = path.parent().unwrap_or_else(|| Path::new("/"));
         let file = NamedTempFile::new_in(directory).map_err(ImageError::io("create", path))?;

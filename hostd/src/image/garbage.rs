@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::claims;
 use super::error::ImageError;
 use super::layout::Digest;
 use super::{ImageStore, blocking};
@@ -53,18 +54,18 @@ impl ImageStore {
             self.mark(&digest, &mut needed)?;
         }
         let mut collected = Collected::default();
-        for directory in [
-            self.layout.blobs(),
-            self.layout.layers(),
-            self.layout.disks(),
+        for (kind, directory) in [
+            ("blobs", self.layout.blobs()),
+            ("layers", self.layout.layers()),
+            ("disks", self.layout.disks()),
         ] {
             for path in entries(&directory)? {
-                let name = path
+                let stem = path
                     .file_stem()
                     .unwrap_or_default()
                     .to_string_lossy()
                     .into_owned();
-                if needed.contains(&name) {
+                if needed.contains(&format!("{kind}/{stem}")) {
                     continue;
                 }
                 let metadata = path
@@ -91,11 +92,12 @@ impl ImageStore {
             Err(ImageError::NotFound { .. }) => return Ok(()),
             Err(error) => return Err(error),
         };
-        needed.insert(digest.hex().to_owned());
-        needed.insert(manifest.config.digest.hex().to_owned());
-        for layer in layers {
-            needed.insert(layer.blob.digest.hex().to_owned());
-            needed.insert(layer.directory().to_owned());
+        needed.insert(claims::blob(digest));
+        needed.insert(claims::disk(digest));
+        needed.insert(claims::blob(&manifest.config.digest));
+        for layer in &layers {
+            needed.insert(claims::blob(&layer.blob.digest));
+            needed.insert(claims::layer(layer));
         }
         Ok(())
     }

@@ -180,11 +180,10 @@ impl Layout {
 
     /// Stores a small blob under its digest.
     pub(super) fn write_blob(&self, digest: &Digest, bytes: &[u8]) -> Result<(), ImageError> {
-        let path = self.blob(digest);
-        if path.exists() {
-            Ok(())
-        } else {
-            self.write_file(&path, bytes)
+        match self.read_blob(digest, bytes.len() as u64) {
+            Ok(_) => Ok(()),
+            // Missing, or damaged by the disk.
+            Err(_) => self.write_file(&self.blob(digest), bytes),
         }
     }
 

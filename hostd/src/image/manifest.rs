@@ -15,9 +15,8 @@ pub(super) const MANIFEST_BYTES_MAX: u64 = 4 * 1024 * 1024;
 /// Real configurations are tens of KiB.
 pub(super) const CONFIG_BYTES_MAX: u64 = 8 * 1024 * 1024;
 
-/// What Docker builds at most is 127; this is what fits into the options of an overlayfs mount,
-/// which are one page, with the paths relative to `layers/`.
-pub(super) const LAYERS_MAX: usize = 120;
+/// What Docker and containerd stack at most.
+pub(super) const LAYERS_MAX: usize = 127;
 
 /// An index inside an index inside an index is nobody's image.
 pub(super) const INDEX_DEPTH_MAX: usize = 3;
@@ -70,10 +69,9 @@ impl Layer {
     /// The name of the layer's directory in `layers/`.
     ///
     /// It is the chain's and not the layer's own, since a directory that a layer does not mention
-    /// has the attributes of the layer below. Half of the digest still keeps anyone from finding
-    /// another layer of the same name, and leaves room in the options of an overlayfs mount.
+    /// has the attributes of the layer below.
     pub(super) fn directory(&self) -> &str {
-        &self.chain_id.hex()[..32]
+        self.chain_id.hex()
     }
 }
 
@@ -381,6 +379,28 @@ mod tests {
                 None => assert!(matches!(result, Err(ImageError::NoPlatform { .. }))),
             }
         }
+    }
+
+    #[test]
+    fn a_configuration_that_docker_wrote_is_understood() {
+        let value = json!({
+            "architecture": "amd64", "os": "linux", "created": "2024-05-14T00:00:00.123456789Z",
+            "container": "0123", "docker_version": "20.10", "author": null,
+            "config": {
+                "Hostname": "", "User": "", "AttachStdin": false, "Tty": false, "OpenStdin": false,
+                "ExposedPorts": {"80/tcp": {}}, "Env": ["PATH=/bin"], "Cmd": null,
+                "Entrypoint": ["/run"], "Image": "sha256:0", "Volumes": {"/data": {}},
+                "WorkingDir": "", "OnBuild": null, "Labels": null, "StopSignal": "SIGQUIT",
+                "Healthcheck": {"Test": ["NONE"]}, "ArgsEscaped": true,
+            },
+            "container_config": {"Cmd": ["x"], "Volumes": null},
+            "history": [{"created": "2024-05-14T00:00:00Z", "created_by": "x", "empty_layer": true}],
+            "rootfs": {"type": "layers", "diff_ids": []},
+        });
+        let config = parse_config("demo", &Digest::of(b""), value.to_string().as_bytes()).unwrap();
+        let config = config.config().clone().unwrap();
+        assert_eq!(*config.entrypoint(), Some(vec!["/run".to_owned()]));
+        assert_eq!(*config.cmd(), None);
     }
 
     #[test]

@@ -48,14 +48,13 @@ pub use self::garbage::Collected;
 
 /// Layers that are unpacked at a time by all transfers together. Each has a thread, and at most
 /// some MiB of chunks on the way to it.
-const UNPACKS_AT_A_TIME: usize = 8;
+const UNPACKS_AT_A_TIME: usize = 16;
 
 /// The images of this host. Clones are the same store.
 #[derive(Clone, Debug)]
 pub struct ImageStore {
     layout: Arc<Layout>,
     holds: Holds,
-    /// Lock order: layers from the bottom up, then a blob.
     makers: Arc<Makers>,
     unpacks: Arc<Semaphore>,
 }
@@ -132,25 +131,27 @@ impl ImageStore {
         transfer.install(found).await
     }
 
-    /// The images that have a name, ordered by it. Reads some small files.
-    ///
-    /// # Errors
-    /// [`ImageError::Io`], and what a damaged store gives.
-    pub fn list(&self) -> Result<Vec<Image>, ImageError> {
+    /// The images that have a name, ordered by it, but for those that the disk has damaged. Reads
+    /// some small files.
+    pub fn list(&self) -> Vec<Image> {
         let mut images = Vec::new();
         for (name, entry) in self.layout.named() {
-            let digest = manifest::content(&entry)?.digest;
-            images.push(self.describe(&name, &digest)?);
+            let content = manifest::content(&entry);
+            match content.and_then(|content| self.describe(&name, &content.digest)) {
+                Ok(image) => images.push(image),
+                // It can still be removed, and the others are as good as before.
+                Err(error) => tracing::warn!(name, %error, "an image is damaged"),
+            }
         }
         images.sort_by(|one, other| one.reference.cmp(&other.reference));
-        Ok(images)
+        images
     }
 
     /// The image that a user means by `reference`: a name, a name without tag (`:latest`, or the
     /// only tag there is), or a digest.
     ///
     /// # Errors
-    /// [`ImageError::NotFound`] and those of [`Self::list`].
+    /// [`ImageError::NotFound`], [`ImageError::Io`], and what a damaged store gives.
     pub fn get(&self, reference: &str) -> Result<Image, ImageError> {
         let (name, digest) = self.resolve(reference)?;
         self.describe(&name, &digest)

@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt, stream};
 use oci_spec::image::{Arch, Descriptor, MediaType, Os, PlatformBuilder};
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::blob::{ChunkReader, Intake};
-use super::claims::Hold;
+use super::claims::{self, Hold};
 use super::error::ImageError;
 use super::layout::{Digest, read_bounded};
 use super::manifest::{
@@ -56,9 +56,12 @@ pub(super) struct Transfer {
 /// A layer that is ready to be put into its place.
 enum Ready {
     Already,
-    Tree {
+    New {
         directory: TempDir,
+        /// For [`unpack::settle`].
         implicit: Vec<PathBuf>,
+        /// Absent if the blob was stored before.
+        blob: Option<NamedTempFile>,
     },
 }
 
@@ -121,20 +124,20 @@ impl Transfer {
     pub(super) async fn install(&self, found: Found) -> Result<Image, ImageError> {
         // Held before it is looked whether they are there, so that they stay if they are.
         let mut hold = self.store.holds.hold();
-        hold.add(found.digest.hex());
-        hold.add(found.manifest.config.digest.hex());
+        hold.add(claims::blob(&found.digest));
+        hold.add(claims::blob(&found.manifest.config.digest));
         let config_bytes = self.config(&found.manifest.config).await?;
         let config =
             manifest::parse_config(&self.name, &found.manifest.config.digest, &config_bytes)?;
         let layers = found.manifest.stack(&config)?;
         for layer in &layers {
-            hold.add(layer.blob.digest.hex());
-            hold.add(layer.directory());
+            hold.add(claims::blob(&layer.blob.digest));
+            hold.add(claims::layer(layer));
         }
         // From the bottom up, so that two images with common layers cannot wait for each other.
         let mut makers = Vec::new();
         for layer in &layers {
-            makers.push(self.store.makers.lock(layer.directory()).await);
+            makers.push(self.store.makers.lock(&claims::layer(layer)).await);
         }
         let stop = CancellationToken::new();
         let _stop_when_dropped = stop.clone().drop_guard();
@@ -172,7 +175,6 @@ impl Transfer {
 
     /// Sees to it that a layer's blob is in the store and its tree unpacked.
     async fn prepare(&self, layer: Layer, stop: CancellationToken) -> Result<Ready, ImageError> {
-        let maker = self.store.makers.lock(layer.blob.digest.hex()).await;
         let layout = &self.store.layout;
         let (blob, tree) = (
             layout.blob(&layer.blob.digest),
@@ -193,7 +195,7 @@ impl Transfer {
                 result => return result,
             }
         }
-        self.fetch(layer, maker, stop).await
+        self.fetch(layer, stop).await
     }
 
     async fn unpack_stored(
@@ -213,12 +215,7 @@ impl Transfer {
         .await
     }
 
-    async fn fetch(
-        &self,
-        layer: Layer,
-        maker: OwnedMutexGuard<()>,
-        stop: CancellationToken,
-    ) -> Result<Ready, ImageError> {
+    async fn fetch(&self, layer: Layer, stop: CancellationToken) -> Result<Ready, ImageError> {
         let job = self.job(layer.clone(), stop, true)?;
         let permit = self.permit().await?;
         let (reader, pump): (Box<dyn Read + Send>, _) = match &self.source {
@@ -234,7 +231,7 @@ impl Transfer {
         };
         let unpacked = blocking(move || {
             // Held here, since the thread goes on for a moment if the future is dropped.
-            let _held = (maker, permit);
+            let _permit = permit;
             job.run(reader)
         });
         let pump = async {
@@ -249,7 +246,6 @@ impl Transfer {
     fn job(&self, layer: Layer, stop: CancellationToken, keep: bool) -> Result<Job, ImageError> {
         let layout = &self.store.layout;
         Ok(Job {
-            store: self.store.clone(),
             copy: if keep {
                 Some(layout.temporary_file()?)
             } else {
@@ -285,9 +281,10 @@ impl Transfer {
             let mut below: Vec<PathBuf> = Vec::new();
             for (layer, ready) in layers {
                 let path = store.layout.layers().join(layer.directory());
-                if let Ready::Tree {
+                if let Ready::New {
                     directory,
                     implicit,
+                    blob,
                 } = ready
                 {
                     unpack::settle(
@@ -297,6 +294,11 @@ impl Transfer {
                     )
                     .map_err(ImageError::io("finish", &path))?;
                     store.layout.keep_directory(directory, &path)?;
+                    if let Some(blob) = blob {
+                        store
+                            .layout
+                            .keep_file(blob, &store.layout.blob(&layer.blob.digest))?;
+                    }
                 }
                 below.push(path);
             }
@@ -318,10 +320,9 @@ impl Transfer {
 
 /// The work on one layer that a thread of its own does.
 struct Job {
-    store: ImageStore,
     layer: Layer,
     /// Where the blob is stored, if it is not yet.
-    copy: Option<tempfile::NamedTempFile>,
+    copy: Option<NamedTempFile>,
     directory: TempDir,
     progress: mpsc::Sender<TransferEvent>,
     stop: CancellationToken,
@@ -330,7 +331,6 @@ struct Job {
 impl Job {
     fn run(self, source: impl Read) -> Result<Ready, ImageError> {
         let Self {
-            store,
             layer,
             copy,
             directory,
@@ -359,14 +359,10 @@ impl Job {
         // That the content is not what it should be explains all else that is wrong with it.
         intake.verify()?;
         let implicit = unpacked?;
-        if let Some(copy) = intake.into_copy() {
-            store
-                .layout
-                .keep_file(copy, &store.layout.blob(&layer.blob.digest))?;
-        }
-        Ok(Ready::Tree {
+        Ok(Ready::New {
             directory,
             implicit,
+            blob: intake.into_copy(),
         })
     }
 }

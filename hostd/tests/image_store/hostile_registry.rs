@@ -17,7 +17,7 @@ use hostd::image::{Credentials, ImageError, PullOptions};
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
-use crate::fixture::{Image, Layer, Packing, Store, eventually, unheard};
+use crate::fixture::{Image, Layer, Packing, Store, unheard};
 
 /// How a blob is answered.
 #[derive(Clone)]
@@ -179,11 +179,7 @@ async fn a_blob_without_end_is_left_at_its_size_and_nothing_is_kept() {
         }) => assert_eq!(digest, victim),
         other => panic!("{other:?}"),
     }
-    assert_eq!(store.store.list().unwrap(), []);
-    assert_eq!(store.names("layers"), [""; 0]);
-    eventually("temporary files to vanish", || {
-        store.names("tmp").is_empty()
-    });
+    store.assert_empty();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -215,8 +211,7 @@ async fn a_blob_of_another_length_or_content_is_refused() {
             }
             (other, _) => panic!("{problem:?}: {other:?}"),
         }
-        assert!(!store.blob(&victim).exists());
-        assert_eq!(store.names("layers"), [""; 0]);
+        store.assert_empty();
     }
 }
 
@@ -277,11 +272,7 @@ async fn a_dropped_pull_leaves_nothing_and_does_not_hinder_the_next() {
         result = stalling.pull(&store) => panic!("{result:?}"),
         () = stalling.stalled.notified() => {}
     }
-    eventually("temporary files to vanish", || {
-        store.names("tmp").is_empty()
-    });
-    assert_eq!(store.names("layers"), [""; 0]);
-    assert_eq!(store.store.list().unwrap(), []);
+    store.assert_empty();
 
     let server = Server::start(&image, |_, _| ()).await;
     server.pull(&store).await.unwrap();

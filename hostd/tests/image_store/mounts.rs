@@ -11,7 +11,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
 
-use crate::fixture::{Image, Packing, Store, demo_layers, names, run, sha256, unheard};
+use crate::fixture::{Image, Layer, Packing, Store, names, run, sha256, unheard};
 
 /// All that an instance can see of a file but its time.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -172,9 +172,10 @@ async fn a_disk_is_made_once_and_depends_on_the_image_alone() {
 }
 
 #[tokio::test]
-async fn an_image_of_one_layer_or_of_none_has_a_disk_too() {
-    let layers = demo_layers();
-    for count in [0, 1] {
+async fn an_image_of_no_layer_and_one_of_as_many_as_there_may_be_have_disks_too() {
+    let file = |index: usize| Layer::default().file(&format!("file{index}"), 0o644, b"x");
+    let layers: Vec<Layer> = (0..127).map(file).collect();
+    for count in [0, 1, 127] {
         let work = TempDir::new().unwrap();
         Image::new(&layers[..count], Packing::Plain, "amd64").write_layout(work.path(), "few:1");
         let store = Store::new();
@@ -184,9 +185,8 @@ async fn an_image_of_one_layer_or_of_none_has_a_disk_too() {
             .await
             .unwrap();
         let disk = store.store.disk(&image.digest).await.unwrap();
-        assert_eq!(
-            mounted(&disk).contains_key(Path::new("bin/busybox")),
-            count == 1
-        );
+        let seen = mounted(&disk);
+        assert_eq!(seen.len(), 1 + count);
+        assert!((0..count).all(|index| seen.contains_key(Path::new(&format!("file{index}")))));
     }
 }
