@@ -34,6 +34,11 @@ impl Listener {
         Self { socket, path: None }
     }
 
+    /// The name that it was bound to, if it was not inherited.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
     /// The socket.
     pub fn socket(&self) -> &UnixListener {
         &self.socket

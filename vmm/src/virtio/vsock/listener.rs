@@ -1,17 +1,17 @@
 //! Where the host's clients come in, and where the guest's connections go out: Firecracker's
 //! convention of a unix socket that is told `CONNECT PORT\n`, and of sockets named `PATH_PORT`.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, socket,
 };
+
+use crate::listen::Listener;
 
 /// The longest request: `CONNECT 4294967295\n`, with room for idle spaces.
 const REQUEST_BYTES_MAX: usize = 32;
@@ -19,10 +19,8 @@ const REQUEST_BYTES_MAX: usize = 32;
 /// The host's side of a vsock device.
 #[derive(Debug)]
 pub struct VsockHost {
-    listener: UnixListener,
-    /// The path that the listener was bound to; it is removed with it, and sockets that the guest
-    /// can reach are beside it.
-    path: Option<PathBuf>,
+    /// Sockets that the guest can reach are beside it.
+    listener: Listener,
 }
 
 impl VsockHost {
@@ -30,32 +28,22 @@ impl VsockHost {
     ///
     /// A socket that nobody listens on any more is replaced.
     pub fn bind(path: &Path) -> io::Result<VsockHost> {
-        let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_dead(path) => {
-                fs::remove_file(path)?;
-                UnixListener::bind(path)?
-            }
-            result => result?,
-        };
-        listener.set_nonblocking(true)?;
-        Ok(VsockHost {
-            listener,
-            path: Some(path.to_owned()),
-        })
+        VsockHost::of(Listener::bind(path)?)
     }
 
     /// Takes over a socket that listens already. The guest cannot connect to the host.
-    pub fn inherited(listener: UnixListener) -> io::Result<VsockHost> {
-        listener.set_nonblocking(true)?;
-        Ok(VsockHost {
-            listener,
-            path: None,
-        })
+    pub fn inherited(socket: UnixListener) -> io::Result<VsockHost> {
+        VsockHost::of(Listener::inherited(socket))
+    }
+
+    fn of(listener: Listener) -> io::Result<VsockHost> {
+        listener.socket().set_nonblocking(true)?;
+        Ok(VsockHost { listener })
     }
 
     /// The next client; none if it has gone already; an error if none waits or can be let in.
     pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
-        match self.listener.accept() {
+        match self.listener.socket().accept() {
             Ok((stream, _)) => Ok(Some(stream)),
             Err(error)
                 if error.kind() == io::ErrorKind::ConnectionAborted
@@ -70,8 +58,9 @@ impl VsockHost {
     /// Connects to the socket for the guest's connections to `port`. Never waits: a socket whose
     /// backlog is full counts as one where nobody listens.
     pub(super) fn connect(&self, port: u32) -> io::Result<OwnedFd> {
-        let path = self.path.as_ref().ok_or(io::ErrorKind::ConnectionRefused)?;
-        let mut path = path.clone().into_os_string();
+        let path = self.listener.path();
+        let path = path.ok_or(io::ErrorKind::ConnectionRefused)?;
+        let mut path = path.as_os_str().to_owned();
         path.push(format!("_{port}"));
         let address = UnixAddr::new(Path::new(&path))?;
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
@@ -83,24 +72,8 @@ impl VsockHost {
 
 impl AsFd for VsockHost {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
+        self.listener.socket().as_fd()
     }
-}
-
-impl Drop for VsockHost {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            // Whether it was there or not, it is not afterwards.
-            let _ = fs::remove_file(path);
-        }
-    }
-}
-
-fn is_dead(path: &Path) -> bool {
-    let socket = fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket());
-    let refused = UnixStream::connect(path)
-        .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-    socket && refused
 }
 
 /// What a client has said so far.
