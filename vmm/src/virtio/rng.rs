@@ -95,6 +95,7 @@ mod tests {
     use super::*;
     use crate::virtio::testing::{
         Driver, any_noise, assert_noise_is_survived, assert_tricks_are_the_guests_error,
+        noise_config,
     };
 
     #[test]
@@ -137,6 +138,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(noise_config())]
+
         #[test]
         fn noise_is_survived(noise in any_noise(1)) {
             assert_noise_is_survived(&mut Rng::new(), &noise);

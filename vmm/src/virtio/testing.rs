@@ -468,6 +468,15 @@ pub(crate) struct Noise {
     steps: Vec<(usize, Vec<u16>)>,
 }
 
+/// How many random drivers each device meets: each has memory and descriptors of its own.
+pub(crate) fn noise_config() -> ProptestConfig {
+    ProptestConfig {
+        // A crash is told by what it prints; nothing is written into the source tree.
+        failure_persistence: None,
+        ..ProptestConfig::with_cases(64)
+    }
+}
+
 pub(crate) fn any_noise(queues: usize) -> impl Strategy<Value = Noise> {
     let head = prop_oneof![8 => 0u16..8, 1 => any::<u16>()];
     (

@@ -16,7 +16,7 @@ use super::engine::Synchronous;
 use super::*;
 use crate::virtio::testing::{
     Buffer, Driver, PATIENCE, any_noise, assert_noise_is_survived,
-    assert_tricks_are_the_guests_error,
+    assert_tricks_are_the_guests_error, noise_config,
 };
 
 const SECTORS: u64 = 4096;
@@ -628,6 +628,8 @@ fn tricks_are_the_guests_error_and_no_more_chains_are_held_than_the_queue_has() 
 }
 
 proptest! {
+    #![proptest_config(noise_config())]
+
     #[test]
     fn noise_is_survived(noise in any_noise(1), synchronous in proptest::bool::ANY) {
         let file = tempfile().unwrap();

@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::read;
-use proptest::test_runner::{Config, TestRunner};
+use proptest::test_runner::TestRunner;
 
 use super::*;
 use crate::virtio::tap::TapError;
 use crate::virtio::testing::{
     Buffer, Driver, PATIENCE, any_noise, assert_held_chains_are_bounded, assert_noise_is_survived,
-    assert_tricks_are_the_guests_error,
+    assert_tricks_are_the_guests_error, noise_config,
 };
 
 const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -451,7 +451,7 @@ fn hostile_drivers_are_survived() {
         net.reset();
         // Programs that other tests start may hold a closed tap for a moment.
         let tap = net.tap;
-        let mut runner = TestRunner::new(Config::with_cases(128));
+        let mut runner = TestRunner::new(noise_config());
         let result = runner.run(&any_noise(2), |noise| {
             let fd = tap.as_fd().try_clone_to_owned().unwrap();
             let mut net = Net::new(Tap::from_fd(fd).unwrap(), GUEST_MAC);

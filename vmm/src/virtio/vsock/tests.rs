@@ -27,7 +27,7 @@ use super::packet::{HOST_CID, Header, Operation, SHUTDOWN_RECEIVE, SHUTDOWN_SEND
 use super::*;
 use crate::virtio::testing::{
     Buffer, Driver, PATIENCE, any_noise, assert_held_chains_are_bounded, assert_noise_is_survived,
-    assert_tricks_are_the_guests_error,
+    assert_tricks_are_the_guests_error, noise_config,
 };
 
 const CID: u32 = 3;
@@ -1045,7 +1045,7 @@ fn any_packet() -> impl Strategy<Value = (Header, usize)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
+    #![proptest_config(noise_config())]
 
     #[test]
     fn noise_is_survived(noise in any_noise(3)) {
