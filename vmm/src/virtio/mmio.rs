@@ -3,6 +3,9 @@
 //! It owns negotiation, status, queue addresses, suppression of notifications in both directions,
 //! and interrupts. A driver that leaves the order of section 3.1 finds its write ignored.
 
+mod access;
+mod setup;
+
 use std::io;
 use std::sync::Mutex;
 use std::sync::atomic::{Ordering, fence};
@@ -13,9 +16,9 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use self::setup::{QueueSetup, configure};
 use super::registers::{self as register, status};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
-use crate::bus::BusDevice;
 use crate::control::DeviceStats;
 use crate::events::{Readiness, Source};
 use crate::layout;
@@ -70,15 +73,6 @@ pub trait Platform: Send {
 pub enum Kick {
     Take,
     Make,
-}
-
-/// What a driver writes before it says that a queue is ready.
-#[derive(Clone, Copy, Debug, Default)]
-struct QueueSetup {
-    size: u32,
-    descriptors: u64,
-    available: u64,
-    used: u64,
 }
 
 /// A device and its registers.
@@ -411,141 +405,9 @@ impl MmioTransport {
         self.platform.fail(DeviceError::Host { action, source });
     }
 
-    // Registers (section 4.2.2).
-
-    fn read_register(&self, offset: u64) -> u32 {
-        match offset {
-            register::MAGIC => register::MAGIC_VALUE,
-            register::VERSION => 2,
-            register::DEVICE_ID => self.info.id,
-            register::VENDOR_ID => register::VENDOR_ID_VALUE,
-            register::DEVICE_FEATURES => half(self.offered_features(), self.device_features_select),
-            register::QUEUE_SIZE_MAX => self
-                .selected()
-                .map_or(0, |index| self.queues[index].max_size().into()),
-            register::QUEUE_READY => self
-                .selected()
-                .map_or(0, |index| self.queues[index].ready().into()),
-            register::INTERRUPT_STATUS => self.interrupt_status,
-            register::STATUS => self.status,
-            register::CONFIG_GENERATION => self.config_generation,
-            // There is no shared memory: its length and place are all ones.
-            register::SHARED_MEMORY_LENGTH_LOW..=register::SHARED_MEMORY_BASE_HIGH => u32::MAX,
-            _ => 0,
-        }
-    }
-
-    fn write_register(&mut self, offset: u64, value: u32) {
-        match offset {
-            register::DEVICE_FEATURES_SELECT => self.device_features_select = value,
-            register::DRIVER_FEATURES_SELECT => self.driver_features_select = value,
-            register::DRIVER_FEATURES => self.set_driver_features(value),
-            register::QUEUE_SELECT => self.queue_select = value,
-            register::QUEUE_READY => self.set_queue_ready(value),
-            register::QUEUE_NOTIFY => self.on_notify(value),
-            register::INTERRUPT_ACKNOWLEDGE => self.interrupt_status &= !value,
-            register::STATUS => self.set_status(value),
-            _ => self.write_queue_register(offset, value),
-        }
-    }
-
-    fn set_driver_features(&mut self, value: u32) {
-        if self.status & !status::NEEDS_RESET != status::HAS_DRIVER {
-            return;
-        }
-        match self.driver_features_select {
-            0 => set_half(&mut self.driver_features, Half::Low, value),
-            1 => set_half(&mut self.driver_features, Half::High, value),
-            _ => {}
-        }
-    }
-
-    fn write_queue_register(&mut self, offset: u64, value: u32) {
-        let Some(setup) = self.setup() else { return };
-        match offset {
-            register::QUEUE_SIZE => setup.size = value,
-            register::QUEUE_DESCRIPTORS_LOW => set_half(&mut setup.descriptors, Half::Low, value),
-            register::QUEUE_DESCRIPTORS_HIGH => set_half(&mut setup.descriptors, Half::High, value),
-            register::QUEUE_AVAILABLE_LOW => set_half(&mut setup.available, Half::Low, value),
-            register::QUEUE_AVAILABLE_HIGH => set_half(&mut setup.available, Half::High, value),
-            register::QUEUE_USED_LOW => set_half(&mut setup.used, Half::Low, value),
-            register::QUEUE_USED_HIGH => set_half(&mut setup.used, Half::High, value),
-            _ => {}
-        }
-    }
-
-    fn on_notify(&mut self, value: u32) {
-        if let Ok(index) = usize::try_from(value) {
-            self.on_kick(index);
-        }
-    }
-
     fn on_kick(&mut self, index: usize) {
         self.stats.kicks = self.stats.kicks.wrapping_add(1);
         self.process(index);
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.device.config();
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let bytes = config.get(start..).unwrap_or_default();
-        let length = bytes.len().min(data.len());
-        data[..length].copy_from_slice(&bytes[..length]);
-    }
-}
-
-/// Gives a queue the addresses its driver wrote. Returns whether they are usable.
-fn configure(queue: &mut Queue, setup: QueueSetup, memory: &GuestMemoryMmap) -> bool {
-    let size = u16::try_from(setup.size).unwrap_or(0);
-    let set = queue
-        .try_set_size(size)
-        .and_then(|()| queue.try_set_desc_table_address(GuestAddress(setup.descriptors)))
-        .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(setup.available)))
-        .and_then(|()| queue.try_set_used_ring_address(GuestAddress(setup.used)));
-    queue.set_ready(true);
-    let usable = set.is_ok() && queue.is_valid(memory);
-    queue.set_ready(usable);
-    usable
-}
-
-#[derive(Clone, Copy)]
-enum Half {
-    Low,
-    High,
-}
-
-fn set_half(target: &mut u64, half: Half, value: u32) {
-    *target = match half {
-        Half::Low => *target & !0xffff_ffff | u64::from(value),
-        Half::High => *target & 0xffff_ffff | u64::from(value) << 32,
-    };
-}
-
-fn half(value: u64, select: u32) -> u32 {
-    let shifted = match select {
-        0 => value,
-        1 => value >> 32,
-        _ => 0,
-    };
-    u32::try_from(shifted & 0xffff_ffff).expect("masked")
-}
-
-impl BusDevice for MmioTransport {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
-        if let Some(offset) = offset.checked_sub(register::CONFIG) {
-            self.read_config(offset, data);
-        } else if data.len() == 4 {
-            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
-        }
-    }
-
-    fn write(&mut self, offset: u64, data: &[u8]) {
-        // No device here has a configuration that drivers may write.
-        if offset < register::CONFIG
-            && let Ok(value) = data.try_into()
-        {
-            self.write_register(offset, u32::from_le_bytes(value));
-        }
     }
 }
 
@@ -566,5 +428,6 @@ impl Source for Mutex<MmioTransport> {
 }
 
 #[cfg(test)]
-#[path = "mmio_tests.rs"]
+mod noise;
+#[cfg(test)]
 mod tests;

@@ -2,29 +2,30 @@
 
 use std::sync::{Arc, Mutex};
 
-use proptest::prelude::{Strategy, any, prop_oneof, proptest};
 use virtio_queue::QueueOwnedT;
 
+use super::access::half;
 use super::*;
+use crate::bus::BusDevice;
 use crate::virtio::registers::QUEUE_NOTIFY;
 
-const DESCRIPTORS: u64 = 0x1000;
-const AVAILABLE: u64 = 0x2000;
-const USED: u64 = 0x3000;
+pub(super) const DESCRIPTORS: u64 = 0x1000;
+pub(super) const AVAILABLE: u64 = 0x2000;
+pub(super) const USED: u64 = 0x3000;
 const QUEUE_SIZE: u16 = 8;
 
 /// What happened around the transport.
 #[derive(Debug, Default, PartialEq)]
-struct World {
+pub(super) struct World {
     interrupts: u32,
     watched_queues: usize,
     postponed: u32,
     watched: Vec<Interest>,
-    failures: Vec<String>,
+    pub(super) failures: Vec<String>,
 }
 
 #[derive(Clone, Default)]
-struct TestPlatform(Arc<Mutex<World>>);
+pub(super) struct TestPlatform(pub(super) Arc<Mutex<World>>);
 
 impl Platform for TestPlatform {
     fn interrupt(&self) -> io::Result<()> {
@@ -144,18 +145,18 @@ impl VirtioDevice for Echo {
 }
 
 /// A driver, and what is behind its device.
-struct Driver {
-    transport: MmioTransport,
-    platform: TestPlatform,
-    memory: GuestMemoryMmap,
-    available: u16,
+pub(super) struct Driver {
+    pub(super) transport: MmioTransport,
+    pub(super) platform: TestPlatform,
+    pub(super) memory: GuestMemoryMmap,
+    pub(super) available: u16,
 }
 
-const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
-const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+pub(super) const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+pub(super) const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 
 impl Driver {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
         let platform = TestPlatform::default();
         let device = Box::new(Echo {
@@ -173,7 +174,7 @@ impl Driver {
     }
 
     /// A driver whose device is in use.
-    fn active(features: u64) -> Self {
+    pub(super) fn active(features: u64) -> Self {
         let mut driver = Self::new();
         driver.negotiate(features);
         driver.set_up_queue(QUEUE_SIZE.into(), DESCRIPTORS);
@@ -188,11 +189,11 @@ impl Driver {
         u32::from_le_bytes(data)
     }
 
-    fn write(&mut self, offset: u64, value: u32) {
+    pub(super) fn write(&mut self, offset: u64, value: u32) {
         self.transport.write(offset, &value.to_le_bytes());
     }
 
-    fn negotiate(&mut self, features: u64) {
+    pub(super) fn negotiate(&mut self, features: u64) {
         self.write(register::STATUS, 1);
         self.write(register::STATUS, 3);
         for select in [0, 1] {
@@ -202,7 +203,7 @@ impl Driver {
         self.write(register::STATUS, 11);
     }
 
-    fn set_up_queue(&mut self, size: u32, descriptors: u64) {
+    pub(super) fn set_up_queue(&mut self, size: u32, descriptors: u64) {
         self.write(register::QUEUE_SELECT, 0);
         self.write(register::QUEUE_SIZE, size);
         for (low, address) in [
@@ -217,14 +218,14 @@ impl Driver {
     }
 
     /// Makes descriptor 0 available once more.
-    fn add_buffer(&mut self) {
+    pub(super) fn add_buffer(&mut self) {
         self.available = self.available.wrapping_add(1);
         self.memory
             .write_obj(self.available, GuestAddress(AVAILABLE + 2))
             .unwrap();
     }
 
-    fn kick(&mut self) {
+    pub(super) fn kick(&mut self) {
         self.write(QUEUE_NOTIFY, 0);
     }
 
@@ -232,7 +233,7 @@ impl Driver {
         self.memory.write_obj(order, ORDER).unwrap();
     }
 
-    fn used(&self) -> u16 {
+    pub(super) fn used(&self) -> u16 {
         self.memory.read_obj(GuestAddress(USED + 2)).unwrap()
     }
 
@@ -514,69 +515,4 @@ fn accesses_of_another_width_do_nothing() {
     let mut data = [0; 1];
     driver.transport.read(register::MAGIC, &mut data);
     assert_eq!(data, [0]);
-}
-
-/// One thing that a hostile driver may do.
-#[derive(Clone, Debug)]
-enum Act {
-    Register(u64, u32),
-    Access(u64, Vec<u8>),
-    Memory(u64, u16),
-    DeviceReady(u32),
-}
-
-fn any_act() -> impl Strategy<Value = Act> {
-    let value = prop_oneof![
-        any::<u32>(),
-        0..16_u32,
-        proptest::sample::select(vec![0, 1, 3, 11, 15, 0x1000, 0x2000, 0x3000]),
-    ];
-    prop_oneof![
-        4 => (0..0x110_u64, value).prop_map(|(offset, value)| Act::Register(offset & !3, value)),
-        1 => (any::<u64>(), any::<Vec<u8>>()).prop_map(|(at, data)| Act::Access(at, data)),
-        2 => (0x1000..0x3100_u64, any::<u16>()).prop_map(|(at, value)| Act::Memory(at, value)),
-        1 => (0..16_u32).prop_map(Act::DeviceReady),
-    ]
-}
-
-proptest! {
-    /// From the start, and from the middle of an honest driver's work.
-    #[test]
-    fn a_driver_may_do_anything_to_its_device_and_no_harm(
-        active: bool,
-        acts in proptest::collection::vec(any_act(), 0..200),
-    ) {
-        let mut driver = match active {
-            true => Driver::active(VERSION_1 | EVENT_IDX),
-            false => Driver::new(),
-        };
-        for act in acts {
-            match act {
-                Act::Register(offset, value) => driver.write(offset, value),
-                Act::Access(offset, mut data) => {
-                    driver.transport.write(offset, &data);
-                    driver.transport.read(offset, &mut data);
-                }
-                Act::Memory(at, value) => {
-                    driver.memory.write_obj(value, GuestAddress(at)).unwrap();
-                }
-                Act::DeviceReady(token) => driver.transport.on_device_ready(token),
-            }
-        }
-        let failures = driver.platform.0.lock().unwrap().failures.clone();
-        proptest::prop_assert_eq!(failures, Vec::<String>::new());
-        // And it can always start anew.
-        driver.write(register::STATUS, 0);
-        driver.memory.write_obj(0_u32, GuestAddress(AVAILABLE)).unwrap();
-        driver.memory.write_obj(0_u32, GuestAddress(USED)).unwrap();
-        driver.negotiate(VERSION_1);
-        driver.set_up_queue(8, DESCRIPTORS);
-        driver.write(register::STATUS, 15);
-        driver.available = 0;
-        driver.memory.write_obj(0_u16, GuestAddress(AVAILABLE + 4)).unwrap();
-        driver.memory.write_obj([0_u8; 16], GuestAddress(DESCRIPTORS)).unwrap();
-        driver.add_buffer();
-        driver.kick();
-        proptest::prop_assert_eq!(driver.used(), 1);
-    }
 }
