@@ -430,4 +430,6 @@ impl Source for Mutex<MmioTransport> {
 #[cfg(test)]
 mod noise;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;

@@ -3,7 +3,7 @@
 use proptest::prelude::{Strategy, any, prop_oneof, proptest};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::tests::{AVAILABLE, DESCRIPTORS, Driver, EVENT_IDX, USED, VERSION_1};
+use super::testing::{AVAILABLE, DESCRIPTORS, Driver, EVENT_IDX, USED, VERSION_1};
 use crate::bus::BusDevice;
 use crate::virtio::registers as register;
 

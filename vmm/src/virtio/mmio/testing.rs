@@ -1,0 +1,257 @@
+//! For tests: a device that echoes, a driver, and what happens around the transport between them.
+
+use std::sync::{Arc, Mutex};
+
+use virtio_queue::QueueOwnedT;
+
+use super::access::half;
+use super::*;
+use crate::bus::BusDevice;
+use crate::virtio::registers::QUEUE_NOTIFY;
+
+pub(super) const DESCRIPTORS: u64 = 0x1000;
+pub(super) const AVAILABLE: u64 = 0x2000;
+pub(super) const USED: u64 = 0x3000;
+pub(super) const QUEUE_SIZE: u16 = 8;
+
+/// What happened around the transport.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct World {
+    pub(super) interrupts: u32,
+    pub(super) watched_queues: usize,
+    pub(super) postponed: u32,
+    pub(super) watched: Vec<Interest>,
+    pub(super) failures: Vec<String>,
+}
+
+#[derive(Clone, Default)]
+pub(super) struct TestPlatform(pub(super) Arc<Mutex<World>>);
+
+impl Platform for TestPlatform {
+    fn interrupt(&self) -> io::Result<()> {
+        self.0.lock().unwrap().interrupts += 1;
+        Ok(())
+    }
+
+    fn watch_kicks(&mut self, queues: usize) -> io::Result<()> {
+        self.0.lock().unwrap().watched_queues = queues;
+        Ok(())
+    }
+
+    fn unwatch_kicks(&mut self) -> io::Result<()> {
+        self.watch_kicks(0)
+    }
+
+    fn kick(&self, _queue: usize, kick: Kick) -> io::Result<()> {
+        assert_eq!(kick, Kick::Make);
+        self.0.lock().unwrap().postponed += 1;
+        Ok(())
+    }
+
+    fn watch(&mut self, old: &[Interest], new: &[Interest]) -> io::Result<()> {
+        let mut world = self.0.lock().unwrap();
+        assert_eq!(world.watched, old);
+        world.watched = new.to_vec();
+        Ok(())
+    }
+
+    fn fail(&self, error: DeviceError) {
+        self.0.lock().unwrap().failures.push(error.to_string());
+    }
+}
+
+/// Gives every buffer back with as many bytes as it has taken buffers. What it is to do next is
+/// in the first byte of guest memory.
+struct Echo {
+    taken: u32,
+    active: bool,
+}
+
+pub(super) const ORDER: GuestAddress = GuestAddress(0);
+pub(super) const BEHAVE: u8 = 0;
+pub(super) const FAIL_ON_HOST: u8 = 1;
+/// Take no buffers.
+pub(super) const DECLINE: u8 = 2;
+/// Add another buffer for each that was taken, as a driver on another processor would.
+pub(super) const NEVER_ENDING: u8 = 3;
+
+impl VirtioDevice for Echo {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            id: 42,
+            features: 1 << 5,
+            queue_sizes: vec![QUEUE_SIZE, 16],
+        }
+    }
+
+    fn config(&self) -> Vec<u8> {
+        vec![1, 2, 3, 4, 5]
+    }
+
+    fn activate(&mut self, _features: u64) -> Result<(), DeviceError> {
+        self.active = true;
+        Ok(())
+    }
+
+    fn process(
+        &mut self,
+        index: usize,
+        queues: &mut [Queue],
+        mem: &GuestMemoryMmap,
+    ) -> Result<Signal, DeviceError> {
+        assert!(self.active);
+        let order: u8 = mem.read_obj(ORDER).unwrap();
+        let source = io::ErrorKind::BrokenPipe.into();
+        match order {
+            FAIL_ON_HOST => {
+                let action = "break";
+                return Err(DeviceError::Host { action, source });
+            }
+            DECLINE => return Ok(Signal::NONE),
+            _ => {}
+        }
+        let guest = |source| DeviceError::Guest { index, source };
+        let queue = &mut queues[index];
+        let chains: Vec<_> = queue.iter(mem).map_err(guest)?.collect();
+        for chain in &chains {
+            self.taken += 1;
+            queue
+                .add_used(mem, chain.head_index(), self.taken)
+                .map_err(guest)?;
+            if order == NEVER_ENDING {
+                let next: u16 = mem.read_obj(GuestAddress(AVAILABLE + 2)).unwrap();
+                mem.write_obj(next.wrapping_add(1), GuestAddress(AVAILABLE + 2))
+                    .unwrap();
+            }
+        }
+        if chains.is_empty() {
+            return Ok(Signal::NONE);
+        }
+        Ok(Signal::queue(index))
+    }
+
+    fn interests(&self) -> Vec<Interest> {
+        vec![Interest {
+            token: 7,
+            fd: 99,
+            readable: true,
+            writable: false,
+        }]
+    }
+
+    fn reset(&mut self) {
+        self.active = false;
+    }
+}
+
+/// A driver, and what is behind its device.
+pub(super) struct Driver {
+    pub(super) transport: MmioTransport,
+    pub(super) platform: TestPlatform,
+    pub(super) memory: GuestMemoryMmap,
+    pub(super) available: u16,
+}
+
+pub(super) const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+pub(super) const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+
+impl Driver {
+    pub(super) fn new() -> Self {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let platform = TestPlatform::default();
+        let device = Box::new(Echo {
+            taken: 0,
+            active: false,
+        });
+        let boxed = Box::new(platform.clone());
+        let transport = MmioTransport::new("echo".into(), device, memory.clone(), boxed).unwrap();
+        Self {
+            transport,
+            platform,
+            memory,
+            available: 0,
+        }
+    }
+
+    /// A driver whose device is in use.
+    pub(super) fn active(features: u64) -> Self {
+        let mut driver = Self::new();
+        driver.negotiate(features);
+        driver.set_up_queue(QUEUE_SIZE.into(), DESCRIPTORS);
+        driver.write(register::STATUS, 15);
+        assert_eq!(driver.read(register::STATUS), 15);
+        driver
+    }
+
+    pub(super) fn read(&mut self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.transport.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    pub(super) fn write(&mut self, offset: u64, value: u32) {
+        self.transport.write(offset, &value.to_le_bytes());
+    }
+
+    pub(super) fn negotiate(&mut self, features: u64) {
+        self.write(register::STATUS, 1);
+        self.write(register::STATUS, 3);
+        for select in [0, 1] {
+            self.write(register::DRIVER_FEATURES_SELECT, select);
+            self.write(register::DRIVER_FEATURES, half(features, select));
+        }
+        self.write(register::STATUS, 11);
+    }
+
+    pub(super) fn set_up_queue(&mut self, size: u32, descriptors: u64) {
+        self.write(register::QUEUE_SELECT, 0);
+        self.write(register::QUEUE_SIZE, size);
+        for (low, address) in [
+            (register::QUEUE_DESCRIPTORS_LOW, descriptors),
+            (register::QUEUE_AVAILABLE_LOW, AVAILABLE),
+            (register::QUEUE_USED_LOW, USED),
+        ] {
+            self.write(low, half(address, 0));
+            self.write(low + 4, half(address, 1));
+        }
+        self.write(register::QUEUE_READY, 1);
+    }
+
+    /// Makes descriptor 0 available once more.
+    pub(super) fn add_buffer(&mut self) {
+        self.available = self.available.wrapping_add(1);
+        self.memory
+            .write_obj(self.available, GuestAddress(AVAILABLE + 2))
+            .unwrap();
+    }
+
+    pub(super) fn kick(&mut self) {
+        self.write(QUEUE_NOTIFY, 0);
+    }
+
+    pub(super) fn order(&self, order: u8) {
+        self.memory.write_obj(order, ORDER).unwrap();
+    }
+
+    pub(super) fn used(&self) -> u16 {
+        self.memory.read_obj(GuestAddress(USED + 2)).unwrap()
+    }
+
+    pub(super) fn set_used_event(&self, value: u16) {
+        let at = AVAILABLE + 4 + 2 * u64::from(QUEUE_SIZE);
+        self.memory.write_obj(value, GuestAddress(at)).unwrap();
+    }
+
+    pub(super) fn available_event(&self) -> u16 {
+        let at = USED + 4 + 8 * u64::from(QUEUE_SIZE);
+        self.memory.read_obj(GuestAddress(at)).unwrap()
+    }
+
+    pub(super) fn interrupts(&self) -> u32 {
+        self.platform.0.lock().unwrap().interrupts
+    }
+
+    pub(super) fn needs_reset(&mut self) -> bool {
+        self.read(register::STATUS) & status::NEEDS_RESET != 0
+    }
+}
