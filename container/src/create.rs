@@ -35,8 +35,10 @@ use crate::{hooks, launch, tty};
 /// Where the standard streams of a process come from.
 #[derive(Debug)]
 pub enum Stdio {
-    /// The caller's own.
+    /// The caller's own; or a terminal, whose other side the caller gets.
     Inherit,
+    /// The caller's own, by a caller who does not stay: nobody would hold the terminal's other side.
+    InheritWithoutTerminal,
     /// These.
     Fds {
         stdin: OwnedFd,
@@ -484,7 +486,12 @@ pub(crate) fn connect_console(
         (Stdio::Fds { .. }, true) => Err(CreateError::Terminal {
             reason: "standard streams are given, but process.terminal is true",
         }),
-        (Stdio::Inherit, _) | (Stdio::Fds { .. }, false) => Ok(None),
+        (Stdio::InheritWithoutTerminal, true) => Err(CreateError::Terminal {
+            reason: "a terminal needs a console socket, since nobody stays to hold its other side",
+        }),
+        (Stdio::Inherit, _) | (Stdio::InheritWithoutTerminal | Stdio::Fds { .. }, false) => {
+            Ok(None)
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::AtFlags;
 use nix::sys::personality::{self, Persona};
 use oci_spec::runtime::LinuxPersonalityDomain;
-use rustix::fs::{Mode, OFlags, PROC_SUPER_MAGIC};
+use rustix::fs::{FileType, Mode, OFlags, PROC_SUPER_MAGIC};
 use rustix::process::{Pid, Rlimit, chdir, getcwd, getrlimit, prlimit, setrlimit, umask};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, Gid, Uid, clear_ambient_capability_set,
@@ -246,6 +246,7 @@ pub(crate) fn raise_limits(process: &ProcessPlan, pid: i32) -> io::Result<()> {
 
 /// Takes on the user, its groups and its capabilities. Nothing that is given up comes back.
 pub(crate) fn take_on_identity(process: &ProcessPlan) -> Result<(), LaunchError> {
+    give_pipes(process.user.uid)?;
     drop_bounding(process.capabilities.bounding)?;
     // The change of user would take away what the configuration grants.
     step("keep the capabilities", set_keep_capabilities(true))?;
@@ -257,6 +258,31 @@ pub(crate) fn take_on_identity(process: &ProcessPlan) -> Result<(), LaunchError>
     set_capability_sets(&process.capabilities)?;
     if process.no_new_privileges {
         step("set no_new_privs", set_no_new_privs(true))?;
+    }
+    Ok(())
+}
+
+/// Gives standard streams that are pipes to the user, who could otherwise not open /dev/stdout. What is
+/// no pipe is not the container's own: a file of the host, or its null device, keeps its owner.
+fn give_pipes(uid: u32) -> Result<(), LaunchError> {
+    let streams = [
+        rustix::stdio::stdin(),
+        rustix::stdio::stdout(),
+        rustix::stdio::stderr(),
+    ];
+    for stream in streams {
+        // A closed stream is the caller's choice.
+        let Ok(stat) = rustix::fs::fstat(stream) else {
+            continue;
+        };
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Fifo || stat.st_uid == uid {
+            continue;
+        }
+        match rustix::fs::fchown(stream, Some(Uid::from_raw(uid)), None) {
+            // In a user namespace that does not map the pipe's owner.
+            Ok(()) | Err(rustix::io::Errno::PERM | rustix::io::Errno::INVAL) => {}
+            failed => return step("give the standard streams to the user", failed),
+        }
     }
     Ok(())
 }

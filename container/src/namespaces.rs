@@ -56,7 +56,12 @@ pub(crate) fn fork(
         Cloned::Child => Ok(Forked::Child),
         Cloned::Parent { pid, pidfd } => {
             let process = Process::from_child(pid, pidfd)?;
-            write_maps(plan, pid)?;
+            if let Err(error) = write_maps(plan, pid) {
+                // It has done nothing yet.
+                let _ = process.signal(libc::SIGKILL);
+                process.wait()?;
+                return Err(error);
+            }
             Ok(Forked::Parent(process))
         }
     }

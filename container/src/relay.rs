@@ -81,7 +81,8 @@ impl Relay {
                 PollFlags::OUT,
             ));
         }
-        if !self.output_ended {
+        // Without flags a terminal that was closed would be reported again and again.
+        if !self.output_ended && !master.is_empty() {
             fds.push(PollFd::from_borrowed_fd(self.master.as_fd(), master));
         }
         fds

@@ -137,10 +137,14 @@ fn a_program_of_the_host_runs_in_an_empty_root() {
 }
 
 fn descriptors_come_in_order() {
-    let bare = Bare::new("for n in 5 3 4; do read line <&$n; echo $line; done; read line <&6", |config| {
-        // Fewer than this program has open.
-        config["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 11, "hard": 11}]);
-    });
+    let bare = Bare::new(
+        "for n in 5 3 4; do read line <&$n; echo $line; done; read line <&6",
+        |config| {
+            // Fewer than this program has open.
+            config["process"]["rlimits"] =
+                json!([{"type": "RLIMIT_NOFILE", "soft": 11, "hard": 11}]);
+        },
+    );
     let (stdio, output) = streams();
     let mut options = bare.options(stdio);
     for text in ["one\n", "two\n", "three\n"] {

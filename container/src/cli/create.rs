@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use container::create::{self, CreateOptions, Stdio};
+use container::create::{self, CreateOptions};
 use container::log;
 use container::verbs;
 use container::verbs::run::RunMode;
@@ -64,14 +64,13 @@ pub(super) struct Start {
 }
 
 impl Making {
-    fn options(self, global: &Global) -> Result<CreateOptions> {
+    /// `stays` is whether this program attends the container to its end.
+    fn options(self, global: &Global, stays: bool) -> Result<CreateOptions> {
         Ok(CreateOptions {
             root: global.root.clone(),
             id: self.id,
             bundle: self.bundle,
-            stdio: self
-                .console_socket
-                .map_or(Stdio::Inherit, Stdio::ConsoleSocket),
+            stdio: super::stdio(self.console_socket, stays),
             executable: None,
             descriptors: super::preserved(self.preserve_fds)?,
             pid_file: self.pid_file,
@@ -82,7 +81,7 @@ impl Making {
 
 impl Create {
     pub(super) fn run(self, global: &Global) -> Result<i32> {
-        let created = create::create(self.making.options(global)?)?;
+        let created = create::create(self.making.options(global, false)?)?;
         created
             .warnings
             .iter()
@@ -104,7 +103,7 @@ impl Run {
             detach: self.detach,
             keep: self.keep,
         };
-        let exit = verbs::run::run(self.making.options(global)?, mode)?;
+        let exit = verbs::run::run(self.making.options(global, !mode.detach)?, mode)?;
         Ok(exit.map_or(0, container::process::Exit::status))
     }
 }

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use container::create::Stdio;
 use container::log;
 use container::verbs::exec::{Changes, ExecOptions, What, exec};
 use container::verbs::run::{Signals, attend};
@@ -107,9 +106,7 @@ impl Exec {
             root: global.root.clone(),
             id: self.id,
             what,
-            stdio: self
-                .console_socket
-                .map_or(Stdio::Inherit, Stdio::ConsoleSocket),
+            stdio: super::stdio(self.console_socket, !self.detach),
             descriptors: super::preserved(self.preserve_fds)?,
             pid_file: self.pid_file,
             ignore_paused: self.ignore_paused,

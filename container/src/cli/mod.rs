@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use container::create::Stdio;
 use container::log::{Format, Log};
 use container::verbs::run::default_root;
 
@@ -174,4 +175,13 @@ pub(crate) fn preserved(count: u16) -> Result<Vec<std::os::fd::OwnedFd>> {
             .map_err(|error| anyhow::anyhow!("descriptor {number} is not open: {error}"))
     };
     (3..3 + i32::from(count)).map(copy).collect()
+}
+
+/// Where the standard streams come from; `stays` is whether this program stays beside the process.
+fn stdio(console_socket: Option<PathBuf>, stays: bool) -> Stdio {
+    match console_socket {
+        Some(path) => Stdio::ConsoleSocket(path),
+        None if stays => Stdio::Inherit,
+        None => Stdio::InheritWithoutTerminal,
+    }
 }

@@ -14,6 +14,8 @@ use crate::spec::Config;
 
 pub(crate) mod capability;
 pub(crate) mod devices;
+#[cfg(test)]
+mod hostile;
 pub(crate) mod mounts;
 pub(crate) mod namespaces;
 pub(crate) mod options;

@@ -409,6 +409,31 @@ fn a_terminal_and_a_console_socket_go_together() {
 }
 
 #[test]
+fn a_terminal_that_nobody_would_hold_is_refused() {
+    let bundle = Bundle::new("true").with(|config| config["process"]["terminal"] = json!(true));
+    for verb in [&["create"][..], &["run", "--detach"]] {
+        let ended = bundle.quiet(verb);
+        assert!(
+            ended.stderr.contains("a terminal needs a console socket"),
+            "{ended:?}"
+        );
+        bundle.assert_nothing_is_left();
+    }
+}
+
+#[test]
+fn a_user_may_open_the_standard_streams_that_are_pipes() {
+    let bundle = Bundle::new("echo out >/dev/stdout; echo err >/proc/self/fd/2").with(|config| {
+        config["process"]["user"] = json!({"uid": 7, "gid": 7});
+    });
+    let ended = bundle.run();
+    assert_eq!(
+        (ended.stdout.as_str(), ended.stderr.as_str()),
+        ("out\n", "err\n")
+    );
+}
+
+#[test]
 fn run_relays_a_terminal() {
     let bundle = Bundle::new("test -t 0 && test -t 1 && echo yes; exit 4")
         .with(|config| config["process"]["terminal"] = json!(true));
