@@ -72,6 +72,7 @@ const CAPABILITIES: &[Cap] = &[
 
 /// The kernel's virtual machines, by a descriptor of /dev/kvm.
 pub fn open(device: &File) -> Result<Kvm, KvmError> {
+    permit_tiles();
     let descriptor = device
         .try_clone()
         .map_err(KvmError::Descriptor)?
@@ -79,6 +80,17 @@ pub fn open(device: &File) -> Result<Kvm, KvmError> {
     // SAFETY: the descriptor was just made and belongs to nobody else. If it is not /dev/kvm, calls
     // fail, which `Vm::new` is the first to see.
     Ok(unsafe { Kvm::from_raw_fd(descriptor) })
+}
+
+/// Asks for guests what processors with tile registers want to be asked for.
+///
+/// Without it, kernels before 6.4 tell of tiles and then refuse them to the guest. Kernels and
+/// processors that know nothing of it refuse, and nothing is lost.
+fn permit_tiles() {
+    const ARCH_REQ_XCOMP_GUEST_PERM: libc::c_long = 0x1025;
+    const TILE_DATA: libc::c_long = 18;
+    // SAFETY: sets what future virtual processors of this process may have; touches no memory.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_GUEST_PERM, TILE_DATA) };
 }
 
 /// A virtual machine. Dropping it stops everything in it.

@@ -45,6 +45,7 @@ struct Arguments {
 #[expect(clippy::print_stderr, reason = "the user's error message")]
 fn main() -> ExitCode {
     let start = Start::now();
+    end_on_panic();
     match run(&Arguments::parse(), start) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
@@ -52,6 +53,16 @@ fn main() -> ExitCode {
             ExitCode::from(ExitStatus::FAILURE_CODE)
         }
     }
+}
+
+/// A bug in one thread ends the machine: without that thread it would hang, or worse.
+#[expect(clippy::print_stderr, reason = "the user's error message")]
+#[expect(clippy::exit, reason = "other threads cannot be asked to end any more")]
+fn end_on_panic() {
+    std::panic::set_hook(Box::new(|panic| {
+        eprintln!("hostd-vmm: this is a bug: {panic}");
+        std::process::exit(ExitStatus::FAILURE_CODE.into());
+    }));
 }
 
 #[expect(clippy::print_stderr, reason = "the user's error message")]

@@ -182,8 +182,10 @@ fn load_initramfs(
     parameters: &mut boot_params,
 ) -> Result<(), BootError> {
     let mut sizes = Vec::new();
-    for file in files.iter() {
-        sizes.push(file.metadata().map_err(BootError::Initramfs)?.len());
+    for file in files.iter_mut() {
+        // Not by its metadata: a block device has no length there, and a pipe none at all.
+        let size = file.seek(SeekFrom::End(0)).map_err(BootError::Initramfs)?;
+        sizes.push(size);
     }
     let bytes = sizes.iter().fold(0u64, |sum, size| {
         sum.saturating_add(size.checked_next_multiple_of(4).unwrap_or(u64::MAX))

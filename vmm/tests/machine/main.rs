@@ -233,7 +233,7 @@ fn a_check_starts_nothing() {
 }
 
 #[test]
-fn all_files_may_be_inherited_descriptors() {
+fn a_machine_needs_no_files_and_no_rights_but_the_descriptors_it_was_handed() {
     let mut machine = Machine::new(guest().print("by number").exit(9));
     machine.spec = json!({
         "kvm": "fd:3",
@@ -243,12 +243,16 @@ fn all_files_may_be_inherited_descriptors() {
         "console": {"path": "fd:6"},
         "exit_status": "fd:7",
     });
-    machine.shell = "3<>/dev/kvm 4<kernel 5<kernel 6>console 7>status".to_owned();
+    machine.shell = "3<>/dev/kvm 4<kernel 5<kernel 6>console 7>status 8<config".to_owned();
+    machine.jail = true;
     let ended = machine.run();
     assert_eq!(ended.code, Some(9), "{ended:?}");
     assert_eq!(ended.console, b"by number");
     assert_eq!(reason(&ended), ExitReason::GuestExit);
+}
 
+#[test]
+fn a_descriptor_that_was_not_inherited_is_refused() {
     let mut machine = Machine::new(guest());
     machine.spec["boot"]["kernel"] = json!("fd:77");
     let ended = machine.run();

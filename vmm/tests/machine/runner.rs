@@ -27,6 +27,8 @@ pub(crate) struct Machine {
     pub(crate) shell: String,
     /// Standard input and output, if not nothing.
     pub(crate) terminal: Option<OwnedFd>,
+    /// As nobody, and with the machine's folder as root, in which is nothing but the program.
+    pub(crate) jail: bool,
 }
 
 /// What a machine left behind.
@@ -58,6 +60,7 @@ impl Machine {
             arguments: Vec::new(),
             shell: String::new(),
             terminal: None,
+            jail: false,
         }
     }
 
@@ -68,13 +71,21 @@ impl Machine {
     pub(crate) fn start(self) -> Running {
         let config = self.path("config");
         fs::write(&config, self.spec.to_string()).unwrap();
-        let child = Command::new("sh")
+        let mut command = Command::new("sh");
+        command
             .arg("-c")
             .arg(format!("exec \"$0\" \"$@\" {}", self.shell))
-            .arg(env!("CARGO_BIN_EXE_hostd-vmm"))
-            .current_dir(self.folder.path())
-            .arg("--config")
-            .arg(config)
+            .current_dir(self.folder.path());
+        let program = env!("CARGO_BIN_EXE_hostd-vmm");
+        if self.jail {
+            fs::create_dir(self.path("root")).unwrap();
+            fs::copy(program, self.path("root/hostd-vmm")).unwrap();
+            let jail = ["chroot", "--userspec=65534:65534", "root", "/hostd-vmm"];
+            command.args(jail).arg("--config=fd:8");
+        } else {
+            command.arg(program).arg("--config").arg(config);
+        }
+        let child = command
             .args(&self.arguments)
             .stdin(self.stdio())
             .stdout(self.stdio())
