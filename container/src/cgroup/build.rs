@@ -154,13 +154,19 @@ fn give_to_children(directory: &Path, wanted: &[&str], needed: &[&str]) -> Resul
     }
     let file = directory.join("cgroup.subtree_control");
     let present = fs::read_to_string(&file).map_err(|source| cannot("read", &file, source))?;
-    let missing = |name: &&&str| !present.split_whitespace().any(|have| have == **name);
-    for name in wanted.iter().filter(missing) {
-        let source = match setting::write(&file, &format!("+{name}")) {
-            Ok(()) => continue,
-            Err(error) => error,
+    let missing = |name: &&str| !present.split_whitespace().any(|have| have == *name);
+    let missing: Vec<&str> = wanted.iter().copied().filter(missing).collect();
+    let inhabited = !missing.is_empty() && is_inhabited(directory)?;
+    for name in missing {
+        let given = if inhabited {
+            Err(io::Error::from(Errno::EBUSY))
+        } else {
+            setting::write(&file, &format!("+{name}"))
         };
-        if !needed.contains(name) {
+        let Err(source) = given else {
+            continue;
+        };
+        if !needed.contains(&name) {
             continue;
         }
         let internal = source.raw_os_error() == Some(Errno::EBUSY as i32);
@@ -172,9 +178,22 @@ fn give_to_children(directory: &Path, wanted: &[&str], needed: &[&str]) -> Resul
             "the kernel does not give it to the children"
         };
         let reason = format!("{}: {reason} ({source})", directory.display());
-        return Err(CgroupError::unsupported((*name).to_owned(), reason));
+        return Err(CgroupError::unsupported(name.to_owned(), reason));
     }
     Ok(())
+}
+
+/// Whether processes live in a v2 group that is not the root, where they may.
+///
+/// The kernel then refuses most controllers for the children, but not those that work on threads:
+/// with these the group would become the domain of threads, and nobody could join its children.
+fn is_inhabited(directory: &Path) -> Result<bool, CgroupError> {
+    if !directory.join("cgroup.events").exists() {
+        return Ok(false);
+    }
+    let procs = directory.join("cgroup.procs");
+    let text = fs::read_to_string(&procs).map_err(|source| cannot("read", &procs, source))?;
+    Ok(!text.is_empty())
 }
 
 #[cfg(test)]
@@ -199,5 +218,14 @@ mod tests {
         give_to_children(root.path(), &["pids"], &[]).unwrap();
         let text = fs::read_to_string(root.path().join("cgroup.subtree_control")).unwrap();
         assert!(text.starts_with("+pids"));
+        // Processes in the way: no controller goes past them, and a needed one is an error.
+        fs::write(root.path().join("cgroup.events"), "populated 1\n").unwrap();
+        fs::write(root.path().join("cgroup.procs"), "1\n").unwrap();
+        give_to_children(root.path(), &["cpuset"], &[]).unwrap();
+        let error = give_to_children(root.path(), &["cpuset"], &["cpuset"]).unwrap_err();
+        assert!(
+            error.to_string().contains("processes live in it"),
+            "{error}"
+        );
     }
 }

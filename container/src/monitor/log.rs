@@ -140,7 +140,13 @@ impl Log {
                 self.file = file;
                 self.size = 0;
             }
-            Err(error) => self.error = Some(error),
+            Err(error) => {
+                // Better a log with a hole than a disk that is full.
+                if self.file.set_len(0).is_ok() {
+                    self.size = 0;
+                }
+                self.error = Some(error);
+            }
         }
     }
 }
