@@ -37,6 +37,21 @@ impl Guest {
         self.then(&[&[0xb9], &address.to_le_bytes(), &[0xc6, 0x01, value]])
     }
 
+    /// Writes 32 bits to memory, at once.
+    pub(crate) fn store_long(self, address: u32, value: u32) -> Self {
+        let (address, value) = (address.to_le_bytes(), value.to_le_bytes());
+        self.then(&[&[0xb9], &address, &[0xc7, 0x01], &value])
+    }
+
+    /// Does `body` over and over again.
+    pub(crate) fn times(self, count: u32, body: &Guest) -> Self {
+        let body = &body.code;
+        // dec esi; jnz back to the body, from behind this jump.
+        let back = -i32::try_from(body.len() + 8).unwrap();
+        self.then(&[&[0xbe], &count.to_le_bytes(), body])
+            .then(&[&[0xff, 0xce, 0x0f, 0x85], &back.to_le_bytes()])
+    }
+
     /// Writes text to the serial port.
     pub(crate) fn print(self, text: &str) -> Self {
         let port = u16::try_from(layout::SERIAL_PORT).unwrap();

@@ -4,6 +4,8 @@
 mod guest;
 mod runner;
 
+use std::io::{Read, Write};
+
 use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::tcgetattr;
@@ -289,4 +291,71 @@ fn a_terminal_is_the_guests_and_then_as_it_was() {
     let count = nix::unistd::read(&pty.master, &mut seen).unwrap();
     assert!(seen[..count].ends_with(b"k!"), "{:?}", &seen[..count]);
     assert_eq!(tcgetattr(&pty.slave).unwrap(), before);
+}
+
+#[test]
+fn input_that_is_longer_than_the_receiver_arrives_whole() {
+    let pty = openpty(None, None).unwrap();
+    let echo = guest().read_serial().print_read();
+    let program = guest().print("?").times(1000, &echo).exit(0);
+    let mut machine = Machine::new(program);
+    machine.spec["console"] = json!("stdio");
+    machine.terminal = Some(pty.slave.try_clone().unwrap());
+    let running = machine.start();
+    let mut terminal = std::fs::File::from(pty.master);
+    let mut question = [0];
+    terminal.read_exact(&mut question).unwrap();
+    assert_eq!(&question, b"?");
+
+    let text: Vec<u8> = (b'a'..=b'z').cycle().take(1000).collect();
+    let mut typist = terminal.try_clone().unwrap();
+    let typed = text.clone();
+    let typing = std::thread::spawn(move || typist.write_all(&typed).unwrap());
+    let mut echoed = vec![0; text.len()];
+    terminal.read_exact(&mut echoed).unwrap();
+    typing.join().unwrap();
+    assert_eq!(echoed, text);
+    assert_eq!(running.wait().code, Some(0));
+}
+
+#[test]
+fn a_device_may_be_used_and_reset_again_and_again() {
+    let window = u32::try_from(layout::VIRTIO).unwrap();
+    let negotiation = [
+        (0x70, 1),
+        (0x70, 3),
+        (0x24, 1),
+        (0x20, 1), // VERSION_1.
+        (0x70, 11),
+        (0x30, 0),
+        (0x38, 8),
+        (0x80, 0x20_0000),
+        (0x90, 0x20_1000),
+        (0xa0, 0x20_2000),
+        (0x44, 1),
+        (0x70, 15),
+    ];
+    let kick_and_reset = [(0x50, 0), (0x50, 0), (0x70, 0)];
+    let round = negotiation
+        .into_iter()
+        .chain(kick_and_reset)
+        .fold(guest(), |guest, (register, value)| {
+            guest.store_long(window + register, value)
+        });
+    let ended = Machine::new(guest().times(20, &round).exit(3)).run();
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(3), ""));
+}
+
+#[test]
+fn a_client_that_does_not_read_is_not_read_from() {
+    let running = Machine::new(guest()).start();
+    let mut deaf = running.control();
+    // More answers than the server keeps and the socket holds.
+    let sent = deaf.send_until_full(r#"{"action":"state"}"#);
+    let answer = running.control().ask(&Request::State {});
+    assert!(matches!(answer, Response::State { .. }), "{answer:?}");
+    for _ in 0..sent {
+        let answer = deaf.answer();
+        assert!(matches!(answer, Some(Response::State { .. })), "{answer:?}");
+    }
 }

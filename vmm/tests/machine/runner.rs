@@ -18,6 +18,9 @@ use crate::guest::Guest;
 /// The longest that a machine of a few instructions may take on a busy computer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long a machine that does not take a request is waited for before it counts as full.
+const DEAF: Duration = Duration::from_millis(500);
+
 /// A machine to be.
 pub(crate) struct Machine {
     folder: TempDir,
@@ -190,7 +193,23 @@ impl Client {
     }
 
     pub(crate) fn send(&mut self, line: &str) {
-        writeln!(self.stream.get_mut(), "{line}").unwrap();
+        // A machine that has closed the connection in between does not answer: that is the test's.
+        let _ = writeln!(self.stream.get_mut(), "{line}");
+    }
+
+    /// Sends `line` as often as the machine takes it, and returns how often that was.
+    pub(crate) fn send_until_full(&mut self, line: &str) -> usize {
+        let line = format!("{line}\n");
+        let stream = self.stream.get_mut();
+        stream.set_write_timeout(Some(DEAF)).unwrap();
+        let mut sent = 0;
+        while stream.write_all(line.as_bytes()).is_ok() {
+            sent += 1;
+            assert!(sent < 1_000_000, "the machine takes everything");
+        }
+        // The line that was cut is finished when there is room again; nobody can tell how much of
+        // it was sent, so it is left to be no request at all.
+        sent
     }
 
     /// The next answer, or nothing if the machine has closed the connection.
