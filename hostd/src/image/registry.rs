@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use oci_spec::distribution::Reference;
-use reqwest::header::{ACCEPT, HeaderMap, WWW_AUTHENTICATE};
+use reqwest::header::{ACCEPT, HeaderMap, RANGE, WWW_AUTHENTICATE};
 use reqwest::redirect::Policy;
 use reqwest::{Client, RequestBuilder, Response, StatusCode, Url};
 use rustls::crypto::ring;
@@ -26,6 +26,13 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Without a byte for so long, a transfer has failed.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A blob whose connection breaks is continued as often, after as long.
+const RETRY_DELAYS: [Duration; 3] = [
+    Duration::from_millis(200),
+    Duration::from_secs(2),
+    Duration::from_secs(10),
+];
 
 const REDIRECTS_MAX: usize = 5;
 
@@ -121,7 +128,7 @@ impl Session {
     pub(super) async fn manifest(&self, name: &str) -> Result<Vec<u8>, ImageError> {
         let accept = MANIFEST_MEDIA_TYPES.join(", ");
         let response = self
-            .get(&format!("{}/manifests/{name}", self.base), &accept)
+            .get(&format!("{}/manifests/{name}", self.base), &accept, 0)
             .await?;
         let what = format!("manifest {name}");
         let bytes = read_body(response, &what, MANIFEST_BYTES_MAX).await?;
@@ -137,67 +144,95 @@ impl Session {
         content: &Content,
         bytes_max: u64,
     ) -> Result<Vec<u8>, ImageError> {
-        let response = self.get_blob(content).await?;
+        let response = self.get_blob(content, 0).await?;
         let what = format!("blob {}", content.digest);
         let bytes = read_body(response, &what, content.size.min(bytes_max)).await?;
         check(&content.digest, bytes)
     }
 
-    /// Passes a blob on chunk by chunk, until its end or until nobody listens.
+    /// Passes a blob on chunk by chunk, until its end or until nobody listens. Where the connection
+    /// breaks it goes on at that point: who listens checks the whole by its digest.
     pub(super) async fn stream_blob(
         &self,
         content: &Content,
         chunks: mpsc::Sender<Result<Bytes, ImageError>>,
     ) {
-        let mut response = match self.get_blob(content).await {
-            Ok(response) => response,
-            Err(error) => {
+        let mut done = 0;
+        let mut delays = RETRY_DELAYS.iter();
+        while let Err(error) = self.stream_from(content, &mut done, &chunks).await {
+            if done == content.size {
+                // It broke after its last byte, but before the server said so.
+                return;
+            }
+            let broke = matches!(error, ImageError::Unreachable { .. }) && !chunks.is_closed();
+            let delay = if broke { delays.next() } else { None };
+            let Some(delay) = delay else {
                 // Whoever has stopped listening has a reason of its own to report.
                 let _closed = chunks.send(Err(error)).await;
                 return;
-            }
-        };
-        let url = shown(response.url());
-        loop {
-            let next = response
-                .chunk()
-                .await
-                .map_err(|error| unreachable_at(&url, error));
-            let failed = next.is_err();
-            let Some(chunk) = next.transpose() else {
-                return;
             };
-            if chunks.send(chunk).await.is_err() || failed {
-                return;
+            tracing::debug!(%error, done, "a transfer broke off and goes on");
+            tokio::time::sleep(*delay).await;
+        }
+    }
+
+    /// Passes on what is after `done` bytes, and counts them.
+    async fn stream_from(
+        &self,
+        content: &Content,
+        done: &mut u64,
+        chunks: &mpsc::Sender<Result<Bytes, ImageError>>,
+    ) -> Result<(), ImageError> {
+        let mut response = self.get_blob(content, *done).await?;
+        let url = shown(response.url());
+        while let Some(chunk) = response
+            .chunk()
+            .await
+            .map_err(|error| unreachable_at(&url, error))?
+        {
+            *done += chunk.len() as u64;
+            if chunks.send(Ok(chunk)).await.is_err() {
+                return Ok(());
             }
         }
+        Ok(())
     }
 
-    async fn get_blob(&self, content: &Content) -> Result<Response, ImageError> {
+    /// The answer that holds what is after `done` bytes of a blob.
+    async fn get_blob(&self, content: &Content, done: u64) -> Result<Response, ImageError> {
         let url = format!("{}/blobs/{}", self.base, content.digest);
-        let response = self.get(&url, "*/*").await?;
-        let (digest, expected) = (content.digest.to_string(), content.size);
-        match response.content_length() {
-            Some(length) if length > expected => Err(ImageError::SizeMismatch {
-                digest,
-                expected,
-                problem: "longer",
-            }),
-            Some(length) if length < expected => Err(ImageError::SizeMismatch {
-                digest,
-                expected,
-                problem: "shorter",
-            }),
-            _ => Ok(response),
+        let response = self.get(&url, "*/*", done).await?;
+        if done > 0 && response.status() != StatusCode::PARTIAL_CONTENT {
+            let what = format!("blob {}", content.digest);
+            return Err(ImageError::malformed(
+                what,
+                "it broke off, and cannot be continued",
+            ));
         }
+        let rest = content.size.saturating_sub(done);
+        let problem = match response.content_length() {
+            Some(length) if length > rest => "longer",
+            Some(length) if length < rest => "shorter",
+            _ => return Ok(response),
+        };
+        let (digest, expected) = (content.digest.to_string(), content.size);
+        Err(ImageError::SizeMismatch {
+            digest,
+            expected,
+            problem,
+        })
     }
 
-    /// GET, with one attempt to give the registry the authorization that it asks for.
-    async fn get(&self, url: &str, accept: &str) -> Result<Response, ImageError> {
+    /// GET of what is after `done` bytes, with one attempt to give the registry the authorization
+    /// that it asks for.
+    async fn get(&self, url: &str, accept: &str, done: u64) -> Result<Response, ImageError> {
         let mut asked = false;
         loop {
             let authorization = self.authorization();
-            let request = self.client.get(url).header(ACCEPT, accept);
+            let mut request = self.client.get(url).header(ACCEPT, accept);
+            if done > 0 {
+                request = request.header(RANGE, format!("bytes={done}-"));
+            }
             let response = authorize(request, &authorization)
                 .send()
                 .await

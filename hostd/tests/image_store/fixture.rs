@@ -84,7 +84,7 @@ impl Layer {
 pub(crate) fn demo_layers() -> Vec<Layer> {
     let busybox = fs::read("/bin/busybox").expect("busybox: apt-get install busybox-static");
     // Content that does not compress, so that there is something to damage in the middle.
-    let noise: Vec<u8> = (0..750_000_u32)
+    let noise: Vec<u8> = (0..100_000_u32)
         .flat_map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes())
         .collect();
     let base = Layer::default()

@@ -1,6 +1,7 @@
 //! Registries that lie, stall, never end, or ask for credentials.
 
 use std::collections::HashMap;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -25,6 +26,8 @@ enum Answer {
     Bytes(Vec<u8>),
     /// Without a length, and without an end.
     Endless,
+    /// Half of it, and then the connection breaks; the rest to who asks for it.
+    Broken(Vec<u8>),
     /// Some bytes, and then nothing.
     Stalled(Vec<u8>),
 }
@@ -97,19 +100,34 @@ impl Server {
         Some((StatusCode::UNAUTHORIZED, [("www-authenticate", challenge)]).into_response())
     }
 
-    fn answer(&self, answer: &Answer) -> Response {
-        let chunk = Ok::<_, std::io::Error>(Bytes::from(vec![0; 64 * 1024]));
+    fn answer(&self, answer: &Answer, headers: &HeaderMap) -> Response {
+        let chunk = Ok::<_, io::Error>(Bytes::from(vec![0; 64 * 1024]));
         match answer {
             Answer::Bytes(bytes) => bytes.clone().into_response(),
             Answer::Endless => {
                 let chunks = stream::repeat_with(move || {
-                    Ok::<_, std::io::Error>(chunk.as_ref().unwrap().clone())
+                    Ok::<_, io::Error>(chunk.as_ref().unwrap().clone())
                 });
                 Body::from_stream(chunks).into_response()
             }
+            Answer::Broken(bytes) => {
+                let half = bytes.len() / 2;
+                if headers.contains_key("range") {
+                    assert_eq!(headers["range"], format!("bytes={half}-"));
+                    return (StatusCode::PARTIAL_CONTENT, bytes[half..].to_vec()).into_response();
+                }
+                let head = Ok(Bytes::from(bytes[..half].to_vec()));
+                // Told apart from an end by the length.
+                let length = [("content-length", bytes.len().to_string())];
+                let cut = stream::once(async {
+                    tokio::task::yield_now().await;
+                    Err(io::Error::other("the connection breaks"))
+                });
+                (length, Body::from_stream(stream::iter([head]).chain(cut))).into_response()
+            }
             Answer::Stalled(bytes) => {
                 let stalled = Arc::clone(&self.stalled);
-                let head = stream::iter([Ok::<_, std::io::Error>(Bytes::from(bytes.clone()))]);
+                let head = stream::iter([Ok::<_, io::Error>(Bytes::from(bytes.clone()))]);
                 let tail = stream::once(async move {
                     stalled.notify_one();
                     std::future::pending().await
@@ -139,7 +157,7 @@ async fn token(State(server): State<Server>, headers: HeaderMap) -> Response {
 async fn manifest(State(server): State<Server>, headers: HeaderMap) -> Response {
     server
         .refuse(&headers)
-        .unwrap_or_else(|| server.answer(&server.manifest))
+        .unwrap_or_else(|| server.answer(&server.manifest, &headers))
 }
 
 async fn blob(
@@ -157,7 +175,7 @@ async fn blob(
         .entry(digest.clone())
         .or_default() += 1;
     match server.blobs.get(&digest) {
-        Some(answer) => server.answer(answer),
+        Some(answer) => server.answer(answer, &headers),
         None => StatusCode::NOT_FOUND.into_response(),
     }
 }
@@ -304,6 +322,20 @@ async fn a_token_is_asked_for_once_with_the_credentials() {
         .await
         .unwrap();
     assert_eq!(server.tokens_given.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transfer_goes_on_where_its_connection_broke() {
+    let image = Image::demo(Packing::Gzip);
+    let victim = image.layers[0].clone();
+    let answer = Answer::Broken(image.blobs[&victim].clone());
+    let server = Server::start(&image, |_, blobs| {
+        drop(blobs.insert(victim.clone(), answer));
+    })
+    .await;
+    let store = Store::new();
+    server.pull(&store).await.unwrap();
+    assert_eq!(server.requests.lock().unwrap()[&victim], 2);
 }
 
 #[tokio::test]

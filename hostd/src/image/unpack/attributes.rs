@@ -49,15 +49,18 @@ pub(super) fn set(file: &File, entry: &Entry, owner: Owner) -> Result<(), Failur
         .map_err(Failure::host("set the mode of"))?;
     for (name, value) in entry.xattrs.iter().filter(|(name, _)| is_wanted(name)) {
         let name = OsStr::from_bytes(name);
-        rustix::fs::fsetxattr(file, name, value, XattrFlags::empty()).map_err(
-            |error| match error {
-                Errno::INVAL | Errno::RANGE | Errno::TOOBIG => {
-                    let name = name.display();
-                    Failure::Refused(format!("its attribute `{name}` is not valid"))
-                }
-                error => Failure::host("set an attribute of")(error),
-            },
-        )?;
+        match rustix::fs::fsetxattr(file, name, value, XattrFlags::empty()) {
+            Ok(()) => {}
+            Err(Errno::INVAL | Errno::RANGE | Errno::TOOBIG) => {
+                let name = name.display();
+                return Err(Failure::Refused(format!(
+                    "its attribute `{name}` is not valid"
+                )));
+            }
+            // The store's file system has no such attributes; other engines do without them too.
+            Err(Errno::NOTSUP) => tracing::debug!(name = %name.display(), "left out an attribute"),
+            Err(error) => return Err(Failure::host("set an attribute of")(error)),
+        }
     }
     Ok(())
 }
