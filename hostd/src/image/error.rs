@@ -17,9 +17,6 @@ pub enum ImageError {
     /// The archive or index holds several images and the caller named none of them.
     #[error("{} holds several images: {}", path.display(), choices.join(", "))]
     Ambiguous { path: PathBuf, choices: Vec<String> },
-    /// The caller named a file that cannot be opened.
-    #[error("could not open {}", path.display())]
-    Unreadable { path: PathBuf, source: io::Error },
     /// The archive or layout gives its image no name, and neither did the caller.
     #[error("the image in {} has no name", path.display())]
     NoName { path: PathBuf },

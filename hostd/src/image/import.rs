@@ -34,8 +34,7 @@ impl ImageStore {
     /// is absent, the image has the name that it has there. Progress is as in [`Self::pull`].
     ///
     /// # Errors
-    /// As [`Self::pull`], and [`ImageError::Unreadable`], [`ImageError::Ambiguous`],
-    /// [`ImageError::NoName`].
+    /// As [`Self::pull`], and [`ImageError::Ambiguous`], [`ImageError::NoName`].
     pub async fn import(
         &self,
         path: &Path,
@@ -70,10 +69,7 @@ fn choose(
     path: &Path,
     wanted: Option<(String, String)>,
 ) -> Result<Chosen, ImageError> {
-    let metadata = path.metadata().map_err(|source| ImageError::Unreadable {
-        path: path.to_owned(),
-        source,
-    })?;
+    let metadata = path.metadata().map_err(ImageError::io("open", path))?;
     let (root, temporary) = if metadata.is_dir() {
         (path.to_owned(), None)
     } else {

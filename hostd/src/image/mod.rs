@@ -133,18 +133,21 @@ impl ImageStore {
 
     /// The images that have a name, ordered by it, but for those that the disk has damaged. Reads
     /// some small files.
-    pub fn list(&self) -> Vec<Image> {
+    ///
+    /// # Errors
+    /// [`ImageError::Malformed`] if the index is.
+    pub fn list(&self) -> Result<Vec<Image>, ImageError> {
         let mut images = Vec::new();
         for (name, entry) in self.layout.named() {
-            let content = manifest::content(&entry);
-            match content.and_then(|content| self.describe(&name, &content.digest)) {
+            let digest = manifest::content(&entry)?.digest;
+            match self.describe(&name, &digest) {
                 Ok(image) => images.push(image),
                 // It can still be removed, and the others are as good as before.
                 Err(error) => tracing::warn!(name, %error, "an image is damaged"),
             }
         }
         images.sort_by(|one, other| one.reference.cmp(&other.reference));
-        images
+        Ok(images)
     }
 
     /// The image that a user means by `reference`: a name, a name without tag (`:latest`, or the

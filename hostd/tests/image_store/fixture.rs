@@ -246,7 +246,7 @@ impl Store {
 
     /// Nothing of any image is there.
     pub(crate) fn assert_empty(&self) {
-        assert_eq!(self.store.list(), []);
+        assert_eq!(self.store.list().unwrap(), []);
         for directory in ["blobs/sha256", "layers", "disks"] {
             assert_eq!(self.names(directory), [""; 0], "{directory}");
         }

@@ -131,7 +131,7 @@ async fn an_import_of_what_is_no_image_is_refused_and_leaves_nothing() {
         match path.file_name().unwrap().to_str().unwrap() {
             "evil" => assert!(matches!(error, ImageError::Refused { .. }), "{error:?}"),
             "foreign" => assert!(matches!(error, ImageError::NoPlatform { .. }), "{error:?}"),
-            "missing" => assert!(matches!(error, ImageError::Unreadable { .. }), "{error:?}"),
+            "missing" => assert!(matches!(error, ImageError::Io { .. }), "{error:?}"),
             _ => assert!(matches!(error, ImageError::Malformed { .. }), "{error:?}"),
         }
     }

@@ -76,7 +76,7 @@ async fn a_store_is_the_same_after_it_was_closed() {
     ));
     drop(open);
     let again = ImageStore::open(dir.path()).unwrap();
-    assert_eq!(again.list(), [image]);
+    assert_eq!(again.list().unwrap(), [image]);
 }
 
 #[tokio::test]

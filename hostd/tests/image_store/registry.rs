@@ -115,7 +115,7 @@ async fn an_image_that_skopeo_pushed_is_pulled_and_skopeo_can_read_the_store() {
         .map(|digest| image.blobs[digest].len())
         .sum();
     assert_eq!(pulled.size, sizes as u64);
-    assert_eq!(store.store.list(), from_ref(&pulled));
+    assert_eq!(store.store.list().unwrap(), from_ref(&pulled));
     assert_eq!(store.store.get(&reference).unwrap(), pulled);
     assert_eq!(store.store.get(&pulled.digest).unwrap(), pulled);
 
@@ -335,7 +335,7 @@ async fn a_second_pull_fetches_nothing_and_a_tag_that_moved_is_followed() {
         .await
         .unwrap();
     assert_eq!(moved.digest, second.digest());
-    assert_eq!(store.store.list(), [moved]);
+    assert_eq!(store.store.list().unwrap(), [moved]);
     // Instances of the old image go on.
     store.store.unpacked(&pulled.digest).unwrap();
 }
