@@ -19,6 +19,7 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::handshake::{self, Channel, Message};
 use crate::hooks::HookError;
+use crate::idmap::IdMapError;
 use crate::init::{self, Wiring};
 use crate::mounts::CgroupTrees;
 use crate::namespaces::{self, Forked};
@@ -30,7 +31,7 @@ use crate::state::{Home, INIT_SOCKET, Record, StateError, Status};
 use crate::verbs::delete::{DeleteOptions, delete};
 use crate::verbs::start::{StartError, await_exec, hand_over_listener, run_poststart};
 use crate::verbs::state::oci_state;
-use crate::{hooks, launch, tty};
+use crate::{hooks, idmap, launch, tty};
 
 /// Where the standard streams of a process come from.
 #[derive(Debug)]
@@ -109,6 +110,8 @@ pub enum CreateError {
     State(#[from] StateError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    IdMap(#[from] IdMapError),
     #[error(transparent)]
     Hook(#[from] HookError),
     /// The first process says why it gave up.
@@ -205,6 +208,7 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
         bare: options.executable.is_some(),
     };
     let plan = Plan::new(&config, &setting)?;
+    idmap::apply(&plan.mounts)?;
     let console_socket = connect_console(plan.process.terminal.is_some(), &options.stdio)?;
 
     let mut making = Making::claim(&options, bundle, &config, &plan)?;

@@ -12,6 +12,7 @@ mod devices;
 pub mod error;
 mod handshake;
 mod hooks;
+mod idmap;
 mod init;
 mod launch;
 pub mod log;

@@ -202,7 +202,7 @@ fn join(plan: &NamespacePlan, which: impl Fn(Kind) -> bool) -> io::Result<()> {
 }
 
 /// Writes the mappings of a new user namespace from outside, where the rights are.
-fn write_maps(plan: &NamespacePlan, pid: i32) -> io::Result<()> {
+pub(crate) fn write_maps(plan: &NamespacePlan, pid: i32) -> io::Result<()> {
     if !plan.makes(Kind::USER) {
         return Ok(());
     }

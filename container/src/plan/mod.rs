@@ -109,7 +109,7 @@ impl Plan {
         let (rootfs_path, rootfs) = mounts::open_rootfs(root, setting.bundle, privileged)?;
         let mounts = spec.mounts().iter().flatten().enumerate();
         let mounts = mounts
-            .map(|(index, mount)| MountPlan::new(index, mount, setting.bundle, privileged))
+            .map(|(index, mount)| MountPlan::new(index, mount, linux, setting.bundle, privileged))
             .collect::<Result<Vec<_>, _>>()?;
         let device_defaults = has_device_defaults(&mounts, setting.bare);
         Ok(Self {
@@ -164,6 +164,13 @@ fn check_version(version: &str) -> Result<(), PlanError> {
 fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<(), PlanError> {
     for (field, given) in [
         ("vm", spec.vm().is_some()),
+        (
+            "linux.mountLabel",
+            linux
+                .mount_label()
+                .as_ref()
+                .is_some_and(|label| !label.is_empty()),
+        ),
         ("linux.intelRdt", linux.intel_rdt().is_some()),
         ("linux.memoryPolicy", linux.memory_policy().is_some()),
         (

@@ -4,11 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::Mount;
+use oci_spec::runtime::{Linux, Mount};
 use rustix::fs::{CWD, FileType, OFlags, fstat};
 use rustix::mount::{OpenTreeFlags, open_tree};
 
 use super::PlanError;
+use super::namespaces::map_text;
 use super::options::{Bind, Options};
 
 /// One mount to make.
@@ -20,6 +21,16 @@ pub(crate) struct MountPlan {
     pub(crate) destination: PathBuf,
     pub(crate) what: MountKind,
     pub(crate) options: Options,
+    pub(crate) id_map: Option<IdMap>,
+}
+
+/// How the owners of a mount's files are mapped: the texts of uid_map and gid_map.
+#[derive(Debug, Eq, PartialEq)]
+pub(crate) struct IdMap {
+    pub(crate) uid_map: String,
+    pub(crate) gid_map: String,
+    /// For the mounts below, too.
+    pub(crate) recursive: bool,
 }
 
 #[derive(Debug)]
@@ -81,6 +92,7 @@ impl MountPlan {
     pub(crate) fn new(
         index: usize,
         mount: &Mount,
+        linux: &Linux,
         bundle: &Path,
         privileged: bool,
     ) -> Result<Self, PlanError> {
@@ -91,15 +103,6 @@ impl MountPlan {
             return Err(PlanError::invalid(
                 format!("{field}.destination"),
                 "it must not be empty",
-            ));
-        }
-        if options.id_map.is_some()
-            || mount.uid_mappings().is_some()
-            || mount.gid_mappings().is_some()
-        {
-            return Err(PlanError::invalid(
-                field,
-                "id-mapped mounts are not supported",
             ));
         }
         let name = mount.typ().as_deref().unwrap_or("none");
@@ -122,13 +125,54 @@ impl MountPlan {
                     .map_or_else(|| name.to_owned(), |source| source.display().to_string()),
             },
         };
+        let id_map = id_map(&field, mount, &options, linux)?;
+        if id_map.is_some()
+            && !matches!(
+                what,
+                MountKind::Bind {
+                    source: Tree::Detached(_),
+                    ..
+                }
+            )
+        {
+            let reason = "only a bind mount that a privileged caller makes can be id-mapped";
+            return Err(PlanError::invalid(field, reason));
+        }
         Ok(Self {
             field,
+            id_map,
             destination: mount.destination().clone(),
             what,
             options,
         })
     }
+}
+
+/// The mapping of the mount; with the option alone it is that of the container's user namespace.
+fn id_map(
+    field: &str,
+    mount: &Mount,
+    options: &Options,
+    linux: &Linux,
+) -> Result<Option<IdMap>, PlanError> {
+    let own = (mount.uid_mappings(), mount.gid_mappings());
+    let (uids, gids) = match (own, options.id_map) {
+        ((None, None), None) => return Ok(None),
+        ((None, None), Some(_)) => (linux.uid_mappings(), linux.gid_mappings()),
+        (own, _) => own,
+    };
+    let text = |mappings: &Option<Vec<_>>| map_text(mappings.as_deref().unwrap_or_default());
+    let (uid_map, gid_map) = (text(uids), text(gids));
+    if uid_map.is_empty() || gid_map.is_empty() {
+        let reason = "an id-mapped mount needs mappings of users and of groups";
+        return Err(PlanError::invalid(field, reason));
+    }
+    let recursive = options.id_map.unwrap_or(false);
+    Ok(Some(IdMap {
+        uid_map,
+        gid_map,
+        recursive,
+    }))
 }
 
 fn bind_plan(

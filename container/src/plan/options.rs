@@ -132,7 +132,7 @@ impl Options {
 
 /// Every option that is understood here, in alphabetical order.
 pub(crate) fn names() -> Vec<String> {
-    let mut names: Vec<String> = ["bind", "rbind", "remount", "tmpcopyup"]
+    let mut names: Vec<String> = ["bind", "rbind", "remount", "tmpcopyup", "idmap", "ridmap"]
         .into_iter()
         .chain(FILE_SYSTEM_FLAGS.iter().copied())
         .chain(DEFAULTS.iter().copied())

@@ -10,7 +10,7 @@ use oci_spec::runtime::{
 };
 use rustix::process::{Resource, Rlimit};
 use rustix::termios::Winsize;
-use rustix::thread::CapabilitySet;
+use rustix::thread::{CapabilitySet, CpuSet};
 
 use super::PlanError;
 use super::capability::Capabilities;
@@ -34,6 +34,8 @@ pub(crate) struct ProcessPlan {
     pub(crate) io_priority: Option<i32>,
     pub(crate) scheduler: Option<SchedulerAttributes>,
     pub(crate) label: Option<Label>,
+    /// The processors that a process of `exec` may use before and after it is in its cgroup.
+    pub(crate) affinity: (Option<CpuSet>, Option<CpuSet>),
 }
 
 /// The identity of a process, in numbers of the container's user namespace.
@@ -95,6 +97,7 @@ impl ProcessPlan {
             io_priority: process.io_priority().as_ref().map(io_priority),
             scheduler: process.scheduler().as_ref().map(scheduler).transpose()?,
             label: label(process)?,
+            affinity: affinity(process)?,
         })
     }
 }
@@ -236,6 +239,40 @@ fn scheduler(scheduler: &Scheduler) -> Result<SchedulerAttributes, PlanError> {
         period: scheduler.period().unwrap_or(0),
         ..SchedulerAttributes::default()
     })
+}
+
+fn affinity(process: &Process) -> Result<(Option<CpuSet>, Option<CpuSet>), PlanError> {
+    let Some(affinity) = process.exec_cpu_affinity() else {
+        return Ok((None, None));
+    };
+    let set = |name: &str, list: &Option<String>| {
+        let Some(list) = list else { return Ok(None) };
+        parse_processors(list).map(Some).ok_or_else(|| {
+            let reason = format!(
+                "`{list}` is no list of processors below {}",
+                CpuSet::MAX_CPU
+            );
+            PlanError::invalid(format!("process.execCPUAffinity.{name}"), reason)
+        })
+    };
+    Ok((
+        set("initial", affinity.initial())?,
+        set("final", affinity.cpu_affinity_final())?,
+    ))
+}
+
+/// A list as `0-3,7`.
+fn parse_processors(list: &str) -> Option<CpuSet> {
+    let mut set = CpuSet::new();
+    for range in list.split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (usize, usize) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        if first > last || last >= CpuSet::MAX_CPU {
+            return None;
+        }
+        (first..=last).for_each(|processor| set.set(processor));
+    }
+    Some(set)
 }
 
 /// A label is refused where the host could not enforce it: it must not be ignored.

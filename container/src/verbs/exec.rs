@@ -10,6 +10,7 @@ use nix::sys::signal::SigSet;
 use oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec, Spec};
 use rustix::fs::{CWD, Mode, OFlags, fstat, openat};
 use rustix::process::setsid;
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::cgroup::{Cgroup, CgroupError, Entry};
 use crate::create::{CreateError, Stdio, connect_console, harden, write_pid_file};
@@ -367,7 +368,9 @@ fn enter(plan: &ExecPlan, namespaces: &NamespacePlan, wiring: Wiring) -> ! {
     let prepare = || -> Result<Program, Error> {
         sys::reset_signal_handlers();
         SigSet::empty().thread_set_mask()?;
+        set_affinity(plan.process.affinity.0.as_ref())?;
         wiring.entry.join()?;
+        set_affinity(plan.process.affinity.1.as_ref())?;
         channel.await_proceed()?;
         namespaces::enter(namespaces)?;
         setsid()?;
@@ -404,6 +407,14 @@ fn seccomp_agent(plan: &ExecPlan, record: &Record, pid: i32, listener: &OwnedFd)
         return Ok(());
     };
     notify::hand_over(seccomp, record, Status::Running, pid, listener)
+}
+
+fn set_affinity(processors: Option<&CpuSet>) -> Result<(), Error> {
+    let Some(processors) = processors else {
+        return Ok(());
+    };
+    sched_setaffinity(None, processors)
+        .map_err(|error| format!("cannot set process.execCPUAffinity: {error}").into())
 }
 
 fn set_streams(plan: &ExecPlan, stdio: &Stdio, channel: &Channel) -> Result<(), Error> {

@@ -399,6 +399,25 @@ fn a_user_namespace_maps_root_to_a_user_of_the_host() {
 }
 
 #[test]
+fn the_owners_of_a_bind_mount_can_be_mapped() {
+    let bundle = Bundle::new("stat -c %u:%g /data /data/file; touch /data/made").with(|config| {
+        config["mounts"].as_array_mut().unwrap().push(json!({
+            "destination": "/data", "type": "bind", "source": "source", "options": ["rbind"],
+            "uidMappings": [{"containerID": 1000, "hostID": 0, "size": 10}],
+            "gidMappings": [{"containerID": 2000, "hostID": 0, "size": 10}],
+        }));
+    });
+    let source = bundle.path().join("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("file"), "").unwrap();
+    std::os::unix::fs::chown(&source, Some(1000), Some(2000)).unwrap();
+    std::os::unix::fs::chown(source.join("file"), Some(1001), Some(2002)).unwrap();
+    assert_eq!(bundle.output(), "0:0\n1:2\n");
+    let made = fs::metadata(source.join("made")).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&made), 1000);
+}
+
+#[test]
 fn a_time_namespace_has_its_offsets() {
     let bundle = Bundle::new("cat /proc/uptime").with(|config| {
         config["linux"]["namespaces"]
