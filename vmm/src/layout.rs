@@ -2,7 +2,7 @@
 //! only.
 //!
 //! ```text
-//! 0x0000_0500  descriptor table, zero page, page tables, command line
+//! 0x0000_0500  descriptor table, boot parameters, page tables, command line
 //! 0x0009_fc00  end of conventional memory
 //! 0x000e_0000  ACPI tables; the last 16 bytes below the kernel are the reset vector
 //! 0x0010_0000  kernel; the initramfs ends where low memory ends
@@ -15,6 +15,8 @@
 
 /// The boot processor's descriptor table.
 pub const GDT: u64 = 0x500;
+/// PVH's `hvm_start_info` and what it points to, one page.
+pub const START_INFO: u64 = 0x6000;
 /// Linux's `boot_params`, one page.
 pub const ZERO_PAGE: u64 = 0x7000;
 /// The top of the boot processor's stack, which grows down.

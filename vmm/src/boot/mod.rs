@@ -1,15 +1,18 @@
-//! From a kernel file to memory in which a processor can start (Linux, Documentation/arch/x86/boot.rst).
+//! From a kernel file to memory in which a processor can start: by the Linux 64-bit boot protocol, or
+//! by PVH.
 
 mod cmdline;
+mod start_info;
+mod zero_page;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
-use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
+use linux_loader::loader::bootparam::boot_params;
+use linux_loader::loader::{BzImage, Elf, KernelLoader, PvhBootCapability};
 use vm_memory::{
-    ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
-    GuestMemoryRegion,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
 };
 
 pub use cmdline::{CmdlineError, cmdline};
@@ -50,15 +53,10 @@ const ELF_MAGIC: &[u8] = b"\x7fELF";
 /// In `xloadflags`: the kernel has a 64-bit entry, [`ENTRY_64`] behind its start.
 const XLF_KERNEL_64: u16 = 1;
 const ENTRY_64: u64 = 0x200;
-/// `type_of_loader`: one without a number of its own.
-const LOADER_OTHER: u8 = 0xff;
 /// The highest initramfs address of kernels that do not say.
 const INITRAMFS_MAX: u32 = 0x37ff_ffff;
 
-const E820_RAM: u32 = 1;
-const E820_RESERVED: u32 = 2;
-
-/// Loads the kernel and the initramfs files, writes the boot parameters, and returns the first
+/// Loads the kernel and the initramfs files, writes what the kernel is told, and returns its first
 /// instruction.
 pub fn load(
     memory: &GuestMemoryMmap,
@@ -66,27 +64,50 @@ pub fn load(
     initramfs: &mut [File],
     cmdline: &str,
 ) -> Result<Entry, BootError> {
-    let (entry, mut parameters, kernel_end) = match kind(kernel)? {
+    let kernel = match kind(kernel)? {
         Kind::BzImage => load_bzimage(memory, kernel)?,
         Kind::Elf => load_elf(memory, kernel)?,
     };
-    if !initramfs.is_empty() {
-        load_initramfs(memory, initramfs, kernel_end, &mut parameters)?;
-    }
+    let initramfs = load_initramfs(memory, initramfs, &kernel)?;
     let mut text = cmdline.as_bytes().to_vec();
     text.push(0);
     memory
         .write_slice(&text, GuestAddress(layout::CMDLINE))
         .map_err(BootError::Memory)?;
-    parameters.hdr.type_of_loader = LOADER_OTHER;
-    parameters.hdr.cmd_line_ptr = low_address(layout::CMDLINE);
-    parameters.hdr.cmdline_size = u32::try_from(text.len()).expect("at most 2048");
-    parameters.acpi_rsdp_addr = layout::ACPI;
-    write_memory_map(memory, &mut parameters);
-    memory
-        .write_slice(parameters.as_slice(), GuestAddress(layout::ZERO_PAGE))
-        .map_err(BootError::Memory)?;
-    Ok(entry)
+    match kernel.protocol {
+        Protocol::Linux(parameters) => zero_page::write(memory, *parameters, &initramfs),
+        Protocol::Pvh => start_info::write(memory, &initramfs),
+    }
+    .map_err(BootError::Memory)?;
+    Ok(kernel.entry)
+}
+
+/// A kernel in memory.
+struct Loaded {
+    entry: Entry,
+    protocol: Protocol,
+    /// The end of the memory that it uses before it looks at the memory map.
+    end: u64,
+}
+
+/// How a kernel wants to be told about the machine.
+enum Protocol {
+    /// With `boot_params`, of which the kernel's file brought a part.
+    Linux(Box<boot_params>),
+    /// With `hvm_start_info`.
+    Pvh,
+}
+
+impl Loaded {
+    /// The highest address that an initramfs may have a byte at.
+    fn initramfs_max(&self) -> u32 {
+        match &self.protocol {
+            Protocol::Linux(parameters) if parameters.hdr.initrd_addr_max != 0 => {
+                parameters.hdr.initrd_addr_max
+            }
+            Protocol::Linux(_) | Protocol::Pvh => INITRAMFS_MAX,
+        }
+    }
 }
 
 enum Kind {
@@ -114,8 +135,6 @@ fn magic(file: &mut File, at: u64) -> Result<[u8; 4], BootError> {
     }
 }
 
-type Loaded = (Entry, boot_params, u64);
-
 fn load_bzimage(memory: &GuestMemoryMmap, kernel: &mut File) -> Result<Loaded, BootError> {
     let high = GuestAddress(layout::HIGH_RAM);
     let loaded = BzImage::load(memory, Some(high), kernel, None).map_err(BootError::Kernel)?;
@@ -127,34 +146,39 @@ fn load_bzimage(memory: &GuestMemoryMmap, kernel: &mut File) -> Result<Loaded, B
     // and says how much memory it uses there before it looks at the memory map.
     let start = header.pref_address.max(layout::HIGH_RAM);
     let end = start.saturating_add(header.init_size.into());
-    let entry = Entry {
-        address: loaded.kernel_load.0 + ENTRY_64,
-    };
     let parameters = boot_params {
         hdr: header,
         ..Default::default()
     };
-    Ok((entry, parameters, fits(memory, end.max(loaded.kernel_end))?))
+    Ok(Loaded {
+        entry: Entry::Linux {
+            address: loaded.kernel_load.0 + ENTRY_64,
+        },
+        protocol: Protocol::Linux(Box::new(parameters)),
+        end: fits(memory, end.max(loaded.kernel_end))?,
+    })
 }
 
+/// A kernel with a PVH entry is started there, since that is the only entry of an ELF file whose
+/// protocol is written in the file.
 fn load_elf(memory: &GuestMemoryMmap, kernel: &mut File) -> Result<Loaded, BootError> {
     let high = GuestAddress(layout::HIGH_RAM);
-    let KernelLoaderResult {
-        kernel_load,
-        kernel_end,
-        ..
-    } = Elf::load(memory, None, kernel, Some(high)).map_err(BootError::Kernel)?;
-    let mut parameters = boot_params::default();
-    parameters.hdr.boot_flag = 0xaa55;
-    parameters.hdr.header = u32::from_le_bytes(*b"HdrS");
-    parameters.hdr.version = 0x020f;
-    parameters.hdr.loadflags = 1;
-    parameters.hdr.kernel_alignment = 0x100_0000;
-    parameters.hdr.initrd_addr_max = INITRAMFS_MAX;
-    let entry = Entry {
-        address: kernel_load.0,
+    let loaded = Elf::load(memory, None, kernel, Some(high)).map_err(BootError::Kernel)?;
+    let (entry, protocol) = match loaded.pvh_boot_cap {
+        PvhBootCapability::PvhEntryPresent(entry) => {
+            (Entry::Pvh { address: entry.0 }, Protocol::Pvh)
+        }
+        PvhBootCapability::PvhEntryNotPresent | PvhBootCapability::PvhEntryIgnored => {
+            let address = loaded.kernel_load.0;
+            let parameters = Box::new(zero_page::of_vmlinux());
+            (Entry::Linux { address }, Protocol::Linux(parameters))
+        }
     };
-    Ok((entry, parameters, fits(memory, kernel_end)?))
+    Ok(Loaded {
+        entry,
+        protocol,
+        end: fits(memory, loaded.kernel_end)?,
+    })
 }
 
 /// Whether low memory goes up to `end`.
@@ -174,13 +198,13 @@ fn low_memory_end(memory: &GuestMemoryMmap) -> u64 {
         .unwrap_or_default()
 }
 
-/// Puts the files end to end, each padded to 4 bytes, as high as the kernel allows.
+/// Puts the files end to end, each padded to 4 bytes, as high as the kernel allows, and returns
+/// where they are. Nowhere is nothing at 0.
 fn load_initramfs(
     memory: &GuestMemoryMmap,
     files: &mut [File],
-    kernel_end: u64,
-    parameters: &mut boot_params,
-) -> Result<(), BootError> {
+    kernel: &Loaded,
+) -> Result<Range<u64>, BootError> {
     let mut sizes = Vec::new();
     for file in files.iter_mut() {
         // Not by its metadata: a block device has no length there, and a pipe none at all.
@@ -190,15 +214,14 @@ fn load_initramfs(
     let bytes = sizes.iter().fold(0u64, |sum, size| {
         sum.saturating_add(size.checked_next_multiple_of(4).unwrap_or(u64::MAX))
     });
-    let limit = match parameters.hdr.initrd_addr_max {
-        0 => INITRAMFS_MAX,
-        limit => limit,
-    };
-    let top = low_memory_end(memory).min(u64::from(limit) + 1);
+    if bytes == 0 {
+        return Ok(0..0);
+    }
+    let top = low_memory_end(memory).min(u64::from(kernel.initramfs_max()) + 1);
     let start = top
         .checked_sub(bytes)
         .map(|start| start & !(layout::PAGE_BYTES - 1))
-        .filter(|start| *start >= kernel_end)
+        .filter(|start| *start >= kernel.end)
         .ok_or(BootError::InitramfsMemory { bytes })?;
 
     let mut address = start;
@@ -210,34 +233,35 @@ fn load_initramfs(
             .map_err(BootError::Memory)?;
         address += size.next_multiple_of(4);
     }
-    parameters.hdr.ramdisk_image = low_address(start);
-    parameters.hdr.ramdisk_size = low_address(address - start);
-    Ok(())
+    Ok(start..address)
 }
 
-fn low_address(address: u64) -> u32 {
-    u32::try_from(address).expect("below 4 GiB")
+/// A piece of the memory map.
+struct Piece {
+    range: Range<u64>,
+    /// The kernel's own to use. Otherwise something is there that it must leave alone.
+    usable: bool,
 }
 
-/// Tells the kernel which memory is its own.
-fn write_memory_map(memory: &GuestMemoryMmap, parameters: &mut boot_params) {
+/// Which memory there is, by address.
+fn memory_map(memory: &GuestMemoryMmap) -> Vec<Piece> {
+    let usable = |range| Piece {
+        range,
+        usable: true,
+    };
     let mut map = vec![
-        (0, layout::LOW_RAM_END, E820_RAM),
-        (layout::ACPI, layout::HIGH_RAM, E820_RESERVED),
-        (layout::HIGH_RAM, low_memory_end(memory), E820_RAM),
+        usable(0..layout::LOW_RAM_END),
+        Piece {
+            range: layout::ACPI..layout::HIGH_RAM,
+            usable: false,
+        },
+        usable(layout::HIGH_RAM..low_memory_end(memory)),
     ];
     for region in memory.iter().skip(1) {
         let start = region.start_addr().0;
-        map.push((start, start + region.len(), E820_RAM));
+        map.push(usable(start..start + region.len()));
     }
-    for (entry, (start, end, kind)) in parameters.e820_table.iter_mut().zip(&map) {
-        *entry = boot_e820_entry {
-            addr: *start,
-            size: end - start,
-            r#type: *kind,
-        };
-    }
-    parameters.e820_entries = u8::try_from(map.len()).expect("four");
+    map
 }
 
 #[cfg(test)]
@@ -297,7 +321,7 @@ mod tests {
         let mut files = [file(b"first"), file(b"second")];
         let mut kernel = file(&bzimage(1, 4096));
         let entry = load(&memory, &mut kernel, &mut files, "quiet").unwrap();
-        assert_eq!(entry.address, 0x10_0200);
+        assert_eq!(entry, Entry::Linux { address: 0x10_0200 });
 
         let parameters: boot_params = memory.read_obj(GuestAddress(layout::ZERO_PAGE)).unwrap();
         let header = parameters.hdr;
@@ -327,17 +351,13 @@ mod tests {
             (GuestAddress(layout::HOLE_END), MIB),
         ])
         .unwrap();
-        let mut parameters = boot_params::default();
-        write_memory_map(&memory, &mut parameters);
-        let ram: u64 = parameters.e820_table[..4]
-            .iter()
-            .filter(|entry| entry.r#type == E820_RAM)
-            .map(|entry| entry.size)
+        let map = memory_map(&memory);
+        let usable = map.iter().filter(|piece| piece.usable);
+        let sum: u64 = usable
+            .map(|piece| piece.range.end - piece.range.start)
             .sum();
-        assert_eq!(
-            ram,
-            layout::LOW_RAM_END + layout::HOLE - layout::HIGH_RAM + 0x10_0000
-        );
-        assert_eq!({ parameters.e820_table[3].addr }, layout::HOLE_END);
+        let below = layout::LOW_RAM_END + layout::HOLE - layout::HIGH_RAM;
+        assert_eq!(sum, below + 0x10_0000);
+        assert_eq!(map[3].range.start, layout::HOLE_END);
     }
 }

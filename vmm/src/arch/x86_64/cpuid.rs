@@ -19,20 +19,31 @@ const WAIT_PACKAGE: u32 = 1 << 5;
 /// Leaf 0x80000001, ECX: leaves 0x8000001d and 0x8000001e are valid.
 const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
 
+/// The core and node that a processor belongs to (AMD).
+const CORE_LEAF: u32 = 0x8000_001e;
+
 /// Levels of leaves 0xb and 0x1f.
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
 /// The features of processor `id` of `count`.
 pub(super) fn normalise(supported: &CpuId, id: u8, count: u8) -> CpuId {
-    let topology = Topology::new(id, count);
+    let amd = supported.as_slice().iter().any(is_amd);
+    let supports = |leaf| {
+        supported
+            .as_slice()
+            .iter()
+            .any(|entry| entry.function == leaf)
+    };
+    let topology = Topology::new(id, count, amd);
     let mut entries: Vec<kvm_cpuid_entry2> = supported
         .as_slice()
         .iter()
         .filter(|entry| !Topology::LEAVES.contains(&entry.function))
         .copied()
         .collect();
-    let amd = entries.iter().any(is_amd);
+    // Older processors of AMD, and all of Intel, do not know the leaves that this bit promises.
+    let amd_topology = amd && supports(CORE_LEAF);
     for entry in &mut entries {
         topology.apply(entry);
         match entry.function {
@@ -47,7 +58,7 @@ pub(super) fn normalise(supported: &CpuId, id: u8, count: u8) -> CpuId {
             7 if entry.index == 0 => entry.ecx &= !WAIT_PACKAGE,
             // No performance counters are promised.
             0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-            0x8000_0001 if amd => entry.ecx |= TOPOLOGY_EXTENSIONS,
+            0x8000_0001 if amd_topology => entry.ecx |= TOPOLOGY_EXTENSIONS,
             _ => {}
         }
     }
@@ -73,18 +84,20 @@ struct Topology {
     count: u32,
     /// Bits of an APIC number that tell cores apart.
     core_bits: u32,
+    amd: bool,
 }
 
 impl Topology {
     /// Extended topology enumeration, rewritten as a whole.
     const LEAVES: [u32; 2] = [0xb, 0x1f];
 
-    fn new(id: u8, count: u8) -> Self {
+    fn new(id: u8, count: u8, amd: bool) -> Self {
         let count = u32::from(count.max(1));
         Self {
             id: id.into(),
             count,
             core_bits: count.next_power_of_two().trailing_zeros(),
+            amd,
         }
     }
 
@@ -103,8 +116,8 @@ impl Topology {
                 entry.eax &= 0x0000_3fff;
                 entry.eax |= (self.count - 1) << 26 | self.sharers(entry.eax) << 14;
             }
-            // The number of cores and the width of their numbers (AMD).
-            0x8000_0008 => {
+            // The number of cores and the width of their numbers (AMD; reserved elsewhere).
+            0x8000_0008 if self.amd => {
                 entry.ecx &= !0xf0ff;
                 entry.ecx |= self.core_bits << 12 | (self.count - 1);
             }
@@ -114,7 +127,7 @@ impl Topology {
                 entry.eax |= self.sharers(entry.eax) << 14;
             }
             // The core's number; one thread in it; one node.
-            0x8000_001e => {
+            CORE_LEAF => {
                 entry.eax = self.id;
                 entry.ebx = self.id;
                 entry.ecx = 0;

@@ -1,5 +1,5 @@
-//! The first processor as the Linux 64-bit boot protocol wants it: long mode, flat segments, and the
-//! first 4 GiB mapped one to one.
+//! The first processor as the boot protocols want it: flat segments, and for Linux's 64-bit protocol
+//! long mode, with the first 4 GiB mapped one to one.
 
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -8,11 +8,13 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 use super::{ArchError, refused};
 use crate::layout;
 
-/// Where the first processor starts.
+/// Where and how the first processor starts.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Entry {
-    /// The first instruction, in 64-bit mode.
-    pub address: u64,
+pub enum Entry {
+    /// In 64-bit mode, as the Linux 64-bit boot protocol wants it.
+    Linux { address: u64 },
+    /// In 32-bit mode without paging, as PVH wants it.
+    Pvh { address: u64 },
 }
 
 const CR0_PROTECTED: u64 = 1;
@@ -34,6 +36,7 @@ const TASK_SELECTOR: u16 = 0x20;
 
 /// Type and flags as in bits 40 to 55 of a descriptor: present, 4 KiB granular.
 const CODE_FLAGS: u16 = 0xa09b;
+const CODE_32_FLAGS: u16 = 0xc09b;
 const DATA_FLAGS: u16 = 0xc093;
 const TASK_FLAGS: u16 = 0x808b;
 
@@ -90,7 +93,6 @@ fn segment(selector: u16, flags: u16) -> kvm_segment {
 /// Puts `vcpu` at `entry`.
 pub(super) fn set(vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
     let mut special = vcpu.get_sregs().map_err(refused("read system registers"))?;
-    special.cs = segment(CODE_SELECTOR, CODE_FLAGS);
     for data in [
         &mut special.ds,
         &mut special.es,
@@ -105,22 +107,21 @@ pub(super) fn set(vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
     special.gdt.limit = TASK_SELECTOR + 7;
     special.idt.base = 0;
     special.idt.limit = 0;
-    special.cr3 = layout::PML4;
-    special.cr4 |= CR4_PHYSICAL_ADDRESS_EXTENSION;
-    special.cr0 |= CR0_PROTECTED | CR0_EXTENSION_TYPE | CR0_PAGING;
-    special.efer |= EFER_LONG_MODE;
+    special.cr0 |= CR0_PROTECTED | CR0_EXTENSION_TYPE;
+    match entry {
+        Entry::Linux { .. } => {
+            special.cs = segment(CODE_SELECTOR, CODE_FLAGS);
+            special.cr3 = layout::PML4;
+            special.cr4 |= CR4_PHYSICAL_ADDRESS_EXTENSION;
+            special.cr0 |= CR0_PAGING;
+            special.efer |= EFER_LONG_MODE;
+        }
+        Entry::Pvh { .. } => special.cs = segment(CODE_SELECTOR, CODE_32_FLAGS),
+    }
     vcpu.set_sregs(&special)
         .map_err(refused("set system registers"))?;
-
-    vcpu.set_regs(&kvm_regs {
-        rflags: 2,
-        rip: entry.address,
-        rsp: layout::BOOT_STACK,
-        rbp: layout::BOOT_STACK,
-        rsi: layout::ZERO_PAGE,
-        ..Default::default()
-    })
-    .map_err(refused("set registers"))?;
+    vcpu.set_regs(&general(entry))
+        .map_err(refused("set registers"))?;
 
     vcpu.set_fpu(&kvm_fpu {
         fcw: 0x37f,
@@ -128,6 +129,28 @@ pub(super) fn set(vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
         ..Default::default()
     })
     .map_err(refused("set floating-point registers"))
+}
+
+/// The registers in which the protocols pass the address of what the kernel is told.
+fn general(entry: Entry) -> kvm_regs {
+    let common = kvm_regs {
+        rflags: 2,
+        ..Default::default()
+    };
+    match entry {
+        Entry::Linux { address } => kvm_regs {
+            rip: address,
+            rsp: layout::BOOT_STACK,
+            rbp: layout::BOOT_STACK,
+            rsi: layout::ZERO_PAGE,
+            ..common
+        },
+        Entry::Pvh { address } => kvm_regs {
+            rip: address,
+            rbx: layout::START_INFO,
+            ..common
+        },
+    }
 }
 
 #[cfg(test)]
