@@ -71,6 +71,7 @@ impl Instance {
                 bytes_max: 64 << 20,
             },
             stdin: false,
+            await_client: false,
             executable: None,
             descriptors: Vec::new(),
         };
@@ -313,6 +314,17 @@ fn a_process_that_ends_at_once_leaves_its_status_and_its_last_words() {
     log.sort();
     let line = |stream: &str, text: &str| (stream.to_owned(), text.to_owned());
     assert_eq!(log, [line("stderr", "err\n"), line("stdout", "out\n")]);
+}
+
+#[test]
+fn a_client_that_is_awaited_hears_the_first_word_of_the_shortest_life() {
+    let mut instance = Instance::new("echo first; exit 3");
+    instance.spec.await_client = true;
+    instance.start();
+    let mut client = instance.attach(false);
+    assert_eq!(client.read_until("\n"), "first\n");
+    assert_eq!(client.receive(), exited(3));
+    assert_eq!(instance.end().code, Some(3));
 }
 
 #[test]

@@ -1,10 +1,13 @@
 //! What this host is and has.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::{fs, io};
 
-use crate::limits::{self, Capacity};
+use nix::sys::stat::{major, minor};
+
+use crate::limits::{self, BlockDevice, Capacity};
 
 /// Why the host could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +34,25 @@ pub fn capacity() -> Result<Capacity, HostError> {
         .ok_or(HostError::Malformed { path: CPUS_ONLINE })?;
     let memory_bytes = parse_memory(&read(MEMORY)?).ok_or(HostError::Malformed { path: MEMORY })?;
     Ok(Capacity { cpus, memory_bytes })
+}
+
+/// The whole disk that `path` is on; `None` if it is not on one, as on a network file system or in
+/// memory, or on several.
+pub fn disk_of(path: &Path) -> Option<BlockDevice> {
+    let device = fs::metadata(path).ok()?.dev();
+    let (major, minor) = (major(device), minor(device));
+    let entry = fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+    let disk = if entry.join("partition").exists() {
+        entry.parent()?.to_owned()
+    } else {
+        entry
+    };
+    let numbers = fs::read_to_string(disk.join("dev")).ok()?;
+    let (major, minor) = numbers.trim().split_once(':')?;
+    Some(BlockDevice {
+        major: major.parse().ok()?,
+        minor: minor.parse().ok()?,
+    })
 }
 
 /// The kernel's release, as `uname -r`.

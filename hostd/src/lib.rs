@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod cli;
+pub mod daemon;
 pub mod doctor;
 pub mod driver;
 pub mod events;
@@ -15,6 +16,8 @@ pub mod metrics;
 pub mod network;
 pub mod paths;
 pub mod pointer;
+pub mod process;
 pub mod random;
 pub mod store;
 pub mod validate;
+pub mod volume;

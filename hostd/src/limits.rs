@@ -27,6 +27,8 @@ pub const DISK_SIZE_MIN_BYTES: u64 = 16 * MIB;
 pub const DISK_SIZE_MAX_BYTES: u64 = 16 << 40;
 pub const MIB: u64 = 1024 * 1024;
 const CPU_PERIOD_US: u64 = 100_000;
+/// As the runtime specification writes it.
+const UNLIMITED: i64 = -1;
 
 /// What the host has to give.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -220,8 +222,9 @@ pub struct BlockDevice {
 
 /// The limits on the cgroup of an instance, in the terms of the OCI runtime specification.
 ///
-/// `memory_overhead_bytes` is added to `memory.max`; disk rates apply to `disk`, if it is given.
-/// Swap is not counted as memory: an instance gets none beyond its limit.
+/// What is not limited is said to be so, since the same is used to take a limit away. To
+/// `memory.max` is added `memory_overhead_bytes`; disk rates apply to `disk`, if it is given. Swap
+/// is not counted as memory: an instance gets none beyond its limit.
 ///
 /// # Errors
 /// Never, short of a mistake in this function: every field has been set.
@@ -229,36 +232,44 @@ pub fn to_oci(
     limits: &Limits,
     memory_overhead_bytes: u64,
     disk: Option<BlockDevice>,
+    host: &Capacity,
 ) -> Result<LinuxResources, OciSpecError> {
-    let mut resources = LinuxResourcesBuilder::default().cpu(to_oci_cpu(limits)?);
-    if let Some(max) = limits.memory.max {
-        let bytes = i64::try_from(max.saturating_add(memory_overhead_bytes)).unwrap_or(i64::MAX);
-        resources = resources.memory(
+    let memory = limits.memory.max.map_or(UNLIMITED, |max| {
+        i64::try_from(max.saturating_add(memory_overhead_bytes)).unwrap_or(i64::MAX)
+    });
+    let pids = limits.pids.max.map_or(UNLIMITED, i64::from);
+    let resources = LinuxResourcesBuilder::default()
+        .cpu(to_oci_cpu(limits, host)?)
+        .memory(
             LinuxMemoryBuilder::default()
-                .limit(bytes)
-                .swap(bytes)
+                .limit(memory)
+                .swap(memory)
                 .build()?,
-        );
+        )
+        .pids(LinuxPidsBuilder::default().limit(pids).build()?);
+    match disk {
+        Some(device) => resources
+            .block_io(to_oci_disk(&limits.disk, device)?)
+            .build(),
+        None => resources.build(),
     }
-    if let Some(max) = limits.pids.max {
-        resources = resources.pids(LinuxPidsBuilder::default().limit(i64::from(max)).build()?);
-    }
-    if let Some(device) = disk {
-        resources = resources.block_io(to_oci_disk(&limits.disk, device)?);
-    }
-    resources.build()
 }
 
-fn to_oci_cpu(limits: &Limits) -> Result<LinuxCpu, OciSpecError> {
+fn to_oci_cpu(limits: &Limits, host: &Capacity) -> Result<LinuxCpu, OciSpecError> {
     let weight = limits.cpu.weight.unwrap_or(CPU_WEIGHT_DEFAULT);
-    let mut cpu = LinuxCpuBuilder::default().shares(cpu_shares(weight));
-    if let Some(cores) = limits.cpu.cores {
-        cpu = cpu.period(CPU_PERIOD_US).quota(cpu_quota_us(cores));
-    }
-    if let Some(set) = &limits.cpu.set {
-        cpu = cpu.cpus(set.clone());
-    }
-    cpu.build()
+    let all = || {
+        host.cpus
+            .iter()
+            .map(u32::to_string)
+            .collect::<Vec<_>>()
+            .join(",")
+    };
+    LinuxCpuBuilder::default()
+        .shares(cpu_shares(weight))
+        .period(CPU_PERIOD_US)
+        .quota(limits.cpu.cores.map_or(UNLIMITED, cpu_quota_us))
+        .cpus(limits.cpu.set.clone().unwrap_or_else(all))
+        .build()
 }
 
 /// The quota in each period of 100 ms, rounded down; the kernel takes no less than 1 ms.
@@ -283,16 +294,13 @@ fn cpu_shares(weight: u32) -> u64 {
 }
 
 fn to_oci_disk(disk: &DiskLimits, device: BlockDevice) -> Result<LinuxBlockIo, OciSpecError> {
+    // A rate of zero is no limit.
     let throttle = |rate: Option<u64>| -> Result<Vec<LinuxThrottleDevice>, OciSpecError> {
-        rate.map(|rate| {
-            LinuxThrottleDeviceBuilder::default()
-                .major(device.major)
-                .minor(device.minor)
-                .rate(rate)
-                .build()
-        })
-        .into_iter()
-        .collect()
+        let device = LinuxThrottleDeviceBuilder::default()
+            .major(device.major)
+            .minor(device.minor)
+            .rate(rate.unwrap_or(0));
+        Ok(vec![device.build()?])
     };
     LinuxBlockIoBuilder::default()
         .throttle_read_bps_device(throttle(disk.read_bps)?)
@@ -413,7 +421,7 @@ mod tests {
             major: 8,
             minor: 16,
         };
-        let resources = to_oci(&limits, MIB, Some(disk)).unwrap();
+        let resources = to_oci(&limits, MIB, Some(disk), &host()).unwrap();
         let value = serde_json::to_value(resources).unwrap();
         assert_eq!(value["cpu"]["quota"], 50_000);
         assert_eq!(value["cpu"]["period"], 100_000);
@@ -426,6 +434,23 @@ mod tests {
             (&throttle["major"], &throttle["rate"]),
             (&json!(8), &json!(1000))
         );
+    }
+
+    #[test]
+    fn what_is_not_limited_is_said_to_be_so() {
+        let disk = BlockDevice {
+            major: 8,
+            minor: 16,
+        };
+        let resources = to_oci(&Limits::default(), MIB, Some(disk), &host()).unwrap();
+        let value = serde_json::to_value(resources).unwrap();
+        assert_eq!(value["cpu"]["quota"], -1);
+        assert_eq!(value["cpu"]["cpus"], "0,1");
+        assert_eq!(
+            (&value["memory"]["limit"], &value["pids"]["limit"]),
+            (&json!(-1), &json!(-1))
+        );
+        assert_eq!(value["blockIO"]["throttleReadIOPSDevice"][0]["rate"], 0);
     }
 
     #[test]

@@ -74,7 +74,7 @@ impl Paths {
     }
 
     pub fn guest_initramfs(&self) -> PathBuf {
-        self.guest.join("initramfs")
+        self.guest.join("initramfs.cpio")
     }
 }
 

@@ -17,9 +17,10 @@ use super::{
     log::Log,
     protocol::{MonitorSpec, Ready},
     record,
-    server::{Server, Workload},
+    server::Server,
     step,
     streams::Streams,
+    workload::Workload,
 };
 use crate::{
     cgroup::Cgroup,
@@ -67,7 +68,10 @@ pub(super) fn launch(dir: &Path) -> Result<Launched, MonitorError> {
         start_time: workload.process.start_time(),
         monitor_pid: i32::try_from(process::id()).unwrap_or_default(),
     };
-    let server = Server::new(dir.to_owned(), socket, lock, listener, log, workload);
+    let mut server = Server::new(dir.to_owned(), socket, lock, listener, log, workload);
+    if spec.await_client {
+        server.await_client();
+    }
     Ok(Launched { server, ready })
 }
 

@@ -14,6 +14,7 @@ mod server;
 mod signals;
 mod streams;
 mod tap;
+mod workload;
 
 use std::{
     io::{self, Write},

@@ -46,6 +46,10 @@ pub struct MonitorSpec {
     /// Keeps standard input open for `attach`; otherwise the process reads end of file.
     #[serde(default)]
     pub stdin: bool,
+    /// Leaves the output unread until a client attaches, or for some seconds if none does: so a
+    /// client that is known to come hears the workload's first word, however short its life.
+    #[serde(default)]
+    pub await_client: bool,
     /// Program of the host to execute in place of looking up `process.args[0]` in the root file
     /// system, so that the root may be empty. It must be statically linked.
     #[serde(default)]

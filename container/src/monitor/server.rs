@@ -20,14 +20,10 @@ use super::{
     log::{Log, Stream},
     protocol::{ExitRecord, Frame, Request, Response},
     record, step,
-    streams::{Got, Streams},
+    streams::Got,
+    workload::Workload,
 };
-use crate::{
-    cgroup::Cgroup,
-    error::chain,
-    process::Process,
-    verbs::delete::{DeleteOptions, delete},
-};
+use crate::{cgroup::Cgroup, error::chain, verbs::delete::delete};
 
 /// Further connections wait in the socket's queue.
 const CLIENTS_MAX: usize = 64;
@@ -45,17 +41,11 @@ const TERMINAL_WAIT: Duration = Duration::from_millis(100);
 /// How long clients have for the last of the output when everything is over.
 const FAREWELL_WAIT: Duration = Duration::from_secs(5);
 
+/// How long a client that was announced may take to attach.
+const FIRST_CLIENT_WAIT: Duration = Duration::from_secs(5);
+
 /// A pause before the next connection is accepted where that failed, for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// What runs, and all that is needed to remove it.
-#[derive(Debug)]
-pub(super) struct Workload {
-    pub(super) process: Process,
-    pub(super) streams: Streams,
-    pub(super) cgroup: Option<Cgroup>,
-    pub(super) delete: DeleteOptions,
-}
 
 #[derive(Debug)]
 pub(super) struct Server {
@@ -70,6 +60,8 @@ pub(super) struct Server {
     workload: Workload,
     clients: Vec<Client>,
     accept_after: Option<Instant>,
+    /// Until then the workload is not listened to, unless a client attaches before.
+    held_until: Option<Instant>,
 }
 
 /// What poll(2) watches.
@@ -101,7 +93,13 @@ impl Server {
             workload,
             clients: Vec::new(),
             accept_after: None,
+            held_until: None,
         }
+    }
+
+    /// Leaves the workload's output and end alone until a client attaches, or it takes too long.
+    pub(super) fn await_client(&mut self) {
+        self.held_until = Some(Instant::now() + FIRST_CLIENT_WAIT);
     }
 
     /// Serves until the workload has ended and is removed.
@@ -133,6 +131,7 @@ impl Server {
     /// Waits for something to happen, and deals with all that has. True when the workload ended.
     fn turn(&mut self) -> Result<bool, MonitorError> {
         let now = Instant::now();
+        self.held_until = self.held_until.filter(|until| *until > now);
         self.clients
             .retain(|client| client.patience_ends().is_none_or(|end| end > now));
         let mut ended = false;
@@ -160,19 +159,21 @@ impl Server {
     /// What poll(2) is to watch now.
     fn sources(&self, now: Instant) -> Vec<(Source, PollFd<'_>)> {
         let streams = &self.workload.streams;
-        let mut sources = vec![(
-            Source::Process,
-            PollFd::from_borrowed_fd(self.workload.process.as_fd(), PollFlags::IN),
-        )];
+        let mut sources = Vec::new();
         let mut watch = |source, fd, events| {
             sources.push((source, PollFd::from_borrowed_fd(fd, events)));
         };
+        let held = self.held_until.is_some();
+        if !held {
+            watch(
+                Source::Process,
+                self.workload.process.as_fd(),
+                PollFlags::IN,
+            );
+        }
         // A client that is behind holds the output up, until it has caught up or is given up.
-        if self
-            .clients
-            .iter()
-            .all(|client| client.patience_ends().is_none())
-        {
+        let behind = |client: &Client| client.patience_ends().is_some();
+        if !held && !self.clients.iter().any(behind) {
             for (index, output) in streams.outputs.iter().enumerate() {
                 watch(Source::Output(index), output.as_fd(), PollFlags::IN);
             }
@@ -201,7 +202,7 @@ impl Server {
             self.sources(now).into_iter().unzip();
         let pause = self.accept_after.filter(|after| *after > now);
         let patience = self.clients.iter().filter_map(Client::patience_ends);
-        let deadline = patience.chain(pause).min();
+        let deadline = patience.chain(pause).chain(self.held_until).min();
         let timeout = deadline.map(|deadline| timespec(deadline.saturating_duration_since(now)));
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) => {}
@@ -340,15 +341,20 @@ impl Server {
                 (Some(response), Role::Answered)
             }
             Ok(Request::Wait {}) => (None, Role::Waits),
-            Ok(Request::Kill { signal }) => (Some(done(self.kill(signal))), Role::Answered),
+            Ok(Request::Kill { signal }) => {
+                (Some(done(self.workload.kill(signal))), Role::Answered)
+            }
             Ok(Request::Resize { rows, cols }) => {
-                (Some(done(self.resize(rows, cols))), Role::Answered)
+                (Some(done(self.workload.resize(rows, cols))), Role::Answered)
             }
             Ok(Request::Attach { stdin }) => match self.may_attach(stdin) {
                 Ok(()) => (Some(Response::Done {}), Role::Attached { input: stdin }),
                 Err(message) => (Some(Response::Error { message }), Role::Answered),
             },
         };
+        if matches!(role, Role::Attached { .. }) {
+            self.held_until = None;
+        }
         let client = &mut self.clients[index];
         client.role = role;
         if let Some(response) = response {
@@ -383,26 +389,13 @@ impl Server {
                 }
             }
             // A terminal or a process that has gone meanwhile is no fault of the client's.
-            Frame::Resize { rows, cols } => drop(self.resize(rows, cols)),
-            Frame::Signal(signal) => drop(self.kill(signal)),
+            Frame::Resize { rows, cols } => drop(self.workload.resize(rows, cols)),
+            Frame::Signal(signal) => drop(self.workload.kill(signal)),
             Frame::Stdin(_) | Frame::Stdout(_) | Frame::Stderr(_) | Frame::Exit { .. } => {
                 return Err(Gone);
             }
         }
         Ok(())
-    }
-
-    fn kill(&self, signal: i32) -> Result<(), String> {
-        let killed = self.workload.process.signal(signal);
-        killed.map_err(|error| format!("cannot send signal {signal}: {error}"))
-    }
-
-    fn resize(&self, rows: u16, cols: u16) -> Result<(), String> {
-        match self.workload.streams.resize(rows, cols) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err("the process has no terminal".to_owned()),
-            Err(error) => Err(format!("cannot resize the terminal: {error}")),
-        }
     }
 
     /// Takes what the workload wrote before it ended.

@@ -6,7 +6,7 @@
 //! | the same with `Accept: application/x-ndjson` | the process's frames, a line each |
 //! | `GET …/exec` with a WebSocket upgrade | the client's first message is the [`ExecRequest`], then frames |
 //! | `POST …/attach` | the workload's frames from now on, a line each |
-//! | `GET …/attach?stdin=true` with a WebSocket upgrade | frames, at once |
+//! | `GET …/attach?stdin=true` with a WebSocket upgrade | frames, as soon as it runs |
 //!
 //! Frames are those of `agent::protocol::Frame`.
 
@@ -89,7 +89,9 @@ pub(super) async fn exec_socket(
         stream::bounded(upgrade).on_upgrade(async move |mut socket| {
             let opened = open(&context, &name, &mut socket).await;
             match opened {
-                Ok(timed) => stream::socket(socket, timed, context.stopping.clone()).await,
+                Ok(timed) => {
+                    stream::socket(socket, Vec::new(), timed, context.stopping.clone()).await;
+                }
                 Err(message) => stream::refuse(&mut socket, &message).await,
             }
         }),
@@ -140,18 +142,31 @@ pub(super) async fn attach(
     ))
 }
 
-/// Joins a running workload's streams, over a WebSocket.
+/// Joins a workload's streams, over a WebSocket: at once if it runs, or else as soon as it does.
 pub(super) async fn attach_socket(
     State(context): State<Context>,
     Path(name): Path<String>,
     Query(query): Query<AttachQuery>,
     upgrade: WebSocketUpgrade,
 ) -> Result<Response, ApiError> {
-    let channel = Channel::Attach { stdin: query.stdin };
-    let session = context.instances.talk(&name, channel).await?;
-    let timed = Timed::new(session, None);
-    Ok(stream::bounded(upgrade)
-        .on_upgrade(move |socket| stream::socket(socket, timed, context.stopping.clone())))
+    context.instances.find(&name)?;
+    Ok(
+        stream::bounded(upgrade).on_upgrade(async move |mut socket| {
+            let mut early = Vec::new();
+            let joining = context.instances.join(&name, query.stdin);
+            let joined =
+                stream::meanwhile(&mut socket, &mut early, &context.stopping, joining).await;
+            match joined {
+                Some(Ok(session)) => {
+                    let timed = Timed::new(session, None);
+                    stream::socket(socket, early, timed, context.stopping.clone()).await;
+                }
+                Some(Err(error)) => stream::refuse(&mut socket, &driver::chain(&error)).await,
+                // The client has gone, or hostd goes.
+                None => {}
+            }
+        }),
+    )
 }
 
 fn check(request: &ExecRequest) -> Result<(), FieldError> {

@@ -9,7 +9,7 @@ use super::Context;
 use super::types::{Host, Problem};
 use crate::driver::Kinds;
 use crate::store::Record;
-use crate::{host, lifecycle, metrics};
+use crate::{doctor, host, lifecycle, metrics};
 
 /// Shows the host: capacity, what is given away, what the kernel offers.
 #[utoipa::path(get, path = "/v1/host", responses(
@@ -28,7 +28,7 @@ pub(super) async fn show(State(context): State<Context>) -> Json<Host> {
             .fold(0, u64::saturating_add),
         cgroup: host::cgroup_layout().to_owned(),
         instances: u64::try_from(records.len()).unwrap_or(u64::MAX),
-        findings: Vec::new(),
+        findings: doctor::findings_for(&context.paths.guest),
     })
 }
 

@@ -8,6 +8,7 @@ mod events;
 mod exec;
 mod extract;
 mod host;
+mod images;
 mod instances;
 mod logs;
 mod openapi;
@@ -30,6 +31,7 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 
 use crate::events::Events;
+use crate::image::ImageStore;
 use crate::instance::Instances;
 use crate::paths::Paths;
 
@@ -46,6 +48,7 @@ const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
 pub struct Context {
     pub instances: Instances,
     pub events: Events,
+    pub images: ImageStore,
     pub paths: Arc<Paths>,
     /// Cancelled when hostd is to go; streams end then.
     pub stopping: CancellationToken,
@@ -58,6 +61,13 @@ pub fn router(context: Context) -> Router {
         .route("/v1/metrics", get(host::metrics))
         .route("/v1/events", get(events::follow))
         .route("/v1/openapi.json", get(openapi::show))
+        .route("/v1/images", get(images::list))
+        .route("/v1/images/pull", post(images::pull))
+        .route("/v1/images/import", post(images::import))
+        .route(
+            "/v1/images/{*reference}",
+            get(images::show).delete(images::remove),
+        )
         .route(
             "/v1/instances",
             get(instances::list).post(instances::create),

@@ -4,7 +4,7 @@ use axum::Json;
 use utoipa::OpenApi;
 use utoipa::openapi;
 
-use super::{events, exec, host, instances, logs, verbs};
+use super::{events, exec, host, images, instances, logs, verbs};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -18,6 +18,11 @@ use super::{events, exec, host, instances, logs, verbs};
         host::show,
         host::metrics,
         events::follow,
+        images::list,
+        images::show,
+        images::pull,
+        images::import,
+        images::remove,
         instances::list,
         instances::create,
         instances::show,

@@ -4,6 +4,7 @@
 //! or `error` frame the server closes. **Lines**: the frames from the process, one a line
 //! (`application/x-ndjson`), up to the `exit` or `error` frame; input cannot be sent.
 
+use std::pin::pin;
 use std::time::Duration;
 
 use agent::protocol::{FRAME_DATA_BYTES_MAX, Frame, LINE_BYTES_MAX};
@@ -13,13 +14,14 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use futures::stream;
+use futures::{SinkExt, StreamExt, stream};
 use nix::libc;
+use tokio::sync::mpsc;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::types::{ExecResult, Exit};
-use crate::driver::Session;
+use crate::driver::{SESSION_FRAMES_MAX, Session};
 
 /// Of each output stream, what a one-call exec keeps.
 pub(super) const OUTPUT_BYTES_MAX: usize = 1024 * 1024;
@@ -126,35 +128,89 @@ pub(super) fn bounded(upgrade: WebSocketUpgrade) -> WebSocketUpgrade {
         .max_frame_size(LINE_BYTES_MAX)
 }
 
-/// Passes frames between the socket and the session until either ends.
-pub(super) async fn socket(mut socket: WebSocket, mut timed: Timed, stopping: CancellationToken) {
+/// Waits for `work`, keeping what the client sends meanwhile in `early`. `None` if the client goes,
+/// sends more than is kept, or hostd goes.
+pub(super) async fn meanwhile<T>(
+    socket: &mut WebSocket,
+    early: &mut Vec<Message>,
+    stopping: &CancellationToken,
+    work: impl Future<Output = T>,
+) -> Option<T> {
+    let mut work = pin!(work);
     loop {
         tokio::select! {
-            frame = timed.next() => {
-                let frame = frame.unwrap_or_else(lost);
-                if socket.send(to_message(&frame)).await.is_err() || is_last(&frame) {
-                    break;
-                }
-            }
+            biased;
+            result = &mut work => return Some(result),
             message = socket.recv() => match message {
-                Some(Ok(Message::Text(text))) => match serde_json::from_str::<Frame>(&text) {
-                    Ok(frame) if is_towards_process(&frame) => {
-                        // A process that has ended reads no more; its exit frame is on its way.
-                        let _ = timed.session.input.send(frame).await;
-                    }
-                    Ok(_) | Err(_) => {
-                        refuse(&mut socket, "a message must be a stdin, resize or signal frame").await;
-                        break;
-                    }
-                },
-                Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-                Some(Ok(Message::Binary(_) | Message::Close(_)) | Err(_)) | None => break,
+                Some(Ok(Message::Close(_)) | Err(_)) | None => return None,
+                Some(Ok(message)) if early.len() < SESSION_FRAMES_MAX => early.push(message),
+                Some(Ok(_)) => return None,
             },
-            () = stopping.cancelled() => break,
+            () = stopping.cancelled() => return None,
         }
     }
-    // The client may have gone already.
-    let _ = socket.send(Message::Close(None)).await;
+}
+
+/// Passes frames between the socket and the session until either ends. `early` are messages that
+/// the client has sent already.
+///
+/// Each direction goes on by itself: a process that waits for its output to be read must not keep
+/// its output from being read because it does not take its input.
+pub(super) async fn socket(
+    socket: WebSocket,
+    early: Vec<Message>,
+    mut timed: Timed,
+    stopping: CancellationToken,
+) {
+    let (mut sink, mut source) = socket.split();
+    let input = timed.session.input.clone();
+    let hearing = async {
+        for message in early {
+            pass_on(&input, message).await?;
+        }
+        while let Some(Ok(message)) = source.next().await {
+            pass_on(&input, message).await?;
+        }
+        Ok(())
+    };
+    let telling = async {
+        loop {
+            let frame = timed.next().await.unwrap_or_else(lost);
+            if sink.send(to_message(&frame)).await.is_err() || is_last(&frame) {
+                return;
+            }
+        }
+    };
+    let heard: Result<(), &str> = tokio::select! {
+        heard = hearing => heard,
+        () = telling => Ok(()),
+        () = stopping.cancelled() => Ok(()),
+    };
+    if let Err(message) = heard {
+        let frame = Frame::Error {
+            code: 125,
+            message: message.to_owned(),
+        };
+        // The client may have gone already; here and below.
+        let _ = sink.send(to_message(&frame)).await;
+    }
+    let _ = sink.send(Message::Close(None)).await;
+}
+
+/// Gives the process what the client sent.
+async fn pass_on(input: &mpsc::Sender<Frame>, message: Message) -> Result<(), &'static str> {
+    match message {
+        Message::Text(text) => match serde_json::from_str::<Frame>(&text) {
+            Ok(frame) if is_towards_process(&frame) => {
+                // A process that has ended reads no more; its exit frame is on its way.
+                let _ = input.send(frame).await;
+                Ok(())
+            }
+            Ok(_) | Err(_) => Err("a message must be a stdin, resize or signal frame"),
+        },
+        Message::Ping(_) | Message::Pong(_) | Message::Close(_) => Ok(()),
+        Message::Binary(_) => Err("a message must be text"),
+    }
 }
 
 /// Tells the client by a last frame why there is no conversation.

@@ -78,6 +78,7 @@ impl Daemon {
         let context = Context {
             instances,
             events,
+            images: ImageStore::open(&dir.path().join("images")).unwrap(),
             paths: Arc::new(Paths {
                 state: dir.path().into(),
                 run: dir.path().join("run"),
@@ -102,12 +103,17 @@ impl Daemon {
         }
     }
 
-    /// hostd is killed and another one started; the host and its instances go on.
-    async fn restart(self) -> Self {
+    /// hostd ends; the host and its instances go on.
+    async fn end(self) -> (Arc<TempDir>, FakeHost) {
+        self.context.stopping.cancel();
+        self.context.instances.close().await;
         self.serving.abort();
-        // Ends the tasks that own the instances, as the end of the process would.
-        drop(self.context);
-        Self::on(self.dir, self.fake).await
+        (self.dir, self.fake)
+    }
+
+    async fn restart(self) -> Self {
+        let (dir, fake) = self.end().await;
+        Self::on(dir, fake).await
     }
 
     async fn ask(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
@@ -665,14 +671,7 @@ async fn a_new_hostd_finds_what_the_old_one_left() {
     }
     daemon.post("/v1/instances/paused/pause").await;
     let (_, before) = daemon.get("/v1/instances/runs").await;
-    let Daemon {
-        dir,
-        fake,
-        context,
-        serving,
-    } = daemon;
-    serving.abort();
-    drop(context);
+    let (dir, fake) = daemon.end().await;
     fake.finish("ends", 5);
     fake.lose("lost");
     let daemon = Daemon::on(dir, fake).await;
@@ -793,4 +792,26 @@ fn the_committed_openapi_document_is_that_of_the_code() {
         document == committed,
         "docs/openapi.json is not up to date; run this test with UPDATE_GOLDEN=1"
     );
+}
+
+#[tokio::test]
+async fn a_client_may_attach_before_the_start() {
+    use futures::{SinkExt, StreamExt};
+    use tokio_tungstenite::tungstenite::Message;
+
+    let daemon = Daemon::new().await;
+    let spec = json!({"name": "a", "image": "busybox", "command": ["serve"], "stdin": true});
+    daemon.ask("POST", "/v1/instances", &spec).await;
+    let stream = UnixStream::connect(daemon.dir.path().join("socket"))
+        .await
+        .unwrap();
+    let url = "ws://host/v1/instances/a/attach?stdin=true";
+    let (mut socket, _) = tokio_tungstenite::client_async(url, stream).await.unwrap();
+    socket
+        .send(Message::text(json!({"stdin": "aGk="}).to_string()))
+        .await
+        .unwrap();
+    daemon.post("/v1/instances/a/start").await;
+    let heard = socket.next().await.unwrap().unwrap().into_text().unwrap();
+    assert_eq!(heard.as_str(), r#"{"stdout":"aGk="}"#);
 }

@@ -221,7 +221,11 @@ fn exited(code: Option<i32>, signal: Option<i32>) -> Ended {
 }
 
 impl Driver for FakeHost {
-    fn start<'a>(&'a self, record: &'a Record) -> BoxFuture<'a, Result<Running, DriverError>> {
+    fn start<'a>(
+        &'a self,
+        record: &'a Record,
+        _await_client: bool,
+    ) -> BoxFuture<'a, Result<Running, DriverError>> {
         future::ready(self.launch(record)).boxed()
     }
 

@@ -3,7 +3,14 @@
 //! Everything that a driver must remember lives in the instance's directories and in what runs, so
 //! any hostd process can pick up where another left off.
 
+mod confined;
+pub mod container;
 pub mod fake;
+mod monitor;
+mod mounts;
+mod session;
+pub mod vm;
+mod workload;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,14 +25,22 @@ use tokio::sync::mpsc;
 
 use crate::api::types::{ExecRequest, Exit, Isolation, Limits, Stats};
 use crate::limits::Rules;
+use crate::network::{AttachRequest, Endpoint};
 use crate::store::Record;
 use crate::validate::FieldError;
+
+pub use self::confined::Engine;
 
 /// Starts, finds again, steers and removes instances of one kind.
 pub trait Driver: Send + Sync + 'static {
     /// Returns once a monitor owns the workload; from then on hostd may die. A failure leaves
-    /// nothing behind but the instance's own state.
-    fn start<'a>(&'a self, record: &'a Record) -> BoxFuture<'a, Result<Running, DriverError>>;
+    /// nothing behind but the instance's own state. With `await_client` a client will attach at
+    /// once, and is to hear the workload's first word.
+    fn start<'a>(
+        &'a self,
+        record: &'a Record,
+        await_client: bool,
+    ) -> BoxFuture<'a, Result<Running, DriverError>>;
 
     /// Looks at what an earlier hostd left behind. Starts nothing.
     ///
@@ -71,6 +86,15 @@ impl fmt::Debug for Kind {
             .field("rules", &self.rules)
             .finish_non_exhaustive()
     }
+}
+
+/// What the network is to know of an instance; `None` if it wants no network.
+pub fn attach_request(record: &Record) -> Option<AttachRequest> {
+    let endpoint = match record.instance.spec.isolation {
+        Isolation::Container => Endpoint::Namespace,
+        Isolation::Vm => Endpoint::Tap,
+    };
+    confined::attach_request(record, endpoint)
 }
 
 /// The kinds there are.

@@ -4,29 +4,32 @@
 //! letter and watch what it publishes. The one lock here guards the map of names and is never held
 //! across an await.
 
+mod handle;
 mod patch;
 mod task;
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::Ipv4Addr;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
-use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::sync::{Mutex, mpsc};
+use tokio::task::JoinSet;
 
-use crate::api::types::{
-    Instance, InstancePatch, InstanceSpec, InstanceState, NetworkMode, PatchResult, Stats,
-};
+use crate::api::types::{Instance, InstanceSpec, InstanceState, NetworkMode, Stats};
 use crate::driver::{Channel, Control, DriverError, Kinds, Session};
 use crate::events::Events;
-use crate::lifecycle::{Refused, Request};
+use crate::lifecycle::Refused;
 use crate::limits::Capacity;
 use crate::store::{self, Record, Store, StoreError};
 use crate::validate::{self, FieldError};
 
+pub use self::handle::Handle;
+
+use self::handle::Audience;
 use self::task::Task;
 
 /// More than a /16 has addresses for would be no use; this many fit in memory easily.
@@ -37,6 +40,9 @@ const MAILBOX_LEN: usize = 64;
 
 /// How long the daemon waits at its start for the instances to be found again before it serves.
 const RECOVER_DEADLINE: Duration = Duration::from_secs(10);
+
+/// When hostd goes, what is under way for an instance gets this long to finish.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What creating an instance takes from the rest of the host.
 pub trait Supplies: Send + Sync + 'static {
@@ -99,6 +105,7 @@ pub(crate) struct Shared {
     pub(crate) kinds: Kinds,
     pub(crate) capacity: Capacity,
     handles: RwLock<BTreeMap<String, Handle>>,
+    tasks: StdMutex<JoinSet<()>>,
 }
 
 impl Shared {
@@ -123,35 +130,6 @@ impl std::fmt::Debug for Instances {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_struct("Instances").finish_non_exhaustive()
     }
-}
-
-/// The way to one instance.
-#[derive(Clone, Debug)]
-pub struct Handle {
-    mailbox: mpsc::Sender<Letter>,
-    published: watch::Receiver<Arc<Record>>,
-}
-
-type Reply<T> = oneshot::Sender<Result<T, InstanceError>>;
-
-#[derive(Debug)]
-pub(crate) enum Letter {
-    Request {
-        request: Request,
-        /// For stop and restart: how long to wait before the kill.
-        patience: Option<Duration>,
-        reply: Reply<Instance>,
-    },
-    Patch {
-        patch: InstancePatch,
-        generation: Option<u64>,
-        dry_run: bool,
-        reply: Reply<PatchResult>,
-    },
-    Remove {
-        force: bool,
-        reply: Reply<()>,
-    },
 }
 
 /// Whether `PUT` made the instance or found it as wanted.
@@ -180,6 +158,7 @@ impl Instances {
             kinds,
             capacity,
             handles: RwLock::default(),
+            tasks: StdMutex::default(),
         });
         let instances = Self {
             shared,
@@ -199,6 +178,32 @@ impl Instances {
             tracing::warn!("some instances are still being found; serving without them");
         }
         Ok(instances)
+    }
+
+    /// Lets go of every instance, whatever it does. Returns once what was under way for them is done,
+    /// so that nothing is cut off in the middle.
+    pub async fn close(&self) {
+        let tasks = {
+            // With its last handle gone a task ends.
+            self.shared
+                .handles
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clear();
+            std::mem::take(
+                &mut *self
+                    .shared
+                    .tasks
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner),
+            )
+        };
+        if tokio::time::timeout(CLOSE_DEADLINE, tasks.join_all())
+            .await
+            .is_err()
+        {
+            tracing::warn!("some instances are busy; what is under way for them is cut off");
+        }
     }
 
     /// What the host has to give.
@@ -316,6 +321,27 @@ impl Instances {
         Ok(driver.open(&record, channel).await.map_err(Arc::new)?)
     }
 
+    /// Joins an instance's streams, now or as soon as it runs. The workload of a start that comes
+    /// after this call is held until the client is there, so that it misses nothing.
+    ///
+    /// # Errors
+    /// There is no such instance, it is removed meanwhile, or its driver fails.
+    pub async fn join(&self, name: &str, stdin: bool) -> Result<Session, InstanceError> {
+        let handle = self.find(name)?;
+        let _seat = handle.audience.join();
+        let mut published = handle.published.clone();
+        let record = match published
+            .wait_for(|record| record.instance.pid.is_some())
+            .await
+        {
+            Ok(record) => Arc::clone(&record),
+            Err(_) => return Err(handle.gone()),
+        };
+        let driver = &self.shared.kinds.of(record.instance.spec.isolation).driver;
+        let channel = Channel::Attach { stdin };
+        Ok(driver.open(&record, channel).await.map_err(Arc::new)?)
+    }
+
     /// Delivers a signal to a running workload, whatever it makes of it.
     ///
     /// # Errors
@@ -364,108 +390,27 @@ impl Instances {
     fn adopt(&self, record: Record, found: Option<mpsc::Sender<()>>) {
         let name = record.instance.name.clone();
         let (mailbox, letters) = mpsc::channel(MAILBOX_LEN);
-        let (task, published) = Task::new(Arc::clone(&self.shared), record, letters);
-        let handle = Handle { mailbox, published };
+        let audience = Audience::default();
+        let shared = Arc::clone(&self.shared);
+        let (task, published) = Task::new(shared, record, letters, audience.clone());
+        let handle = Handle {
+            mailbox,
+            published,
+            audience,
+        };
         self.shared
             .handles
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(name, handle);
-        tokio::spawn(task.run(found));
-    }
-}
-
-impl Handle {
-    /// The instance as it is now.
-    pub fn instance(&self) -> Instance {
-        self.published.borrow().instance.clone()
-    }
-
-    /// The record as it is now.
-    pub fn record(&self) -> Arc<Record> {
-        Arc::clone(&self.published.borrow())
-    }
-
-    /// Asks for a change of state; answered once it has come about.
-    ///
-    /// # Errors
-    /// It is refused, or fails.
-    pub async fn request(
-        &self,
-        request: Request,
-        patience: Option<Duration>,
-    ) -> Result<Instance, InstanceError> {
-        self.send(|reply| Letter::Request {
-            request,
-            patience,
-            reply,
-        })
-        .await
-    }
-
-    /// Changes limits and labels, all or nothing.
-    ///
-    /// # Errors
-    /// The patch is at fault, or the change cannot be made.
-    pub async fn patch(
-        &self,
-        patch: InstancePatch,
-        generation: Option<u64>,
-        dry_run: bool,
-    ) -> Result<PatchResult, InstanceError> {
-        self.send(|reply| Letter::Patch {
-            patch,
-            generation,
-            dry_run,
-            reply,
-        })
-        .await
-    }
-
-    /// Removes the instance and all it has; with `force` also if it runs.
-    ///
-    /// # Errors
-    /// It runs, or removing it fails.
-    pub async fn remove(&self, force: bool) -> Result<(), InstanceError> {
-        match self.send(|reply| Letter::Remove { force, reply }).await {
-            Err(InstanceError::NotFound(_)) => Ok(()),
-            other => other,
-        }
-    }
-
-    /// Waits until the instance is in one of `states`.
-    ///
-    /// # Errors
-    /// It is removed before.
-    pub async fn wait(&self, states: &[InstanceState]) -> Result<Instance, InstanceError> {
-        let mut published = self.published.clone();
-        match published
-            .wait_for(|record| states.contains(&record.instance.state))
-            .await
-        {
-            Ok(record) => Ok(record.instance.clone()),
-            Err(_) => Err(self.gone()),
-        }
-    }
-
-    /// Done once the task that owns the instance has ended: it is removed, or hostd goes.
-    pub async fn closed(&self) {
-        self.mailbox.closed().await;
-    }
-
-    async fn send<T>(&self, letter: impl FnOnce(Reply<T>) -> Letter) -> Result<T, InstanceError> {
-        let (reply, answer) = oneshot::channel();
-        self.mailbox
-            .try_send(letter(reply))
-            .map_err(|error| match error {
-                mpsc::error::TrySendError::Full(_) => InstanceError::Busy,
-                mpsc::error::TrySendError::Closed(_) => self.gone(),
-            })?;
-        answer.await.unwrap_or_else(|_| Err(self.gone()))
-    }
-
-    fn gone(&self) -> InstanceError {
-        InstanceError::NotFound(self.published.borrow().instance.name.clone())
+        let mut tasks = self
+            .shared
+            .tasks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Those of removed instances.
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(task.run(found));
     }
 }
 

@@ -15,7 +15,8 @@ use futures::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{self, Instant};
 
-use super::{InstanceError, Letter, Reply, Shared, patch};
+use super::handle::{Audience, Letter, Reply};
+use super::{InstanceError, Shared, patch};
 use crate::api::types::{
     Instance, InstancePatch, InstanceState, PatchResult, RestartPolicy, StateReason,
 };
@@ -52,6 +53,7 @@ pub(super) struct Task {
     kind: Kind,
     record: Record,
     letters: mpsc::Receiver<Letter>,
+    audience: Audience,
     published: watch::Sender<Arc<Record>>,
     live: Option<Live>,
     after: After,
@@ -86,6 +88,7 @@ impl Task {
         shared: Arc<Shared>,
         record: Record,
         letters: mpsc::Receiver<Letter>,
+        audience: Audience,
     ) -> (Self, watch::Receiver<Arc<Record>>) {
         let (published, watcher) = watch::channel(Arc::new(record.clone()));
         let kind = shared.kinds.of(record.instance.spec.isolation).clone();
@@ -94,6 +97,7 @@ impl Task {
             kind,
             record,
             letters,
+            audience,
             published,
             live: None,
             after: After::Stay,

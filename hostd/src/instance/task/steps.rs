@@ -109,7 +109,10 @@ impl Task {
             return self.answer_starters(Err(error));
         }
         let begun = Instant::now();
-        let started = self.kind.driver.start(&self.record);
+        let started = self
+            .kind
+            .driver
+            .start(&self.record, self.audience.is_there());
         match within(START_DEADLINE, started).await {
             Ok(running) => {
                 self.record.instance.start_us = running.start_us.clone();

@@ -1,0 +1,405 @@
+//! The driver for virtual machines: a container whose one process is a VMM, with an agent in the
+//! guest.
+
+mod control;
+mod disk;
+mod guest;
+mod machine;
+
+use std::fs;
+use std::future;
+use std::path::Path;
+use std::sync::Arc;
+
+use agent::initramfs;
+use agent::protocol::{self, Request as GuestRequest};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use jiff::Timestamp;
+use nix::sys::signal::Signal;
+use vmm::control::{ExitStatus, Request as MachineRequest};
+use vmm::spec::Spec;
+
+use self::machine::Parts;
+use super::confined::{Engine, Launch, Phases, blocking};
+use super::container::from_image;
+use super::workload::{Workload, stop_signal};
+use super::{
+    Channel, Control, Driver, DriverError, Ended, Extent, Recovered, Running, Session, chain,
+    session,
+};
+use crate::api::types::{Effect, InstanceState, Limits, Stats};
+use crate::limits::{self, MIB, Rules};
+use crate::network::{Attachment, Endpoint, format_mac};
+use crate::store::Record;
+
+/// What a VM without `memory.max` has.
+const MEMORY_DEFAULT_BYTES: u64 = 512 * MIB;
+/// What a VM without `disk.size` has; sparse, so that it costs what is used.
+const DISK_DEFAULT_BYTES: u64 = 10 << 30;
+/// What a VMM takes beside its guest's memory: itself, the tables that map the guest, buffers.
+const VMM_OVERHEAD_BYTES: u64 = 64 * MIB;
+/// Of the console, what an error message quotes.
+const CONSOLE_QUOTED_BYTES: usize = 400;
+
+/// What is fixed about virtual machines.
+pub const RULES: Rules = Rules {
+    memory_min_bytes: 64 * MIB,
+    memory_overhead_bytes: VMM_OVERHEAD_BYTES,
+    memory_default_bytes: Some(MEMORY_DEFAULT_BYTES),
+    mounts: false,
+    disk_size: true,
+    effect,
+};
+
+fn effect(pointer: &str, before: &Limits, after: &Limits) -> Result<Effect, &'static str> {
+    match pointer {
+        "/limits/disk/size" => Err("the size of a disk is fixed at creation"),
+        "/limits/memory/max" => Ok(Effect::AtRestart),
+        // The time of the processors that it has can change, their number cannot.
+        "/limits/cpu/cores" if limits::vcpu_count(after) != limits::vcpu_count(before) => {
+            Ok(Effect::AtRestart)
+        }
+        _ => Ok(Effect::Live),
+    }
+}
+
+/// Virtual machines of this host.
+#[derive(Clone, Debug)]
+pub struct VmDriver {
+    engine: Arc<Engine>,
+}
+
+impl VmDriver {
+    pub fn new(engine: Arc<Engine>) -> Self {
+        Self { engine }
+    }
+
+    async fn try_start(&self, record: &Record, await_client: bool) -> Result<Running, DriverError> {
+        let engine = &self.engine;
+        let mut phases = Phases::begin();
+        check_host(engine)?;
+        let spec = &record.instance.spec;
+        let run = engine.prepare_directories(record)?;
+        let image = engine
+            .images
+            .unpacked(&record.instance.image_digest)
+            .map_err(|error| from_image(&error))?;
+        let workload = Workload::new(spec, &image.config)?;
+        let image_disk = engine
+            .images
+            .disk(&record.instance.image_digest)
+            .await
+            .map_err(|error| from_image(&error))?;
+        phases.mark("image");
+
+        let writable = engine
+            .paths
+            .instance_state(&record.instance.name)
+            .join("disk");
+        let size = spec.limits.disk.size.unwrap_or(DISK_DEFAULT_BYTES);
+        let (templates, path) = (engine.paths.disk_templates(), writable.clone());
+        blocking(move || disk::ensure(&templates, &path, size)).await?;
+        phases.mark("disk");
+
+        let uid = machine::uid(record.index);
+        let attachment = engine.attach(record, Endpoint::Tap, Some(uid)).await?;
+        phases.mark("network");
+
+        let segment = run.join("segment.cpio");
+        let config = agent_config(record, &workload, image_disk.fs, attachment.as_ref());
+        write_segment(&segment, &config)?;
+        let parts = Parts {
+            kernel: engine.paths.guest_kernel(),
+            initramfs: engine.paths.guest_initramfs(),
+            segment,
+            image: image_disk.path,
+            writable,
+            net: attachment
+                .and_then(|attachment| Some((attachment.tap?, format_mac(attachment.mac)))),
+            run: run.clone(),
+        };
+        let (machine, descriptors) = machine::machine(parts, &spec.limits);
+        let text = serde_json::to_vec(&machine).expect("paths of ours are UTF-8");
+        fs::write(machine::machine_file(&run), text)
+            .map_err(DriverError::io("writing the machine's description"))?;
+        let resources = self.to_resources(&spec.limits, Some(&machine))?;
+        let cgroup_path = engine.cgroup_path(&record.instance.name);
+        let launch = Launch {
+            spec: machine::config(uid, &cgroup_path, &resources),
+            executable: Some(engine.paths.vmm_program()),
+            descriptors,
+            stdin: spec.stdin,
+            await_client,
+        };
+        engine.launch(record, launch, phases, ready(run)).await
+    }
+
+    fn to_resources(
+        &self,
+        limits: &Limits,
+        running: Option<&Spec>,
+    ) -> Result<oci_spec::runtime::LinuxResources, DriverError> {
+        let limits = machine::cgroup_limits(limits, running);
+        limits::to_oci(&limits, VMM_OVERHEAD_BYTES, None, &self.engine.capacity).map_err(|error| {
+            DriverError::Helper {
+                action: "putting limits into OCI terms".to_owned(),
+                message: error.to_string(),
+            }
+        })
+    }
+
+    async fn steer(&self, record: &Record, control: Control) -> Result<(), DriverError> {
+        let engine = &self.engine;
+        match control {
+            Control::AskToStop => {
+                let image = engine
+                    .images
+                    .unpacked(&record.instance.image_digest)
+                    .map_err(|error| from_image(&error))?;
+                self.signal(record, stop_signal(&image.config)).await
+            }
+            Control::Signal(signal) => self.signal(record, signal).await,
+            Control::Kill => engine.kill(record).await,
+            Control::Pause => engine.freeze(record).await,
+            Control::Resume => engine.thaw(record).await,
+            Control::Apply(limits) => self.apply(record, &limits).await,
+        }
+    }
+
+    async fn signal(&self, record: &Record, signal: Signal) -> Result<(), DriverError> {
+        let request = GuestRequest::Signal {
+            signal: signal as i32,
+        };
+        self.ask_guest(record, &request).await.map(|_| ())
+    }
+
+    async fn ask_guest(
+        &self,
+        record: &Record,
+        request: &GuestRequest,
+    ) -> Result<protocol::Response, DriverError> {
+        let run = self.engine.paths.instance_run(&record.instance.name);
+        guest::ask(&machine::agent_socket(&run), request).await
+    }
+
+    async fn apply(&self, record: &Record, limits: &Limits) -> Result<(), DriverError> {
+        let run = self.engine.paths.instance_run(&record.instance.name);
+        let text = fs::read(machine::machine_file(&run))
+            .map_err(DriverError::io("reading the machine's description"))?;
+        let running: Spec = serde_json::from_slice(&text)
+            .map_err(|error| DriverError::io("reading the machine's description")(error.into()))?;
+        let resources = self.to_resources(limits, Some(&running))?;
+        self.engine.apply(record, resources).await?;
+        let request = MachineRequest::SetDiskLimits {
+            disk: machine::WRITABLE_DISK,
+            limits: machine::disk_limits(&limits.disk),
+        };
+        control::ask(&machine::control_socket(&run), &request).await?;
+        let request = GuestRequest::SetPidsMax {
+            max: limits.pids.max,
+        };
+        self.ask_guest(record, &request).await.map(|_| ())
+    }
+
+    /// The host sees the whole VMM; how many processes the workload has, only the guest knows.
+    async fn count(&self, record: &Record) -> Result<Stats, DriverError> {
+        let mut stats = self.engine.stats(record).await?;
+        stats.pids_limit = record.instance.spec.limits.pids.max.map(u64::from);
+        // A paused guest cannot answer.
+        let answers = record.instance.state == InstanceState::Running;
+        if answers
+            && let Ok(protocol::Response::Stats { pids, .. }) =
+                self.ask_guest(record, &GuestRequest::Stats {}).await
+        {
+            stats.pids = pids;
+        }
+        Ok(stats)
+    }
+}
+
+impl Driver for VmDriver {
+    fn start<'a>(
+        &'a self,
+        record: &'a Record,
+        await_client: bool,
+    ) -> BoxFuture<'a, Result<Running, DriverError>> {
+        async move {
+            let started = self.try_start(record, await_client).await;
+            if started.is_err()
+                && let Err(error) = self.engine.destroy(record, Extent::Run).await
+            {
+                // The first error is the one that explains.
+                tracing::warn!(
+                    error = chain(&error),
+                    "a failed start left something behind"
+                );
+            }
+            started.map(|running| with_exit_status(running, &self.engine, record))
+        }
+        .boxed()
+    }
+
+    fn recover<'a>(&'a self, record: &'a Record) -> BoxFuture<'a, Result<Recovered, DriverError>> {
+        async move {
+            let run = self.engine.paths.instance_run(&record.instance.name);
+            Ok(match self.engine.recover(record, ready(run)).await? {
+                Recovered::Live(running) => {
+                    Recovered::Live(with_exit_status(running, &self.engine, record))
+                }
+                ended @ Recovered::Ended(_) => ended,
+            })
+        }
+        .boxed()
+    }
+
+    fn control<'a>(
+        &'a self,
+        record: &'a Record,
+        control: Control,
+    ) -> BoxFuture<'a, Result<(), DriverError>> {
+        self.steer(record, control).boxed()
+    }
+
+    fn open<'a>(
+        &'a self,
+        record: &'a Record,
+        channel: Channel,
+    ) -> BoxFuture<'a, Result<Session, DriverError>> {
+        async move {
+            match channel {
+                Channel::Exec(request) => {
+                    let run = self.engine.paths.instance_run(&record.instance.name);
+                    let socket = machine::agent_socket(&run);
+                    Ok(session::over_lines(guest::exec(&socket, *request).await?))
+                }
+                Channel::Attach { stdin } => self.engine.attach_streams(record, stdin).await,
+            }
+        }
+        .boxed()
+    }
+
+    fn stats<'a>(&'a self, record: &'a Record) -> BoxFuture<'a, Result<Stats, DriverError>> {
+        self.count(record).boxed()
+    }
+
+    fn destroy<'a>(
+        &'a self,
+        record: &'a Record,
+        extent: Extent,
+    ) -> BoxFuture<'a, Result<(), DriverError>> {
+        self.engine.destroy(record, extent).boxed()
+    }
+}
+
+/// A host without KVM, or without a guest kernel, is told of before anything is made.
+fn check_host(engine: &Engine) -> Result<(), DriverError> {
+    if !Path::new("/dev/kvm").exists() {
+        return Err(DriverError::Unavailable {
+            message: "there is no /dev/kvm".to_owned(),
+            hint: "load kvm_intel or kvm_amd, and see `hostctl doctor`",
+        });
+    }
+    for file in [engine.paths.guest_kernel(), engine.paths.guest_initramfs()] {
+        if !file.exists() {
+            return Err(DriverError::Unavailable {
+                message: format!("there is no {}", file.display()),
+                hint: "install the guest's kernel and initramfs, or name their place with --guest-dir",
+            });
+        }
+    }
+    Ok(())
+}
+
+fn agent_config(
+    record: &Record,
+    workload: &Workload,
+    image_fs: &str,
+    attachment: Option<&Attachment>,
+) -> protocol::Config {
+    let spec = &record.instance.spec;
+    let hostname = spec
+        .hostname
+        .clone()
+        .unwrap_or_else(|| record.instance.name.clone());
+    protocol::Config {
+        process: protocol::Process {
+            args: workload.args.clone(),
+            env: workload.environment(),
+            user: workload.user.clone(),
+            working_dir: Some(workload.working_dir.clone()),
+            tty: spec.tty,
+            stdin: spec.stdin,
+        },
+        image_serial: machine::IMAGE_SERIAL.to_owned(),
+        image_fs: image_fs.to_owned(),
+        writable_serial: machine::WRITABLE_SERIAL.to_owned(),
+        network: attachment.map(|attachment| protocol::Network {
+            mac: format_mac(attachment.mac),
+            address: attachment.address,
+            prefix_len: attachment.prefix_len,
+            gateway: attachment.gateway,
+            dns: attachment.dns.clone(),
+            hosts: vec![(attachment.address.into(), hostname.clone())],
+        }),
+        hostname,
+        pids_max: spec.limits.pids.max,
+        clock_ns: i64::try_from(Timestamp::now().as_nanosecond()).ok(),
+    }
+}
+
+fn write_segment(path: &Path, config: &protocol::Config) -> Result<(), DriverError> {
+    let written = initramfs::write_config_segment(config, Vec::new());
+    let bytes = written.map_err(|error| DriverError::Helper {
+        action: "writing the agent's configuration".to_owned(),
+        message: chain(&error),
+    })?;
+    fs::write(path, bytes).map_err(DriverError::io("writing the agent's configuration"))
+}
+
+/// Done once the guest says that its workload runs; an error quotes the console.
+fn ready(run: std::path::PathBuf) -> BoxFuture<'static, Result<(), DriverError>> {
+    async move {
+        match control::wait_ready(&machine::control_socket(&run)).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(explain(&run, &error)),
+        }
+    }
+    .boxed()
+}
+
+/// Why a guest did not come up: what its VMM says, or else its console.
+fn explain(run: &Path, error: &DriverError) -> DriverError {
+    let status = exit_status(run).and_then(|status| status.error);
+    let console = fs::read(machine::console_file(run)).unwrap_or_default();
+    let quoted = &console[console.len().saturating_sub(CONSOLE_QUOTED_BYTES)..];
+    let quoted = String::from_utf8_lossy(quoted);
+    let message = match status {
+        Some(status) => status,
+        None if quoted.trim().is_empty() => chain(error),
+        None => format!("{}; its console ends: {}", chain(error), quoted.trim()),
+    };
+    DriverError::Workload { message }
+}
+
+fn exit_status(run: &Path) -> Option<ExitStatus> {
+    serde_json::from_slice(&fs::read(machine::exit_file(run)).ok()?).ok()
+}
+
+/// A guest's workload that was killed for want of memory is told of by the VMM, not by the cgroup.
+fn with_exit_status(running: Running, engine: &Engine, record: &Record) -> Running {
+    let run = engine.paths.instance_run(&record.instance.name);
+    let ended = running.ended.then(move |ended| {
+        future::ready(match ended {
+            Ended::Exited { mut exit, at } => {
+                exit.oom |= exit_status(&run).is_some_and(|status| status.oom);
+                Ended::Exited { exit, at }
+            }
+            Ended::Lost => Ended::Lost,
+        })
+    });
+    Running {
+        ended: ended.boxed(),
+        ..running
+    }
+}
