@@ -23,6 +23,8 @@ mod architecture;
 mod install;
 mod profile;
 mod program;
+#[cfg(test)]
+mod property_tests;
 mod rules;
 mod table;
 #[cfg(test)]

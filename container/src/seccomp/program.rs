@@ -246,7 +246,7 @@ fn steps(condition: &Condition, architecture: Architecture) -> Vec<Step> {
         u64::MAX
     };
     let (mask_high, mask_low) = halves(mask);
-    let (high, low) = halves(condition.value & mask);
+    let (high, low) = halves(condition.value);
     // How the upper half decides if it is greater, and if it is less.
     let (greater, less) = match condition.operator {
         Operator::Equal | Operator::Masked(_) => (fails, fails),

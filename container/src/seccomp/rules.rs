@@ -58,7 +58,7 @@ pub(super) enum Operator {
     LessOrEqual,
     Greater,
     GreaterOrEqual,
-    /// Equal in the bits of the mask.
+    /// Equal when only the bits of the mask are left of the argument.
     Masked(u64),
 }
 

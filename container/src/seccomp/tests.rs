@@ -157,7 +157,7 @@ fn every_comparison_agrees_with_arithmetic_on_all_edges() {
         Op::ScmpCmpEq => argument == value,
         Op::ScmpCmpGe => argument >= value,
         Op::ScmpCmpGt => argument > value,
-        Op::ScmpCmpMaskedEq => argument & value == two & value,
+        Op::ScmpCmpMaskedEq => argument & value == two,
     };
     for op in [
         Op::ScmpCmpNe,
