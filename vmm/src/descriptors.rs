@@ -1,4 +1,5 @@
-//! Files by name or by inherited descriptor: `fd:N` wherever a path may stand.
+//! Files by name or by inherited descriptor: `fd:N` wherever a path may stand. The standard streams,
+//! which this program goes on to use, are duplicated; the others are taken over.
 //!
 //! UNSAFETY: a descriptor's number is all that is inherited, and only the one who started this
 //! process knows what it is for. Each number is taken once.
@@ -10,7 +11,7 @@
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -18,9 +19,9 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 /// Why a file is not there.
 #[derive(Debug, thiserror::Error)]
 pub enum DescriptorError {
-    #[error("{0:?} is not a descriptor: `fd:` is followed by a number from 3 up")]
+    #[error("{0:?} is not a descriptor: `fd:` is followed by a number")]
     Syntax(String),
-    #[error("descriptor {0} stands twice; each can be used once")]
+    #[error("descriptor {0} stands twice; each but the standard streams can be used once")]
     Twice(RawFd),
     #[error("descriptor {number} was not inherited")]
     Closed { number: RawFd, source: io::Error },
@@ -52,20 +53,26 @@ impl Inherited {
             return Ok(None);
         };
         let number = match number.parse() {
-            Ok(number) if number > 2 => number,
+            Ok(number) if number >= 0 => number,
             _ => return Err(DescriptorError::Syntax(format!("fd:{number}"))),
         };
+        let closed = |source| DescriptorError::Closed { number, source };
+        let standard = match number {
+            0 => Some(io::stdin().as_fd().try_clone_to_owned()),
+            1 => Some(io::stdout().as_fd().try_clone_to_owned()),
+            2 => Some(io::stderr().as_fd().try_clone_to_owned()),
+            _ => None,
+        };
+        if let Some(duplicate) = standard {
+            return duplicate.map(Some).map_err(closed);
+        }
         if !self.taken.insert(number) {
             return Err(DescriptorError::Twice(number));
         }
         // SAFETY: used for one call that fails if there is no such descriptor.
         let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
-        fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|errno| {
-            DescriptorError::Closed {
-                number,
-                source: errno.into(),
-            }
-        })?;
+        fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
+            .map_err(|errno| closed(errno.into()))?;
         // SAFETY: it is open, and it is ours alone: whoever started this process named it in the
         // specification, and `taken` lets nobody have it twice. Plans are made before this process
         // opens anything whose number could be mistaken for an inherited one.
@@ -75,7 +82,7 @@ impl Inherited {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::IntoRawFd;
+    use std::os::fd::{AsRawFd, IntoRawFd};
 
     use super::*;
 
@@ -91,8 +98,18 @@ mod tests {
     }
 
     #[test]
+    fn the_standard_streams_stay() {
+        let mut inherited = Inherited::default();
+        for path in ["fd:0", "fd:1", "fd:2", "fd:1"] {
+            let duplicate = inherited.descriptor(path.as_ref()).unwrap().unwrap();
+            assert!(duplicate.as_raw_fd() > 2);
+        }
+        io::stdout().as_fd().try_clone_to_owned().unwrap();
+    }
+
+    #[test]
     fn what_is_no_descriptor_is_refused_and_a_path_is_a_path() {
-        for path in ["fd:", "fd:x", "fd:-1", "fd:0", "fd:2", "fd:99999999999"] {
+        for path in ["fd:", "fd:x", "fd:-1", "fd:99999999999"] {
             let result = Inherited::default().descriptor(path.as_ref());
             assert!(matches!(result, Err(DescriptorError::Syntax(_))), "{path}");
         }

@@ -359,3 +359,23 @@ fn a_client_that_does_not_read_is_not_read_from() {
         assert!(matches!(answer, Some(Response::State { .. })), "{answer:?}");
     }
 }
+
+#[test]
+fn a_guests_streams_may_be_the_machines_own() {
+    let mut machine = Machine::new(guest().exit(4));
+    let stream =
+        |port, path, direction| json!({"port": port, "path": path, "direction": direction});
+    machine.spec["vsock"] = json!({
+        "cid": 3,
+        "path": machine.path("vsock"),
+        "streams": [
+            stream(1000, "fd:0", "to_guest"),
+            stream(1001, "fd:1", "from_guest"),
+            stream(1002, "fd:2", "from_guest"),
+        ],
+    });
+    let vsock = machine.path("vsock");
+    let ended = machine.run();
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(4), ""));
+    assert!(!vsock.exists());
+}
