@@ -6,6 +6,7 @@
 //! close and ends; what is left is a directory without a live process, which `delete` and the next
 //! `create` of the same id remove.
 
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -166,8 +167,7 @@ pub fn create_started(options: CreateOptions) -> Result<Created, CreateError> {
             state: String::new(),
         }),
     )
-    .and_then(|()| Ok(await_start(&root, &id, &channel)?))
-    .and_then(|()| Ok(run_poststart(&root, &id)?));
+    .and_then(|()| Ok(await_start(&root, &id, &channel)?));
     if let Err(error) = started {
         // What is reported is the first error; the second could only be that something is left.
         let _ = delete(&DeleteOptions {
@@ -186,7 +186,9 @@ fn await_start(root: &Path, id: &str, channel: &Channel) -> Result<(), StartErro
     let record = home.record()?;
     await_exec(channel, |listener| {
         hand_over_listener(&home, &record, &listener)
-    })
+    })?;
+    home.mark_started()?;
+    run_poststart(&home, &record)
 }
 
 /// Who tells the first process to execute its program.
@@ -214,13 +216,7 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
     let mut making = Making::claim(&options, bundle, &config, &plan)?;
     let cgroup = making.make_cgroup(&plan)?;
     let entry = cgroup.entry()?;
-    let listener = match starter {
-        Starter::Later => {
-            let path = making.home().socket_path(INIT_SOCKET);
-            Some(step("listen for `start`", handshake::listen(&path))?)
-        }
-        Starter::Creator => None,
-    };
+    let listener = making.listen(starter)?;
     let cgroups = cgroup_trees(&cgroup, &plan)?;
     let (ours, theirs) = step("make a socket pair", Channel::pair())?;
     // Before the fork: the child may be in a pid namespace with others at once.
@@ -299,13 +295,9 @@ impl Making {
             pid: 0,
             start_time: 0,
             cgroup: plan.cgroup.clone(),
-            annotations: config
-                .spec
-                .annotations()
-                .iter()
-                .flatten()
-                .map(cloned)
-                .collect(),
+            annotations: map_or_empty(config.spec.annotations()),
+            poststart: plan.hooks.poststart().clone().unwrap_or_default(),
+            poststop: plan.hooks.poststop().clone().unwrap_or_default(),
         };
         let home = Home::claim(&options.root, &options.id)?;
         let making = Self {
@@ -329,6 +321,20 @@ impl Making {
         let cgroup = Cgroup::create(&plan.cgroup, plan.resources.as_ref())?;
         self.cgroup = Some(cgroup.clone());
         Ok(cgroup)
+    }
+
+    /// Where the process will wait for `start`, if it shall; and the mark that it is not started.
+    fn listen(&self, starter: Starter) -> Result<Option<OwnedFd>, CreateError> {
+        match starter {
+            Starter::Later => {
+                let listener = handshake::listen(&self.home().socket_path(INIT_SOCKET));
+                step("listen for `start`", listener).map(Some)
+            }
+            Starter::Creator => {
+                self.home().mark_unstarted()?;
+                Ok(None)
+            }
+        }
     }
 
     fn record_process(&mut self, process: Process) -> Result<(), CreateError> {
@@ -452,8 +458,11 @@ impl Drop for Making {
     }
 }
 
-fn cloned((key, value): (&String, &String)) -> (String, String) {
-    (key.clone(), value.clone())
+fn map_or_empty(map: &Option<HashMap<String, String>>) -> BTreeMap<String, String> {
+    let entries = map.iter().flatten();
+    entries
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect()
 }
 
 /// The kernel counts a process's threads as directories of /proc/self/task.

@@ -102,7 +102,9 @@ fn make_one(
                     opened.as_fd()
                 }
             };
-            attach(tree, &mount.options, mount, &destination)
+            check_destination(mount, &destination)?;
+            change(tree, &mount.options, *recursive)?;
+            attach_at(tree, destination, Path::new(""))
         }
         MountKind::FileSystem { name, source } => {
             let existing = root.find(&mount.destination).ok();
@@ -111,33 +113,37 @@ fn make_one(
             if name == "tmpfs" && mount.options.copy_up {
                 copy_contents(destination.as_fd(), tree.as_fd())?;
             }
-            attach(tree.as_fd(), &mount.options, mount, &destination)
+            check_destination(mount, &destination)?;
+            if let Some((propagation, recursive)) = mount.options.propagation {
+                set_propagation(tree.as_fd(), propagation, recursive)?;
+            }
+            attach_at(tree.as_fd(), destination, Path::new(""))
         }
         MountKind::Cgroup => make_cgroup(mount, root, cgroups),
         MountKind::Remount => {
             let target = root.find(&mount.destination)?;
-            apply(target.as_fd(), &mount.options)
+            set_all(target.as_fd(), mount.options.attributes, &mount.options)
         }
     }
 }
 
-fn attach(
-    tree: BorrowedFd<'_>,
-    options: &Options,
-    mount: &MountPlan,
-    destination: &OwnedFd,
-) -> io::Result<()> {
-    check_destination(mount, destination)?;
+/// Gives a copied tree its attributes, in as few calls as can be. `below` says whether it may have
+/// mounts below its root.
+fn change(tree: BorrowedFd<'_>, options: &Options, below: bool) -> io::Result<()> {
+    let mut own = options.attributes;
     // Unless it is asked for, nothing that is mounted here spreads to the host.
     let (propagation, recursive) = options.propagation.unwrap_or((MS_SLAVE, true));
-    set_propagation(tree, propagation, recursive)?;
-    apply(tree, options)?;
-    attach_at(tree, destination, Path::new(""))
+    if recursive && below {
+        set_propagation(tree, propagation, true)?;
+    } else {
+        own.propagation = propagation;
+    }
+    set_all(tree, own, options)
 }
 
-fn apply(tree: BorrowedFd<'_>, options: &Options) -> io::Result<()> {
-    if !options.attributes.is_empty() {
-        mount_setattr(tree, options.attributes, false, None)?;
+fn set_all(tree: BorrowedFd<'_>, own: MountAttributes, options: &Options) -> io::Result<()> {
+    if !own.is_empty() {
+        mount_setattr(tree, own, false, None)?;
     }
     if !options.recursive.is_empty() {
         mount_setattr(tree, options.recursive, true, None)?;
@@ -160,7 +166,7 @@ fn check_destination(mount: &MountPlan, destination: &OwnedFd) -> io::Result<()>
     Ok(())
 }
 
-/// A new file system, detached.
+/// A new file system, detached, with its attributes; nothing spreads from it or to it.
 fn new_file_system(
     name: &str,
     source: &str,
@@ -186,7 +192,9 @@ fn new_file_system(
             fsconfig_set_string(&context, "mode", format!("{mode:o}"))?;
         }
         fsconfig_create(&context)?;
-        let attributes = MountAttrFlags::empty();
+        let attributes = options.attributes.set | options.recursive.set;
+        let attributes = u32::try_from(attributes).map_err(io::Error::other)?;
+        let attributes = MountAttrFlags::from_bits_retain(attributes);
         Ok(fsmount(
             &context,
             FsMountFlags::FSMOUNT_CLOEXEC,
@@ -216,25 +224,33 @@ fn make_cgroup(mount: &MountPlan, root: &Root, cgroups: &CgroupTrees) -> io::Res
     if let [(name, tree)] = cgroups.as_slice()
         && name.is_empty()
     {
-        return attach(tree.as_fd(), &mount.options, mount, &destination);
+        check_destination(mount, &destination)?;
+        change(tree.as_fd(), &mount.options, false)?;
+        return attach_at(tree.as_fd(), destination, Path::new(""));
     }
     // One tree per hierarchy, as Linux distributions lay them out.
-    let mut tmpfs = Options {
+    let tmpfs = Options {
         data: vec![("mode".into(), Some("755".into()))],
         ..Options::default()
     };
     let hierarchies = new_file_system("tmpfs", "tmpfs", &tmpfs, None, &mut String::new())?;
-    attach(hierarchies.as_fd(), &tmpfs, mount, &destination)?;
+    check_destination(mount, &destination)?;
+    attach_at(hierarchies.as_fd(), destination, Path::new(""))?;
+    let inside = Root::new(hierarchies.try_clone()?);
     for (name, tree) in cgroups {
         mkdirat(&hierarchies, name, Mode::from_raw_mode(0o755))?;
-        let directory = Root::new(hierarchies.try_clone()?).find(Path::new(name))?;
-        attach(tree.as_fd(), &mount.options, mount, &directory)?;
+        let directory = inside.find(Path::new(name))?;
+        change(tree.as_fd(), &mount.options, false)?;
+        attach_at(tree.as_fd(), directory, Path::new(""))?;
         for part in name.split(',').filter(|part| *part != name) {
             symlinkat(name, &hierarchies, part)?;
         }
     }
-    tmpfs.attributes = mount.options.attributes;
-    apply(hierarchies.as_fd(), &tmpfs)
+    set_all(
+        hierarchies.as_fd(),
+        mount.options.attributes,
+        &mount.options,
+    )
 }
 
 /// Sets attributes of one mount, for the modules that protect paths.

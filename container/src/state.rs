@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `state.json` | the record; pid 0 until there is a process |
 //! | `config.json` | the configuration, byte for byte |
-//! | `init.sock` | the process is being set up |
+//! | `init.sock` | the process is being set up, or its creator is about to start it |
 //! | `start.sock` | the process is set up and waits on this socket for `start` |
 //!
 //! The directory's lock (`flock`) is held while the container is made or deleted; the kernel drops it
@@ -22,6 +22,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
+use oci_spec::runtime::Hook;
 use rustix::fs::{self, AtFlags, CWD, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -59,6 +60,11 @@ pub struct Record {
     pub cgroup: String,
     #[serde(default)]
     pub annotations: BTreeMap<String, String>,
+    /// Hooks that run long after the creation: here, so that the configuration need not be read again.
+    #[serde(default)]
+    pub poststart: Vec<Hook>,
+    #[serde(default)]
+    pub poststop: Vec<Hook>,
 }
 
 /// What a container is doing.
@@ -268,11 +274,24 @@ impl Home {
             .map_err(|error| self.failed("rename the socket of", error.into()))
     }
 
-    pub(crate) fn remove_start_socket(&self) -> Result<(), StateError> {
-        match fs::unlinkat(&self.directory, START_SOCKET, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(error) => Err(self.failed("remove the socket of", error.into())),
+    /// Leaves the mark of a process that is being set up, where it has no socket: its creator will start
+    /// it.
+    pub(crate) fn mark_unstarted(&self) -> Result<(), StateError> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
+        fs::openat(&self.directory, INIT_SOCKET, flags, Mode::RUSR)
+            .map(drop)
+            .map_err(|error| self.failed("write to", error.into()))
+    }
+
+    /// Takes the marks away: the program runs.
+    pub(crate) fn mark_started(&self) -> Result<(), StateError> {
+        for name in [INIT_SOCKET, START_SOCKET] {
+            match fs::unlinkat(&self.directory, name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(error) => return Err(self.failed("remove a mark of", error.into())),
+            }
         }
+        Ok(())
     }
 
     /// Removes the directory. Removing it twice is removing it once.

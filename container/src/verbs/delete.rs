@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::hooks;
-use crate::spec::Config;
 use crate::state::{Home, StateError, Status};
 use crate::verbs::state::oci_state;
 
@@ -95,22 +94,13 @@ pub fn delete(options: &DeleteOptions) -> Result<Vec<String>, DeleteError> {
         }
     }
     cgroup.remove()?;
-    let config = Config::load_file(&home.config_path());
     home.remove()?;
 
     let mut warnings = Vec::new();
-    if let Ok(config) = config
-        && let Some(list) = config
-            .spec
-            .hooks()
-            .as_ref()
-            .and_then(|hooks| hooks.poststop().as_deref())
-    {
-        let state = oci_state(&record, Status::Stopped, 0);
-        for hook in list {
-            if let Err(error) = hooks::run(std::slice::from_ref(hook), "poststop", &state) {
-                warnings.push(crate::error::chain(&error));
-            }
+    let state = oci_state(&record, Status::Stopped, 0);
+    for hook in &record.poststop {
+        if let Err(error) = hooks::run(std::slice::from_ref(hook), "poststop", &state) {
+            warnings.push(crate::error::chain(&error));
         }
     }
     Ok(warnings)

@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::handshake::{self, Channel, Message};
 use crate::hooks::{self, HookError};
 use crate::notify;
-use crate::spec::{Config, SpecError};
+use crate::spec::Config;
 use crate::state::{Home, Record, START_SOCKET, StateError, Status};
 use crate::verbs::state::oci_state;
 
@@ -27,8 +27,6 @@ pub enum StartError {
     Died,
     #[error(transparent)]
     Hook(#[from] HookError),
-    #[error(transparent)]
-    Spec(#[from] SpecError),
     #[error("cannot {step}")]
     Step {
         step: &'static str,
@@ -78,8 +76,8 @@ pub fn start(root: &Path, id: &str) -> Result<(), StartError> {
         Err(StartError::Died) => return Err(raced()),
         Err(error) => return Err(error),
     }
-    home.remove_start_socket()?;
-    run_poststart(root, id)
+    home.mark_started()?;
+    run_poststart(&home, &record)
 }
 
 /// Waits until a process has executed its program. `agent` takes the listener of its seccomp filter, if
@@ -125,21 +123,13 @@ pub(crate) fn hand_over_listener(
 }
 
 /// Runs the poststart hooks. If one fails the container is stopped, as the specification asks.
-pub(crate) fn run_poststart(root: &Path, id: &str) -> Result<(), StartError> {
-    let home = Home::open(root, id)?;
-    let record = home.record()?;
-    let config = Config::load_file(&home.config_path())?;
-    let Some(hooks) = config
-        .spec
-        .hooks()
-        .as_ref()
-        .and_then(|hooks| hooks.poststart().as_deref())
-    else {
+pub(crate) fn run_poststart(home: &Home, record: &Record) -> Result<(), StartError> {
+    if record.poststart.is_empty() {
         return Ok(());
-    };
-    let state = oci_state(&record, Status::Running, record.pid);
-    if let Err(error) = hooks::run(hooks, "poststart", &state) {
-        if let (_, Some(process)) = home.observe(&record)? {
+    }
+    let state = oci_state(record, Status::Running, record.pid);
+    if let Err(error) = hooks::run(&record.poststart, "poststart", &state) {
+        if let (_, Some(process)) = home.observe(record)? {
             // It may have ended already.
             let _ = process.signal(libc::SIGKILL);
         }
