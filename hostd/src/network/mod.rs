@@ -24,12 +24,14 @@
 //!
 //! **What the kernel must offer**, as modules or built in: `bridge` (with `stp`, `llc`), `veth`, `tun`,
 //! `nf_tables`, `nf_conntrack`, `nf_nat`, `nft_chain_nat`, `nft_nat`, `nft_masq`, `nft_ct`, `nft_fib`,
-//! `nft_fib_ipv4`, and for limits `ifb`, `sch_tbf`, `sch_ingress`, `cls_u32`, `act_mirred`. IPv6 may be off.
+//! `nft_fib_ipv4`, and for limits `ifb`, `sch_tbf`, `sch_ingress`, `cls_u32`, `act_mirred`. With
+//! `nf_conntrack_netlink`, flows to an instance that has gone are forgotten at once. IPv6 may be off.
 //! The program `nft` 1.0 or later must be there.
 
 mod config;
 mod error;
 mod firewall;
+mod flows;
 mod links;
 mod names;
 mod netns;

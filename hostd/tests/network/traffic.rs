@@ -158,6 +158,27 @@ fn a_published_udp_port_answers() {
 }
 
 #[test]
+fn a_udp_client_that_never_pauses_finds_who_has_the_port_now() {
+    on_a_host(|world| async move {
+        let network = world.network().await;
+        // One socket throughout: to connection tracking it is one flow.
+        let client = world.outside.run(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+        client.send_to(b"?", (HOST, 5353)).unwrap();
+        for (name, last) in [("old", 2), ("new", 3)] {
+            let mut request = request(name, last);
+            request.ports = vec![port(5353, 53, Protocol::Udp)];
+            let instance = attach(&network, &request).await;
+            let server = instance
+                .inside
+                .run(|| UdpSocket::bind("0.0.0.0:53").unwrap());
+            client.send_to(b"?", (HOST, 5353)).unwrap();
+            assert!(next_sender(&server, PATIENCE).is_some(), "{name}");
+            network.detach(name).await.unwrap();
+        }
+    });
+}
+
+#[test]
 fn the_hosts_loopback_services_are_out_of_an_instances_reach() {
     on_a_host(|world| async move {
         let network = world.network().await;

@@ -4,13 +4,13 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use crate::api::types::Instance;
+use crate::api::types::{Instance, InstanceState};
 use crate::cli::client::{instance, with_query};
 use crate::cli::error::CliError;
 use crate::cli::session::{Ending, Input, Signals, converse, status};
 use crate::cli::{Context, output};
 
-/// Join the streams of a workload; ctrl-p ctrl-q leaves it again
+/// Join the streams of a workload, or wait for its start to; ctrl-p ctrl-q leaves it again
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  hostctl attach web\n  hostctl attach --no-stdin web")]
 pub(in crate::cli) struct Arguments {
@@ -27,6 +27,12 @@ pub(in crate::cli) async fn run(
 ) -> Result<ExitCode, CliError> {
     let name = arguments.name.as_str();
     let found: Instance = context.client.get(&instance(name)).await?;
+    if matches!(found.state, InstanceState::Stopped | InstanceState::Failed) {
+        return Err(CliError::Usage {
+            message: format!("`{name}` does not run"),
+            hint: "Start it with `hostctl start`, or read what it wrote with `hostctl logs`.",
+        });
+    }
     let stdin = found.spec.stdin && !arguments.no_stdin;
     let signals = Signals::listen(found.spec.tty)?;
     let socket = context.client.converse(&attach_path(name, stdin)).await?;
