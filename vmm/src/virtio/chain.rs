@@ -273,9 +273,9 @@ impl<'a> IoList<'a> {
         self.bytes
     }
 
-    /// Whether one more chain could make the list longer than the kernel takes.
-    pub(crate) fn is_crowded(&self) -> bool {
-        self.entries.len() + PIECES_MAX >= IOVECS_MAX
+    /// Whether `chain` and one range more fit what the kernel takes.
+    pub(crate) fn has_room_for(&self, chain: &Chain) -> bool {
+        self.entries.len() + chain.pieces.len() < IOVECS_MAX
     }
 
     /// The ranges as the kernel takes them.

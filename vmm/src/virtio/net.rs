@@ -290,8 +290,11 @@ impl Receiving {
     fn read(&mut self, tap: &Tap) -> io::Result<(usize, usize)> {
         let mut list = IoList::new();
         for chain in &self.buffers {
+            if !list.has_room_for(chain) {
+                break;
+            }
             list.push_writable(chain, 0, FRAME_BYTES_MAX);
-            if !self.mergeable || list.bytes() >= self.room_wanted || list.is_crowded() {
+            if !self.mergeable || list.bytes() >= self.room_wanted {
                 break;
             }
         }
