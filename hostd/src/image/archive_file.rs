@@ -11,9 +11,10 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
+use tokio_util::sync::CancellationToken;
 
 use super::error::ImageError;
-use super::layout::{Digest, INDEX_BYTES_MAX, NAME_ANNOTATION, read_bounded};
+use super::layout::{Digest, INDEX_BYTES_MAX, NAME_ANNOTATION, open_regular, read_bounded};
 use super::manifest::{LAYERS_MAX, MANIFEST_MEDIA_TYPES};
 use super::unpack::{Archive, Kind, decompress};
 
@@ -54,9 +55,9 @@ struct Member {
 }
 
 /// Unpacks the archive at `path` into the empty directory `root`, as an image layout.
-pub(super) fn unpack(path: &Path, root: &Path) -> Result<(), ImageError> {
+pub(super) fn unpack(path: &Path, root: &Path, stop: &CancellationToken) -> Result<(), ImageError> {
     let what = path.display().to_string();
-    let file = File::open(path).map_err(ImageError::io("open", path))?;
+    let file = open_regular(path).map_err(ImageError::io("open", path))?;
     let broken = |error| ImageError::malformed(&what, error);
     let stream = decompress(BufReader::with_capacity(BUFFER_BYTES, file)).map_err(broken)?;
     let blobs = root.join(BLOB_PREFIX);
@@ -86,7 +87,7 @@ pub(super) fn unpack(path: &Path, root: &Path) -> Result<(), ImageError> {
                     Some(digest) if Digest::parse(&digest).is_some() => root.join(&name),
                     _ => other.join(count.to_string()),
                 };
-                let member = write(&mut archive, target).map_err(|error| match error {
+                let member = write(&mut archive, target, stop).map_err(|error| match error {
                     Written::Stream(error) => broken(error),
                     Written::File(error) => error,
                 })?;
@@ -116,13 +117,16 @@ enum Written {
     File(ImageError),
 }
 
-fn write(data: &mut impl Read, path: PathBuf) -> Result<Member, Written> {
+fn write(data: &mut impl Read, path: PathBuf, stop: &CancellationToken) -> Result<Member, Written> {
     let failed = |error| Written::File(ImageError::io("write", &path)(error));
     let mut file = File::create(&path).map_err(failed)?;
     let mut hasher = Sha256::new();
     let mut size = 0;
     let mut buffer = vec![0; BUFFER_BYTES];
     loop {
+        if stop.is_cancelled() {
+            return Err(Written::File(ImageError::Cancelled));
+        }
         let read = data.read(&mut buffer).map_err(Written::Stream)?;
         if read == 0 {
             let digest = Digest::finish(hasher);

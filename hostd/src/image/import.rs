@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::image::{Arch, Descriptor, ImageIndex, Os};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use super::archive_file;
 use super::error::ImageError;
@@ -46,7 +47,9 @@ impl ImageStore {
             .map(|text| Ok((text.to_owned(), name::local(text)?)))
             .transpose()?;
         let (store, path) = (self.clone(), path.to_owned());
-        let chosen = blocking(move || choose(&store, &path, wanted)).await?;
+        let stop = CancellationToken::new();
+        let _stop_when_dropped = stop.clone().drop_guard();
+        let chosen = blocking(move || choose(&store, &path, wanted, &stop)).await?;
         let source = Source::Directory(chosen.root.clone());
         let name = chosen.name.clone();
         let transfer = Transfer {
@@ -68,13 +71,14 @@ fn choose(
     store: &ImageStore,
     path: &Path,
     wanted: Option<(String, String)>,
+    stop: &CancellationToken,
 ) -> Result<Chosen, ImageError> {
     let metadata = path.metadata().map_err(ImageError::io("open", path))?;
     let (root, temporary) = if metadata.is_dir() {
         (path.to_owned(), None)
     } else {
         let temporary = store.layout.temporary_directory()?;
-        archive_file::unpack(path, temporary.path())?;
+        archive_file::unpack(path, temporary.path(), stop)?;
         (temporary.path().to_owned(), Some(temporary))
     };
     let what = path.display().to_string();

@@ -5,9 +5,9 @@
 //! made. Things appear by rename from `tmp/`, complete and synced, or not at all.
 
 use std::fmt;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -125,13 +125,13 @@ impl Layout {
         self.root.join("disks")
     }
 
-    /// A file that vanishes unless [`Self::keep_file`] gives it a name.
+    /// A file that vanishes unless it is kept under a name.
     pub(super) fn temporary_file(&self) -> Result<NamedTempFile, ImageError> {
         let path = self.root.join("tmp");
         NamedTempFile::new_in(&path).map_err(ImageError::io("create a file in", path))
     }
 
-    /// A directory that vanishes unless [`Self::keep_directory`] gives it a name.
+    /// A directory that vanishes unless [`Self::keep_all`] gives it a name.
     pub(super) fn temporary_directory(&self) -> Result<TempDir, ImageError> {
         let path = self.root.join("tmp");
         TempDir::new_in(&path).map_err(ImageError::io("create a directory in", path))
@@ -144,30 +144,37 @@ impl Layout {
             .map_err(ImageError::io("write", path))?;
         file.persist(path)
             .map_err(|error| ImageError::io("create", path)(error.error))?;
-        sync_parent(path)
+        sync_directory(path.parent().unwrap_or(&self.root))
     }
 
-    /// Makes the tree at `directory` durable and visible as `path`. An existing `path` stays.
-    pub(super) fn keep_directory(&self, directory: TempDir, path: &Path) -> Result<(), ImageError> {
-        // One call for the whole tree, which has thousands of files.
-        File::open(directory.path())
-            .and_then(|tree| Ok(rustix::fs::syncfs(tree)?))
-            .map_err(ImageError::io("write", directory.path()))?;
-        match fs::rename(directory.path(), path) {
-            Ok(()) => {
-                let _renamed = directory.keep();
-                sync_parent(path)
+    /// Makes trees and files durable and then visible: each at the path beside it. A tree that is
+    /// there already stays.
+    pub(super) fn keep_all(
+        &self,
+        trees: Vec<(TempDir, PathBuf)>,
+        files: Vec<(NamedTempFile, PathBuf)>,
+    ) -> Result<(), ImageError> {
+        // One call for everything, since the trees have thousands of files.
+        File::open(&self.root)
+            .and_then(|root| Ok(rustix::fs::syncfs(root)?))
+            .map_err(ImageError::io("write", &self.root))?;
+        for (tree, path) in trees {
+            match fs::rename(tree.path(), &path) {
+                Ok(()) => drop(tree.keep()),
+                Err(error)
+                    if matches!(
+                        Errno::from_io_error(&error),
+                        Some(Errno::EXIST | Errno::NOTEMPTY)
+                    ) => {}
+                Err(error) => return Err(ImageError::io("create", path)(error)),
             }
-            Err(error)
-                if matches!(
-                    Errno::from_io_error(&error),
-                    Some(Errno::EXIST | Errno::NOTEMPTY)
-                ) =>
-            {
-                Ok(())
-            }
-            Err(error) => Err(ImageError::io("create", path)(error)),
         }
+        for (file, path) in files {
+            file.persist(&path)
+                .map_err(|error| ImageError::io("create", path)(error.error))?;
+        }
+        sync_directory(&self.layers())?;
+        sync_directory(&self.blobs())
     }
 
     /// Replaces or creates the file at `path` in one step.
@@ -178,13 +185,21 @@ impl Layout {
         self.keep_file(file, path)
     }
 
-    /// Stores a small blob under its digest.
-    pub(super) fn write_blob(&self, digest: &Digest, bytes: &[u8]) -> Result<(), ImageError> {
-        match self.read_blob(digest, bytes.len() as u64) {
-            Ok(_) => Ok(()),
-            // Missing, or damaged by the disk.
-            Err(_) => self.write_file(&self.blob(digest), bytes),
+    /// A small blob on its way to [`Self::keep_all`]; `None` if the store has it.
+    pub(super) fn small_blob(
+        &self,
+        digest: &Digest,
+        bytes: &[u8],
+    ) -> Result<Option<(NamedTempFile, PathBuf)>, ImageError> {
+        let path = self.blob(digest);
+        // It may be missing, and it may have been damaged by the disk.
+        if self.read_blob(digest, bytes.len() as u64).is_ok() {
+            return Ok(None);
         }
+        let mut file = self.temporary_file()?;
+        file.write_all(bytes)
+            .map_err(ImageError::io("write", &path))?;
+        Ok(Some((file, path)))
     }
 
     /// Reads a small blob, and checks it: a disk can rot.
@@ -253,9 +268,25 @@ pub(super) fn name_of(entry: &Descriptor) -> Option<String> {
     entry.annotations().as_ref()?.get(NAME_ANNOTATION).cloned()
 }
 
+/// Opens a regular file, and nothing that could keep a reader waiting for ever.
+pub(super) fn open_regular(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    // Opening a pipe would wait for its writer.
+    options.read(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path)?;
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "it is not a regular file",
+        ))
+    }
+}
+
 /// Reads a file of at most `bytes_max`; `None` if there is none.
 pub(super) fn read_bounded(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, ImageError> {
-    let file = match File::open(path) {
+    let file = match open_regular(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(ImageError::io("open", path)(error)),
@@ -309,11 +340,10 @@ fn clear(directory: &Path) -> Result<(), ImageError> {
     Ok(())
 }
 
-fn sync_parent(path: &Path) -> Result<(), ImageError> {
-    let parent = path.parent().unwrap_or_else(|| Path::new("/"));
-    File::open(parent)
+fn sync_directory(path: &Path) -> Result<(), ImageError> {
+    File::open(path)
         .and_then(|directory| directory.sync_all())
-        .map_err(ImageError::io("write", parent))
+        .map_err(ImageError::io("write", path))
 }
 
 #[cfg(test)]
@@ -397,7 +427,9 @@ mod tests {
         let dir = TempDir::new().unwrap();
         let layout = Layout::open(dir.path()).unwrap();
         let digest = Digest::of(b"content");
-        layout.write_blob(&digest, b"content").unwrap();
+        let blob = layout.small_blob(&digest, b"content").unwrap().unwrap();
+        layout.keep_all(vec![], vec![blob]).unwrap();
+        assert!(layout.small_blob(&digest, b"content").unwrap().is_none());
         fs::write(layout.blob(&digest), "c0ntent").unwrap();
         assert!(matches!(
             layout.read_blob(&digest, 100),

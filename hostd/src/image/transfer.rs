@@ -3,7 +3,8 @@
 //!
 //! A registry and a layout on disk differ only in where content comes from.
 
-use std::io::Read;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::blob::{ChunkReader, Intake};
 use super::claims::{self, Hold};
 use super::error::ImageError;
-use super::layout::{Digest, read_bounded};
+use super::layout::{Digest, open_regular, read_bounded};
 use super::manifest::{
     self, CONFIG_BYTES_MAX, Content, Document, INDEX_DEPTH_MAX, Layer, MANIFEST_BYTES_MAX,
     MANIFEST_MEDIA_TYPES, Manifest,
@@ -278,35 +279,32 @@ impl Transfer {
         let (store, name) = (self.store.clone(), self.name.clone());
         blocking(move || {
             let _until_done = (makers, hold);
+            let layout = &store.layout;
+            let (mut trees, mut files) = (Vec::new(), Vec::new());
+            // Where the layers are at this moment.
             let mut below: Vec<PathBuf> = Vec::new();
             for (layer, ready) in layers {
-                let path = store.layout.layers().join(layer.directory());
-                if let Ready::New {
-                    directory,
-                    implicit,
-                    blob,
-                } = ready
-                {
-                    unpack::settle(
-                        directory.path(),
-                        &implicit,
-                        below.iter().rev().map(|p| &**p),
-                    )
-                    .map_err(ImageError::io("finish", &path))?;
-                    store.layout.keep_directory(directory, &path)?;
-                    if let Some(blob) = blob {
-                        store
-                            .layout
-                            .keep_file(blob, &store.layout.blob(&layer.blob.digest))?;
+                let path = layout.layers().join(layer.directory());
+                match ready {
+                    Ready::Already => below.push(path),
+                    Ready::New {
+                        directory,
+                        implicit,
+                        blob,
+                    } => {
+                        let under = below.iter().rev().map(|path| &**path);
+                        unpack::settle(directory.path(), &implicit, under)
+                            .map_err(ImageError::io("finish", &path))?;
+                        below.push(directory.path().to_owned());
+                        trees.push((directory, path));
+                        files.extend(blob.map(|blob| (blob, layout.blob(&layer.blob.digest))));
                     }
                 }
-                below.push(path);
             }
-            store
-                .layout
-                .write_blob(&found.manifest.config.digest, &config)?;
-            store.layout.write_blob(&found.digest, &found.bytes)?;
-            store.layout.set_name(&name, entry(&found)?)?;
+            files.extend(layout.small_blob(&found.manifest.config.digest, &config)?);
+            files.extend(layout.small_blob(&found.digest, &found.bytes)?);
+            layout.keep_all(trees, files)?;
+            layout.set_name(&name, entry(&found)?)?;
             store.describe(&name, &found.digest)
         })
         .await
@@ -392,12 +390,14 @@ fn blob_path(root: &Path, digest: &Digest) -> PathBuf {
     root.join("blobs/sha256").join(digest.hex())
 }
 
-fn open_blob(path: &Path) -> Result<std::fs::File, ImageError> {
-    match std::fs::File::open(path) {
-        Ok(file) => Ok(file),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(missing(path)),
-        Err(error) => Err(ImageError::io("open", path)(error)),
-    }
+fn open_blob(path: &Path) -> Result<File, ImageError> {
+    open_regular(path).map_err(|error| {
+        if error.kind() == ErrorKind::NotFound {
+            missing(path)
+        } else {
+            ImageError::io("open", path)(error)
+        }
+    })
 }
 
 fn missing(path: &Path) -> ImageError {

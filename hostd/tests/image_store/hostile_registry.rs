@@ -1,6 +1,6 @@
 //! Registries that lie, stall, never end, or ask for credentials.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,7 +18,7 @@ use hostd::image::{Credentials, ImageError, PullOptions};
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
-use crate::fixture::{Image, Layer, Packing, Store, unheard};
+use crate::fixture::{Image, Layer, Packing, Store, demo_layers, unheard};
 
 /// How a blob is answered.
 #[derive(Clone)]
@@ -28,6 +28,8 @@ enum Answer {
     Endless,
     /// Half of it, and then the connection breaks; the rest to who asks for it.
     Broken(Vec<u8>),
+    /// All of it, but only when it is released.
+    Held(Vec<u8>),
     /// Some bytes, and then nothing.
     Stalled(Vec<u8>),
 }
@@ -38,6 +40,7 @@ struct Server {
     blobs: Arc<HashMap<String, Answer>>,
     requests: Arc<Mutex<HashMap<String, usize>>>,
     stalled: Arc<Notify>,
+    release: Arc<Notify>,
     /// A token that is asked for, if any.
     token: Option<&'static str>,
     address: SocketAddr,
@@ -59,6 +62,7 @@ impl Server {
             blobs: Arc::default(),
             requests: Arc::default(),
             stalled: Arc::default(),
+            release: Arc::default(),
             token: None,
             address: listener.local_addr().unwrap(),
             tokens_given: Arc::default(),
@@ -124,6 +128,16 @@ impl Server {
                     Err(io::Error::other("the connection breaks"))
                 });
                 (length, Body::from_stream(stream::iter([head]).chain(cut))).into_response()
+            }
+            Answer::Held(bytes) => {
+                let (stalled, release) = (Arc::clone(&self.stalled), Arc::clone(&self.release));
+                let bytes = Bytes::from(bytes.clone());
+                let body = stream::once(async move {
+                    stalled.notify_one();
+                    release.notified().await;
+                    Ok::<_, io::Error>(bytes)
+                });
+                Body::from_stream(body).into_response()
             }
             Answer::Stalled(bytes) => {
                 let stalled = Arc::clone(&self.stalled);
@@ -322,6 +336,47 @@ async fn a_token_is_asked_for_once_with_the_credentials() {
         .await
         .unwrap();
     assert_eq!(server.tokens_given.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_collection_leaves_what_a_pull_relies_on() {
+    let base = Image::new(&demo_layers()[..1], Packing::Gzip, "amd64");
+    let whole = Image::demo(Packing::Gzip);
+    let store = Store::new();
+    let first = Server::start(&base, |_, _| ())
+        .await
+        .pull(&store)
+        .await
+        .unwrap();
+    let held = Answer::Held(whole.blobs[&whole.layers[1]].clone());
+    let server = Server::start(&whole, |_, blobs| {
+        drop(blobs.insert(whole.layers[1].clone(), held));
+    })
+    .await;
+    let collect = async {
+        server.stalled.notified().await;
+        store.store.remove(&first.digest).await.unwrap();
+        let collected = store.store.collect_garbage(&HashSet::new()).await.unwrap();
+        assert_eq!(
+            collected.files, 2,
+            "the manifest and the configuration of the base"
+        );
+        server.release.notify_one();
+    };
+    let (pulled, ()) = tokio::join!(server.pull(&store), collect);
+    let layers = store
+        .store
+        .unpacked(&pulled.unwrap().digest)
+        .unwrap()
+        .layers;
+    assert!(layers.iter().all(|layer| layer.is_dir()));
+    assert!(
+        !server
+            .requests
+            .lock()
+            .unwrap()
+            .contains_key(&whole.layers[0])
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

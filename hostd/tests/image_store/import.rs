@@ -6,6 +6,8 @@ use std::path::Path;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use hostd::image::ImageError;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use tempfile::TempDir;
 
 use crate::fixture::{
@@ -119,7 +121,11 @@ async fn an_import_of_what_is_no_image_is_refused_and_leaves_nothing() {
     image.write_layout(&incomplete, "incomplete:1");
     fs::remove_file(incomplete.join("blobs/sha256").join(&image.layers[1][7..])).unwrap();
 
+    let pipe = work.path().join("pipe");
+    mkfifo(&pipe, Mode::S_IRWXU).unwrap();
+
     for path in [
+        &pipe,
         &directory,
         &text,
         &evil,
@@ -131,7 +137,7 @@ async fn an_import_of_what_is_no_image_is_refused_and_leaves_nothing() {
         match path.file_name().unwrap().to_str().unwrap() {
             "evil" => assert!(matches!(error, ImageError::Refused { .. }), "{error:?}"),
             "foreign" => assert!(matches!(error, ImageError::NoPlatform { .. }), "{error:?}"),
-            "missing" => assert!(matches!(error, ImageError::Io { .. }), "{error:?}"),
+            "missing" | "pipe" => assert!(matches!(error, ImageError::Io { .. }), "{error:?}"),
             _ => assert!(matches!(error, ImageError::Malformed { .. }), "{error:?}"),
         }
     }
