@@ -12,13 +12,16 @@
 use std::{
     fs,
     io::Read,
-    os::unix::process::{CommandExt, ExitStatusExt},
+    os::{
+        fd::AsRawFd,
+        unix::process::{CommandExt, ExitStatusExt},
+    },
     path::Path,
     process::{self, Child, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use container::cgroup::{Cgroup, CgroupError};
+use container::cgroup::{Cgroup, CgroupError, Entry};
 use nix::{errno::Errno, sys::signal, unistd::Pid};
 use oci_spec::runtime::LinuxResources;
 
@@ -320,6 +323,37 @@ fn every_hierarchy_has_a_view_by_its_own_name() {
     let names: std::collections::BTreeSet<_> = views.iter().map(|(name, _)| name).collect();
     assert_eq!(names.len(), views.len());
     assert!(views.len() > 1 || views[0].0.is_empty());
+}
+
+#[test]
+fn the_way_in_leads_next_to_a_process_in_a_group_below() {
+    let group = Group::new("{}");
+    let unified = group.cgroup.views().into_iter().map(|(_, path)| path);
+    let unified = unified
+        .filter(|path| path.join("cgroup.events").exists())
+        .collect::<Vec<_>>();
+    let [unified] = unified.as_slice() else {
+        panic!("this host has cgroup v2");
+    };
+    let mut child = group.shell("echo ready; sleep 60");
+    wait_for_line(&mut child);
+    fs::create_dir(unified.join("below")).unwrap();
+    fs::write(unified.join("below/cgroup.procs"), child.id().to_string()).unwrap();
+    let target = |entry: &Entry| {
+        let fd = entry.clone_into().unwrap().as_raw_fd();
+        fs::read_link(format!("/proc/self/fd/{fd}")).unwrap()
+    };
+    let pid = i32::try_from(child.id()).unwrap();
+    assert_eq!(target(&group.cgroup.entry().unwrap()), *unified);
+    assert_eq!(
+        target(&group.cgroup.entry_beside(pid).unwrap()),
+        unified.join("below")
+    );
+    // A process elsewhere does not lead out of the group.
+    let elsewhere = group.cgroup.entry_beside(Pid::this().as_raw()).unwrap();
+    assert_eq!(target(&elsewhere), *unified);
+    group.cgroup.kill_all().unwrap();
+    child.wait().unwrap();
 }
 
 #[test]

@@ -33,7 +33,7 @@ pub use self::{
     stats::{CpuStats, IoStats, MemoryStats, PidsStats, Stats},
 };
 use self::{
-    hierarchy::{CgroupPath, Version, hierarchies},
+    hierarchy::{CgroupPath, Hierarchy, Version, hierarchies},
     setting::Setting,
 };
 
@@ -109,8 +109,8 @@ struct Directory {
     version: Version,
     controllers: Vec<String>,
     path: PathBuf,
-    /// The last part of where the hierarchy is mounted.
-    mount: String,
+    /// Where the hierarchy is mounted.
+    root: PathBuf,
 }
 
 impl Directory {
@@ -124,7 +124,7 @@ impl Directory {
             version,
             controllers: vec![controller.to_owned()],
             path: path.to_owned(),
-            mount: controller.to_owned(),
+            root: path.to_owned(),
         }
     }
 }
@@ -145,22 +145,19 @@ impl Cgroup {
     ///
     /// If the path is empty or could leave the root, or no hierarchy is mounted.
     pub fn open(path: &str) -> Result<Cgroup, CgroupError> {
-        let path = CgroupPath::parse(path)?;
-        let directories = hierarchies()?
-            .into_iter()
-            .map(|hierarchy| Directory {
-                path: hierarchy.root.join(path.relative()),
-                mount: hierarchy
-                    .root
-                    .file_name()
-                    .unwrap_or_default()
-                    .to_string_lossy()
-                    .into_owned(),
-                version: hierarchy.version,
-                controllers: hierarchy.controllers,
-            })
-            .collect();
-        Ok(Cgroup { directories })
+        Ok(Cgroup::at(&CgroupPath::parse(path)?, &hierarchies()?))
+    }
+
+    fn at(path: &CgroupPath, hierarchies: &[Hierarchy]) -> Cgroup {
+        let directory = |hierarchy: &Hierarchy| Directory {
+            version: hierarchy.version,
+            controllers: hierarchy.controllers.clone(),
+            path: hierarchy.root.join(path.relative()),
+            root: hierarchy.root.clone(),
+        };
+        Cgroup {
+            directories: hierarchies.iter().map(directory).collect(),
+        }
     }
 
     /// Makes the group and limits it. Devices are denied but for the default ones even if
@@ -172,11 +169,11 @@ impl Cgroup {
     /// names; directories that were made are gone again, but for the parents of the group.
     pub fn create(path: &str, resources: Option<&LinuxResources>) -> Result<Cgroup, CgroupError> {
         let resources = resources.cloned().unwrap_or_default();
-        let checked = CgroupPath::parse(path)?;
+        let path = CgroupPath::parse(path)?;
         let hierarchies = hierarchies()?;
-        let cgroup = Cgroup::open(path)?;
+        let cgroup = Cgroup::at(&path, &hierarchies);
         let mut made = build::Made::default();
-        let result = build::build(&hierarchies, &checked, &resources, &mut made).and_then(|()| {
+        let result = build::build(&hierarchies, &path, &resources, &mut made).and_then(|()| {
             cgroup.thaw()?;
             setting::apply(&resources::plan(&cgroup.directories, &resources)?)?;
             let rules = resources.devices().as_deref().unwrap_or_default();
@@ -238,10 +235,11 @@ impl Cgroup {
         let alone = self.legacy().next().is_none();
         let view = |directory: &Directory| {
             let name = if alone {
-                String::new()
+                None
             } else {
-                directory.mount.clone()
+                directory.root.file_name()
             };
+            let name = name.unwrap_or_default().to_string_lossy().into_owned();
             (name, directory.path.clone())
         };
         self.directories.iter().map(view).collect()
@@ -254,6 +252,35 @@ impl Cgroup {
     /// If the group does not exist.
     pub fn entry(&self) -> Result<Entry, CgroupError> {
         Entry::open(&self.directories)
+    }
+
+    /// As [`Cgroup::entry`], but next to the process `pid` if that lives in a v2 group below. A
+    /// container that manages groups of its own has nobody in the group itself any more, and then
+    /// the kernel lets nobody in either.
+    ///
+    /// # Errors
+    ///
+    /// If the group or the process does not exist.
+    pub fn entry_beside(&self, pid: i32) -> Result<Entry, CgroupError> {
+        let mut directories = self.directories.clone();
+        let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
+        let text = std::fs::read_to_string(&path).map_err(|source| CgroupError::Io {
+            action: "read",
+            path,
+            source,
+        })?;
+        let inside = text.lines().find_map(|line| line.strip_prefix("0::/"));
+        let unified = directories
+            .iter_mut()
+            .find(|directory| directory.version == Version::V2);
+        if let (Some(inside), Some(unified)) = (inside, unified) {
+            let found = unified.root.join(inside);
+            // It may have left for a group outside, or see another root than we do.
+            if found.starts_with(&unified.path) {
+                unified.path = found;
+            }
+        }
+        Entry::open(&directories)
     }
 
     fn apply_devices(&self, rules: &devices::Rules) -> Result<(), CgroupError> {

@@ -4,7 +4,7 @@
 //! A resource that this host cannot honour is an error that names the field; nothing is ignored.
 //! As in the other runtimes, the value 0 means "unset" where 0 would be no sensible limit.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use libcgroups::stats::supported_page_sizes;
 use oci_spec::runtime::{LinuxHugepageLimit, LinuxNetwork, LinuxPids, LinuxRdma, LinuxResources};
@@ -99,7 +99,7 @@ fn plan_section(
         version: Version::V2,
         controllers: Vec::new(),
         path: Path::new("/nonexistent").to_owned(),
-        mount: String::new(),
+        root: PathBuf::new(),
     };
     match plan(&nowhere)?.first() {
         None => Ok(Vec::new()),
@@ -242,7 +242,7 @@ mod tests {
             version,
             controllers: controllers.iter().map(|&name| name.to_owned()).collect(),
             path: Path::new("/cg").join(controllers.join(",")),
-            mount: controllers.join(","),
+            root: PathBuf::from("/cg"),
         }
     }
 

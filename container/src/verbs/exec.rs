@@ -132,7 +132,7 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
     let namespaces = step("open the container's namespaces", open_namespaces(&init))?;
     let plan = plan(&options.what, &config.spec, &namespaces)?;
     let console_socket = connect_console(plan.process.terminal.is_some(), &options.stdio)?;
-    let entry = Cgroup::open(&record.cgroup)?.entry()?;
+    let entry = Cgroup::open(&record.cgroup)?.entry_beside(init.pid())?;
     let (ours, theirs) = step("make a socket pair", Channel::pair())?;
     // Before the fork: the child is in the container's pid namespace at once.
     step("stop being traceable", harden())?;
