@@ -290,6 +290,13 @@ pub fn refuse_interrupts() {
     IMMEDIATE_EXIT.set(ptr::null_mut());
 }
 
+/// What KVM could not do for a guest, after an exit that says so: 1 is an instruction that it does
+/// not emulate, 2 an event during the delivery of another (Linux, Documentation/virt/kvm/api.rst).
+pub fn internal_error(vcpu: &mut VcpuFd) -> u32 {
+    // SAFETY: any bits are a valid number.
+    unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror }
+}
+
 /// Installs the handler of [`interrupt`], once for the process.
 pub fn prepare_interrupts() -> Result<(), KvmError> {
     static INSTALLED: OnceLock<Result<(), kvm_ioctls::Error>> = OnceLock::new();

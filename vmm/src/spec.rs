@@ -2,7 +2,8 @@
 //! in `plan`.
 //!
 //! Wherever a path stands, `fd:N` means the inherited descriptor N, so that a VMM can run in an
-//! empty root with nothing but what it was handed.
+//! empty root with nothing but what it was handed. Each can be named once, but for the standard
+//! streams, of which the VMM keeps a duplicate for itself.
 
 use std::path::PathBuf;
 

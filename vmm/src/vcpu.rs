@@ -29,6 +29,8 @@ pub enum VcpuError {
     Thread { id: u8, source: io::Error },
     #[error("virtual processor {id} cannot run")]
     Run { id: u8, source: kvm_ioctls::Error },
+    #[error("KVM cannot go on with virtual processor {id}: internal error {suberror}")]
+    Kvm { id: u8, suberror: u32 },
     #[error("virtual processor {id} stopped for an unknown reason: {exit}")]
     Unexpected { id: u8, exit: String },
 }
@@ -277,6 +279,12 @@ impl Vcpu {
             Ok(VcpuExit::Shutdown) => {
                 self.exit.end(ExitStatus::new(ExitReason::Reset));
                 return Ok(State::Finished);
+            }
+            Ok(VcpuExit::InternalError) => {
+                return Err(VcpuError::Kvm {
+                    id: self.id,
+                    suberror: kvm::internal_error(&mut self.fd),
+                });
             }
             Ok(other) => {
                 return Err(VcpuError::Unexpected {
