@@ -2,8 +2,9 @@
 //!
 //! The agent listens on vsock port [`PORT`]. A connection carries one request: a JSON object on a
 //! line of its own. `exec` is followed by [`Frame`]s, a line each, in both directions, until an
-//! `exit` or `error` frame; every other request is answered by one [`Response`] line. The same
-//! frames travel over hostd's API, so hostd passes them on unread.
+//! `exit` or `error` frame; every other request is answered by one [`Response`] line. A host that
+//! closes an exec's connection, if only for writing, ends the process. The same frames travel over
+//! hostd's API, so hostd passes them on unread.
 //!
 //! The agent finds its [`Config`] at [`CONFIG_PATH`] in the initramfs.
 
@@ -26,6 +27,12 @@ pub const FRAME_DATA_BYTES_MAX: usize = 64 * 1024;
 
 /// Where the initramfs holds the agent's [`Config`] as JSON.
 pub const CONFIG_PATH: &str = "/hostd/config.json";
+
+/// What belongs on the kernel's command line: the console, few words on it, and the end of the
+/// machine at a panic. hostd-vmm has no PCI. A VMM's timers need no test, which fails by chance on a busy host; probing for
+/// a mouse and testing ciphers take time and find nothing.
+pub const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 pci=off no_timer_check \
+    random.trust_cpu=on cryptomgr.notests i8042.noaux i8042.nomux i8042.dumbkbd i8042.nopnp";
 
 /// What the agent is to set up and run. Written by hostd into the VM's initramfs.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
