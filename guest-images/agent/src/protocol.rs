@@ -29,10 +29,10 @@ pub const FRAME_DATA_BYTES_MAX: usize = 64 * 1024;
 pub const CONFIG_PATH: &str = "/hostd/config.json";
 
 /// What belongs on the kernel's command line: the console, few words on it, and the end of the
-/// machine at a panic. hostd-vmm has no PCI. A VMM's timers need no test, which fails by chance on a busy host; probing for
-/// a mouse and testing ciphers take time and find nothing.
+/// machine at a panic. hostd-vmm has no PCI; the self-test of the timer fails by chance on a busy
+/// host, and that of ciphers takes time.
 pub const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 pci=off no_timer_check \
-    random.trust_cpu=on cryptomgr.notests i8042.noaux i8042.nomux i8042.dumbkbd i8042.nopnp";
+    random.trust_cpu=on cryptomgr.notests";
 
 /// What the agent is to set up and run. Written by hostd into the VM's initramfs.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
