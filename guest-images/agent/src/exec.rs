@@ -76,8 +76,22 @@ pub(crate) fn converse(
 fn begin(agent: &Agent, description: &protocol::Process) -> Result<(Started, Cgroup), LaunchError> {
     let cgroup = agent.cgroups.exec()?;
     let namespace = PidNamespace::Of(agent.workload.process().descriptor());
-    let started = start(description, &cgroup, namespace, &agent.reaper)?;
+    let description = beside(description, &agent.description);
+    let started = start(&description, &cgroup, namespace, &agent.reaper)?;
     Ok((started, cgroup))
+}
+
+/// What is asked for, completed by what the workload has, as `docker exec` does it.
+fn beside(asked: &protocol::Process, workload: &protocol::Process) -> protocol::Process {
+    let either = |asked: &Option<String>, workload: &Option<String>| {
+        asked.as_ref().or(workload.as_ref()).cloned()
+    };
+    protocol::Process {
+        env: [workload.env.as_slice(), asked.env.as_slice()].concat(),
+        user: either(&asked.user, &workload.user),
+        working_dir: either(&asked.working_dir, &workload.working_dir),
+        ..asked.clone()
+    }
 }
 
 struct Exec<'a> {

@@ -98,7 +98,8 @@ pub struct Process {
 pub enum Request {
     /// Answered once the workload has been started.
     Ping {},
-    /// Runs a process beside the workload; frames follow.
+    /// Runs a process beside the workload; frames follow. Its environment is added to the
+    /// workload's, and the user and working directory are the workload's if absent.
     Exec(Process),
     /// Sends a signal to the workload.
     Signal {

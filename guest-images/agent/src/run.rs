@@ -102,6 +102,7 @@ pub fn run(
         reaper,
         cgroups,
         workload,
+        description: config.process.clone(),
         execs: Slots::default(),
         memory: surroundings.memory,
     });

@@ -13,7 +13,7 @@ use crate::console::{chain, say};
 use crate::exec;
 use crate::launch;
 use crate::lines::{LineError, LineWriter, Lines};
-use crate::protocol::{Frame, Request, Response};
+use crate::protocol::{Frame, Process, Request, Response};
 use crate::reaper::{Reaper, STACK_BYTES};
 use crate::transport::Listener;
 use crate::workload::Workload;
@@ -48,6 +48,8 @@ pub(crate) struct Agent {
     pub(crate) reaper: Arc<Reaper>,
     pub(crate) cgroups: Cgroups,
     pub(crate) workload: Workload,
+    /// What the workload was started from.
+    pub(crate) description: Process,
     /// Conversations of exec.
     pub(crate) execs: Slots,
     /// /proc/meminfo, open, since the workload may unmount /proc.

@@ -218,6 +218,27 @@ fn exec_runs_as_the_user_and_where_it_is_told() {
 }
 
 #[test]
+fn exec_has_what_the_workload_has_unless_told_otherwise() {
+    let agent = Agent::start(Process {
+        user: Some("4321:1234".into()),
+        working_dir: Some("/usr".into()),
+        env: vec!["A=1".into(), "B=1".into()],
+        ..idle()
+    });
+    let script = "echo $(id -u) $(pwd) $A $B $C";
+    let told = Process {
+        user: Some("0".into()),
+        working_dir: Some("/etc".into()),
+        env: vec!["B=2".into(), "C=2".into()],
+        ..shell(script)
+    };
+    for (process, want) in [(shell(script), "4321 /usr 1 1\n"), (told, "0 /etc 1 2 2\n")] {
+        let outcome = agent.exec(process).finish();
+        assert_eq!(outcome, ExecOutcome::new(want, "", exit(0)));
+    }
+}
+
+#[test]
 fn what_exec_cannot_run_is_an_error_with_a_shells_code() {
     let agent = Agent::start(idle());
     let table = [

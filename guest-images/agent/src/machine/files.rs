@@ -4,6 +4,7 @@
 use std::fmt::Write;
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 
 use super::SetUpError;
 use crate::protocol::{Config, Network};
@@ -32,8 +33,11 @@ fn hosts(host_name: &str, network: Option<&Network>) -> String {
     let mut text = LOCAL_HOSTS.to_owned();
     if let Some(network) = network {
         text.push_str(&format!("{}\t{host_name}\n", network.address));
+        let own = (IpAddr::from(network.address), host_name);
         for (address, name) in &network.hosts {
-            text.push_str(&format!("{address}\t{name}\n"));
+            if (*address, name.as_str()) != own {
+                text.push_str(&format!("{address}\t{name}\n"));
+            }
         }
     }
     text
@@ -73,7 +77,10 @@ mod tests {
             prefix_len: 24,
             gateway: [10, 0, 0, 1].into(),
             dns: vec![[10, 0, 0, 1].into(), "fd00::1".parse().unwrap()],
-            hosts: vec![([10, 0, 0, 8].into(), "db".into())],
+            hosts: vec![
+                ([10, 0, 0, 8].into(), "db".into()),
+                ([10, 0, 0, 7].into(), "web".into()),
+            ],
         };
         let text = hosts("web", Some(&network));
         assert_eq!(
