@@ -9,6 +9,8 @@
 //!   -Cllvm-args=-sanitizer-coverage-pc-table" \
 //!   cargo run --release --target x86_64-unknown-linux-gnu --bin vsock -- -max_total_time=60
 //! ```
+//!
+//! UNSAFETY: a device names the descriptors that it waits for by number; they are polled as such.
 
 use std::os::fd::BorrowedFd;
 

@@ -2,6 +2,7 @@
 //! write-zeroes, a serial number, and limits on operations and bytes.
 
 mod engine;
+mod handle;
 mod request;
 mod ring;
 
@@ -10,12 +11,10 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use nix::errno::Errno;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use virtio_bindings::virtio_blk::{
@@ -26,6 +25,8 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
 use self::engine::{Completed, Engine};
+pub use self::handle::{BlockHandle, BlockStats};
+use self::handle::{Shared, count};
 use self::request::{
     Geometry, Kind, Operation, RANGE_SECTORS_MAX, Request, SECTOR_BYTES, SERIAL_BYTES_MAX, Status,
 };
@@ -75,79 +76,6 @@ pub enum BlockError {
     Descriptor(#[source] Errno),
 }
 
-/// What a disk has done since it was made. Requests that failed are not counted.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct BlockStats {
-    pub reads: u64,
-    pub read_bytes: u64,
-    pub writes: u64,
-    pub written_bytes: u64,
-    pub flushes: u64,
-    /// Discards and write-zeroes.
-    pub zeroes: u64,
-    pub failures: u64,
-    /// Requests that had to wait for a limit.
-    pub throttled: u64,
-}
-
-/// What the rest of the VMM keeps of a disk once the event loop has it. Works from any thread.
-#[derive(Clone, Debug)]
-pub struct BlockHandle {
-    shared: Arc<Shared>,
-}
-
-/// What the device and its handles share.
-#[derive(Debug)]
-struct Shared {
-    counters: Counters,
-    limits: Mutex<DiskLimits>,
-    /// Readable when `limits` has changed.
-    changed: EventFd,
-}
-
-#[derive(Debug, Default)]
-struct Counters {
-    reads: AtomicU64,
-    read_bytes: AtomicU64,
-    writes: AtomicU64,
-    written_bytes: AtomicU64,
-    flushes: AtomicU64,
-    zeroes: AtomicU64,
-    failures: AtomicU64,
-    throttled: AtomicU64,
-}
-
-impl BlockHandle {
-    /// Replaces all limits. Requests that wait are looked at again at once.
-    pub fn set_limits(&self, limits: DiskLimits) {
-        *self.shared.lock_limits() = limits;
-        // It fails only if the counter is full, and then the descriptor is readable as it is.
-        let _ = self.shared.changed.write(1);
-    }
-
-    /// The counters.
-    pub fn stats(&self) -> BlockStats {
-        let counters = &self.shared.counters;
-        BlockStats {
-            reads: counters.reads.load(Ordering::Relaxed),
-            read_bytes: counters.read_bytes.load(Ordering::Relaxed),
-            writes: counters.writes.load(Ordering::Relaxed),
-            written_bytes: counters.written_bytes.load(Ordering::Relaxed),
-            flushes: counters.flushes.load(Ordering::Relaxed),
-            zeroes: counters.zeroes.load(Ordering::Relaxed),
-            failures: counters.failures.load(Ordering::Relaxed),
-            throttled: counters.throttled.load(Ordering::Relaxed),
-        }
-    }
-}
-
-impl Shared {
-    /// Limits are plain numbers: a thread that panicked left none of them half written.
-    fn lock_limits(&self) -> MutexGuard<'_, DiskLimits> {
-        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// The block device.
 #[derive(Debug)]
 pub struct Block {
@@ -195,8 +123,7 @@ impl Block {
             TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC,
         )
         .map_err(BlockError::Descriptor)?;
-        let changed = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
-            .map_err(BlockError::Descriptor)?;
+        let shared = Shared::new(limits).map_err(BlockError::Descriptor)?;
         Ok(Block {
             engine: engine(file),
             geometry: Geometry {
@@ -208,11 +135,7 @@ impl Block {
             reads: Direction::new(limits.read_iops, limits.read_bps),
             writes: Direction::new(limits.write_iops, limits.write_bps),
             timer,
-            shared: Arc::new(Shared {
-                counters: Counters::default(),
-                limits: Mutex::new(limits),
-                changed,
-            }),
+            shared: Arc::new(shared),
         })
     }
 
@@ -329,9 +252,7 @@ impl Block {
 
     /// Adopts the limits that a handle has set.
     fn adopt_limits(&mut self) {
-        // Readable or not: it is only being made unreadable.
-        let _ = self.shared.changed.read();
-        let limits = *self.shared.lock_limits();
+        let limits = self.shared.take_limits();
         let now = Instant::now();
         self.reads
             .limiter
@@ -408,7 +329,7 @@ impl VirtioDevice for Block {
     }
 
     fn interests(&self) -> Vec<Interest> {
-        let mut interests = vec![readable(LIMITS, self.shared.changed.as_raw_fd())];
+        let mut interests = vec![readable(LIMITS, self.shared.fd())];
         if !self.reads.parked.is_empty() || !self.writes.parked.is_empty() {
             interests.push(readable(TIMER, self.timer.as_fd().as_raw_fd()));
         }
@@ -517,14 +438,6 @@ fn size_of_disk(file: &File) -> Result<u64, BlockError> {
     }
     let mut file = file;
     file.seek(SeekFrom::End(0)).map_err(BlockError::Size)
-}
-
-/// Counters have one writer, so no locked instruction is needed.
-fn count(counter: &AtomicU64, more: u64) {
-    counter.store(
-        counter.load(Ordering::Relaxed).wrapping_add(more),
-        Ordering::Relaxed,
-    );
 }
 
 fn readable(token: u32, fd: RawFd) -> Interest {
