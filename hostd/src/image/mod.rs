@@ -8,7 +8,7 @@
 //! ```
 //!
 //! What a registry or an archive says is believed only where its digest proves it, and a layer can
-//! do no more than fill a directory of its own ([`unpack`]). An image is there once its name is in
+//! do no more than fill a directory of its own (`unpack`). An image is there once its name is in
 //! the index; until then nothing of it is seen, and what an interrupted operation leaves is removed
 //! by the next opening.
 

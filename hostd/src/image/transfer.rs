@@ -235,13 +235,15 @@ impl Transfer {
             let _permit = permit;
             job.run(reader)
         });
-        let pump = async {
-            if let Some(pump) = pump {
-                pump.await;
-            }
+        let Some(pump) = pump else {
+            return unpacked.await;
         };
-        let ((), unpacked) = tokio::join!(pump, unpacked);
-        unpacked
+        tokio::pin!(pump, unpacked);
+        tokio::select! {
+            // What ends with an error waits for no more of the network.
+            result = &mut unpacked => result,
+            () = &mut pump => unpacked.await,
+        }
     }
 
     fn job(&self, layer: Layer, stop: CancellationToken, keep: bool) -> Result<Job, ImageError> {
