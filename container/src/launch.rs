@@ -13,7 +13,7 @@ use nix::fcntl::AtFlags;
 use nix::sys::personality::{self, Persona};
 use oci_spec::runtime::LinuxPersonalityDomain;
 use rustix::fs::{FileType, Mode, OFlags, PROC_SUPER_MAGIC};
-use rustix::process::{Pid, Rlimit, chdir, getcwd, getrlimit, prlimit, setrlimit, umask};
+use rustix::process::{Pid, Rlimit, fchdir, getcwd, getrlimit, prlimit, setrlimit, umask};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, Gid, Uid, clear_ambient_capability_set,
     configure_capability_in_ambient_set, remove_capability_from_bounding_set, set_capabilities,
@@ -24,6 +24,7 @@ use rustix::thread::{
 use crate::handshake::{Channel, Message};
 use crate::plan::capability::{self, Capabilities};
 use crate::plan::process::{Label, ProcessPlan, UserPlan};
+use crate::root::Root;
 use crate::seccomp::{Filter, SeccompError};
 use crate::sys;
 
@@ -162,9 +163,17 @@ fn home_of(uid: u32) -> Option<String> {
 /// otherwise be used as one (CVE-2024-21626).
 pub(crate) fn change_directory(process: &ProcessPlan) -> Result<(), LaunchError> {
     let path = || process.cwd.display().to_string();
-    chdir(&process.cwd).map_err(|error| LaunchError::WorkingDirectory {
+    // Links of the kernel, as /proc/self/fd/7, are not followed: this process has descriptors that the
+    // program will not have.
+    let change = || -> io::Result<()> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = Root::new(rustix::fs::open("/", flags, Mode::empty())?);
+        let directory = root.open(&process.cwd, OFlags::PATH | OFlags::DIRECTORY)?;
+        Ok(fchdir(directory)?)
+    };
+    change().map_err(|source| LaunchError::WorkingDirectory {
         path: path(),
-        source: error.into(),
+        source,
     })?;
     match getcwd(Vec::new()) {
         Ok(directory) if directory.to_bytes().starts_with(b"/") => Ok(()),

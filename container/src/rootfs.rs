@@ -1,22 +1,25 @@
 //! The container's root: attached, later made `/`, with the host's tree taken away.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use libc::{MOUNT_ATTR_RDONLY, MS_SLAVE};
-use rustix::fs::CWD;
-use rustix::io::Errno;
+use rustix::fs::{CWD, statfs};
 use rustix::mount::{
     MountPropagationFlags, MoveMountFlags, UnmountFlags, mount_change, move_mount, unmount,
 };
-use rustix::process::{chdir, fchdir, pivot_root};
+use rustix::process::{chdir, chroot, fchdir, pivot_root};
 
 use crate::plan::Plan;
 use crate::plan::mounts::{Tree, clone_tree};
 use crate::plan::options::mount_flags;
 use crate::root::Root;
 use crate::sys::{MountAttributes, mount_setattr};
+
+/// `statfs` types of the file systems that a kernel's first root may be.
+const RAMFS_MAGIC: i64 = 0x8584_58f6;
+const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// Attaches the root file system in this mount namespace. It lies over the host's root, where no path
 /// of the host is needed to reach it: the container's user may not be allowed to walk there.
@@ -26,6 +29,7 @@ pub(crate) fn attach(tree: &Tree) -> io::Result<Root> {
         "/",
         MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
     )?;
+    leave_initramfs()?;
     let opened;
     let tree = match tree {
         Tree::Detached(tree) => tree.as_fd(),
@@ -68,27 +72,38 @@ pub(crate) fn pivot(root: &Root) -> io::Result<()> {
     fchdir(root)?;
     // With both paths the same the old root ends up on top of the new one, and needs no directory in
     // it (pivot_root(2)).
-    match pivot_root(".", ".") {
-        Err(Errno::INVAL) => pivot_from_initramfs(root)?,
-        result => result?,
-    }
+    pivot_root(".", ".")?;
     unmount(".", UnmountFlags::DETACH)?;
     chdir("/")?;
     Ok(())
 }
 
-/// The root of an initramfs cannot be pivoted from, since nothing lies below it. A copy of it is put
-/// over it, which can.
-fn pivot_from_initramfs(root: &Root) -> io::Result<()> {
-    let copy: OwnedFd = clone_tree(CWD, Path::new("/"), false)?;
+/// The root of an initramfs cannot be pivoted from, since nothing lies below it. All of it is copied,
+/// put over it, and used in its place. The original stays below, where no path leads to.
+fn leave_initramfs() -> io::Result<()> {
+    if !is_lowest_mount()? {
+        return Ok(());
+    }
+    let copy = clone_tree(CWD, Path::new("/"), true)?;
     set_propagation(copy.as_fd(), MS_SLAVE, true)?;
     attach_at(copy.as_fd(), CWD, Path::new("/"))?;
     fchdir(&copy)?;
-    rustix::process::chroot(".")?;
-    let tree = clone_tree(root, Path::new(""), true)?;
-    attach_at(tree.as_fd(), CWD, Path::new("/"))?;
-    fchdir(&tree)?;
-    Ok(pivot_root(".", ".")?)
+    Ok(chroot(".")?)
+}
+
+/// Whether `/` is the one mount of the namespace that lies on no other.
+fn is_lowest_mount() -> io::Result<bool> {
+    // The kernel's first root is a ramfs or a tmpfs; for any other the table need not be read.
+    if !matches!(statfs("/")?.f_type, RAMFS_MAGIC | TMPFS_MAGIC) {
+        return Ok(false);
+    }
+    let table = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let lowest = |line: &str| {
+        let mut fields = line.split(' ');
+        let (id, parent) = (fields.next(), fields.next());
+        id == parent && fields.nth(2) == Some("/")
+    };
+    Ok(table.lines().any(lowest))
 }
 
 /// The last changes of the root, after which nothing more is made in it.

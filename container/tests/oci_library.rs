@@ -12,6 +12,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use container::cgroup::Cgroup;
 use container::create::{CreateError, CreateOptions, Stdio, create, create_started};
@@ -21,6 +22,9 @@ use container::verbs::spec::spec;
 use container::verbs::start::start;
 use container::verbs::state::state;
 use serde_json::{Value, json};
+
+/// How long anything may take before the test gives up.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 fn main() {
     let tests: [(&str, fn()); 5] = [
@@ -40,8 +44,18 @@ fn main() {
         ("several_threads_are_refused", several_threads_are_refused),
     ];
     for (name, test) in tests {
+        wait_for_threads();
         test();
         println!("test {name} ... ok");
+    }
+}
+
+/// Waits until threads that were joined are gone for the kernel, too: that is a moment later.
+fn wait_for_threads() {
+    let start = Instant::now();
+    while fs::read_dir("/proc/self/task").unwrap().count() > 1 {
+        assert!(start.elapsed() < PATIENCE, "a thread does not end");
+        thread::yield_now();
     }
 }
 
@@ -175,6 +189,7 @@ fn a_created_container_is_a_child_and_can_be_deleted() {
     assert_eq!(read(output), "");
 
     bare.delete();
+    wait_for_threads();
     let (stdio, _output) = streams();
     let created = create(bare.options(stdio)).unwrap();
     bare.delete();
