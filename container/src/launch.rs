@@ -247,7 +247,12 @@ pub(crate) fn raise_limits(process: &ProcessPlan, pid: i32) -> io::Result<()> {
                 maximum: limit.maximum,
                 ..own
             };
-            prlimit(Pid::from_raw(pid), *resource, raised)?;
+            let failed = |error: rustix::io::Errno| {
+                let error = io::Error::from(error);
+                let limit = limit.maximum.unwrap_or(u64::MAX);
+                io::Error::new(error.kind(), format!("{resource:?} to {limit}: {error}"))
+            };
+            prlimit(Pid::from_raw(pid), *resource, raised).map_err(failed)?;
         }
     }
     Ok(())
