@@ -73,6 +73,10 @@ impl CliError {
     pub(super) fn exit_code(&self) -> u8 {
         if let CliError::Command { code, .. } = self {
             *code
+        } else if self.has_code("no_such_program") {
+            127 // As a shell says it.
+        } else if self.has_code("not_executable") {
+            126
         } else {
             FAILED
         }
@@ -81,6 +85,11 @@ impl CliError {
     /// Whether the reader of our output has gone, as `head` does: no reason to complain.
     pub(super) fn is_broken_pipe(&self) -> bool {
         matches!(self, CliError::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+
+    /// Whether hostd refused what was asked for, as opposed to having failed at it.
+    pub(super) fn is_refusal(&self) -> bool {
+        matches!(self, CliError::Api(problem) if (400..500).contains(&problem.status))
     }
 
     /// Whether hostd's answer has this code.

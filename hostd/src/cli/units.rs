@@ -117,6 +117,11 @@ pub(super) fn parse_moment(text: &str, now: Timestamp) -> Result<Timestamp, Stri
     now.checked_sub(ago).map_err(|_| wrong())
 }
 
+/// A moment in UTC, always equally wide.
+pub(super) fn moment(moment: Timestamp) -> String {
+    moment.strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string()
+}
+
 /// How long it is from `then` to `now`, in its two largest units.
 pub(super) fn age(then: Timestamp, now: Timestamp) -> String {
     let seconds = now.duration_since(then).as_secs().max(0);
@@ -211,6 +216,16 @@ mod tests {
                 .ok()
                 .map(|moment| moment.to_string());
             assert_eq!(found.as_deref(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn moments_are_equally_wide() {
+        for (text, expected) in [
+            ("2026-01-01T12:00:00Z", "2026-01-01T12:00:00.000Z"),
+            ("2026-01-01T12:00:00.12345678Z", "2026-01-01T12:00:00.123Z"),
+        ] {
+            assert_eq!(moment(text.parse().unwrap()), expected);
         }
     }
 

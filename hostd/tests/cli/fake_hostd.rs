@@ -240,7 +240,7 @@ async fn start(State(server): State<Server>, Path(name): Path<String>) -> Respon
     if refused {
         return problem(
             StatusCode::BAD_REQUEST,
-            "driver_failed",
+            "no_such_program",
             "there is no such program",
         );
     }

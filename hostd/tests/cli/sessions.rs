@@ -109,11 +109,11 @@ fn the_flags_of_run_become_the_instance() {
 }
 
 #[test]
-fn a_start_that_fails_is_told_and_leaves_nothing_under_rm() {
+fn a_start_that_is_refused_is_told_and_leaves_nothing() {
     let hostd = FakeHostd::start();
-    let output = hostd.hostctl(&["run", "--rm", "--name", "job", "busybox", "absent"]);
+    let output = hostd.hostctl(&["run", "--name", "job", "busybox", "absent"]);
     let (_, stderr, code) = texts(&output);
-    assert_eq!(code, Some(125));
+    assert_eq!(code, Some(127));
     assert!(stderr.contains("there is no such program"), "{stderr}");
     assert!(hostd.known.lock().unwrap().instances.is_empty());
 }

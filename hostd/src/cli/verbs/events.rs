@@ -8,7 +8,7 @@ use hyper::http::Method;
 use crate::api::types::Event;
 use crate::cli::client::{EMPTY, with_query};
 use crate::cli::error::CliError;
-use crate::cli::{Context, output};
+use crate::cli::{Context, output, units};
 
 /// Show what happens: instances that start and stop, images that come and go
 #[derive(Args, Debug)]
@@ -55,7 +55,12 @@ pub(in crate::cli) async fn run(
 }
 
 fn describe(event: &Event) -> String {
-    let mut text = format!("{}  {:<20} {}", event.at, event.kind, event.subject);
+    let mut text = format!(
+        "{}  {:<20} {}",
+        units::moment(event.at),
+        event.kind,
+        event.subject
+    );
     let empty = event.data.is_null()
         || event
             .data

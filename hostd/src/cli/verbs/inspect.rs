@@ -54,7 +54,13 @@ pub(in crate::cli) async fn run(
 
 fn describe(instance: &Instance, now: Timestamp) -> String {
     let spec = &instance.spec;
-    let ago = |moment: Timestamp| format!("{moment} ({} ago)", units::age(moment, now));
+    let ago = |moment: Timestamp| {
+        format!(
+            "{} ({} ago)",
+            units::moment(moment),
+            units::age(moment, now)
+        )
+    };
     let words = |list: &Option<Vec<String>>| list.as_ref().map(|list| list.join(" "));
     let mut pairs = vec![
         ("name", instance.name.clone()),

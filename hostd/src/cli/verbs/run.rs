@@ -103,14 +103,17 @@ async fn start_attached(context: &Context, name: &str, stdin: bool) -> Result<So
     }
 }
 
-/// An instance that was to be removed when it stops is also removed when it does not start.
+/// An instance that is refused its start is of no use, and is removed. One that was started and
+/// failed stays, since its log may tell why, unless it was to be removed when it stops.
 async fn or_remove<T>(
     context: &Context,
     created: &Instance,
     start: impl Future<Output = Result<T, CliError>>,
 ) -> Result<T, CliError> {
     let result = start.await;
-    if result.is_err() && created.spec.auto_remove {
+    if let Err(error) = &result
+        && (created.spec.auto_remove || error.is_refusal() && !error.has_code("start_failed"))
+    {
         // The first error is the one to tell; hostd may have removed it already.
         let _ = context
             .client
