@@ -33,7 +33,11 @@ pub fn capacity() -> Result<Capacity, HostError> {
     let cpus: BTreeSet<u32> = limits::parse_cpu_set(&read(CPUS_ONLINE)?)
         .ok_or(HostError::Malformed { path: CPUS_ONLINE })?;
     let memory_bytes = parse_memory(&read(MEMORY)?).ok_or(HostError::Malformed { path: MEMORY })?;
-    Ok(Capacity { cpus, memory_bytes })
+    Ok(Capacity {
+        cpus,
+        memory_bytes,
+        cgroup_v2: cgroup_layout() == "v2",
+    })
 }
 
 /// The whole disk that `path` is on; `None` if it is not on one, as on a network file system or in

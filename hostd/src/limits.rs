@@ -3,7 +3,7 @@
 //! The numbers of [`Limits`] mean the same for both kinds; the few bounds that differ between the
 //! kinds are data in [`Rules`].
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use oci_spec::runtime::{
     LinuxBlockIo, LinuxBlockIoBuilder, LinuxCpu, LinuxCpuBuilder, LinuxMemoryBuilder,
@@ -26,6 +26,9 @@ pub const PIDS_MAX: u32 = 4 * 1024 * 1024;
 pub const DISK_SIZE_MIN_BYTES: u64 = 16 * MIB;
 pub const DISK_SIZE_MAX_BYTES: u64 = 16 << 40;
 pub const MIB: u64 = 1024 * 1024;
+const CPU_SHARES_DEFAULT: u64 = 1024;
+/// The kernel takes no less.
+const CPU_SHARES_MIN: u64 = 2;
 const CPU_PERIOD_US: u64 = 100_000;
 /// As the runtime specification writes it.
 const UNLIMITED: i64 = -1;
@@ -36,6 +39,8 @@ pub struct Capacity {
     /// The processors that are online.
     pub cpus: BTreeSet<u32>,
     pub memory_bytes: u64,
+    /// Whether all controllers are those of cgroup v2.
+    pub cgroup_v2: bool,
 }
 
 /// What differs between the kinds of isolation, as data.
@@ -247,16 +252,22 @@ pub fn to_oci(
                 .build()?,
         )
         .pids(LinuxPidsBuilder::default().limit(pids).build()?);
-    match disk {
-        Some(device) => resources
-            .block_io(to_oci_disk(&limits.disk, device)?)
-            .build(),
-        None => resources.build(),
+    let resources = match disk {
+        Some(device) => resources.block_io(to_oci_disk(&limits.disk, device)?),
+        None => resources,
+    };
+    if host.cgroup_v2 {
+        let weight = ("cpu.weight".to_owned(), weight_of(limits).to_string());
+        return resources.unified(HashMap::from([weight])).build();
     }
+    resources.build()
+}
+
+fn weight_of(limits: &Limits) -> u32 {
+    limits.cpu.weight.unwrap_or(CPU_WEIGHT_DEFAULT)
 }
 
 fn to_oci_cpu(limits: &Limits, host: &Capacity) -> Result<LinuxCpu, OciSpecError> {
-    let weight = limits.cpu.weight.unwrap_or(CPU_WEIGHT_DEFAULT);
     let all = || {
         host.cpus
             .iter()
@@ -264,12 +275,16 @@ fn to_oci_cpu(limits: &Limits, host: &Capacity) -> Result<LinuxCpu, OciSpecError
             .collect::<Vec<_>>()
             .join(",")
     };
-    LinuxCpuBuilder::default()
-        .shares(cpu_shares(weight))
+    let cpu = LinuxCpuBuilder::default()
         .period(CPU_PERIOD_US)
         .quota(limits.cpu.cores.map_or(UNLIMITED, cpu_quota_us))
-        .cpus(limits.cpu.set.clone().unwrap_or_else(all))
-        .build()
+        .cpus(limits.cpu.set.clone().unwrap_or_else(all));
+    // On v2 the weight goes straight to its file: as shares it would be bent by a conversion.
+    if host.cgroup_v2 {
+        cpu.build()
+    } else {
+        cpu.shares(cpu_shares(weight_of(limits))).build()
+    }
 }
 
 /// The quota in each period of 100 ms, rounded down; the kernel takes no less than 1 ms.
@@ -284,13 +299,10 @@ fn cpu_quota_us(cores: f64) -> i64 {
     quota.max(1000)
 }
 
-/// The least shares that the runtime specification's formula for cgroup v2 turns into `weight`,
-/// `1 + (shares - 2) * 9999 / 262142`. With every instance given shares, the proportions on v1
-/// are those of the weights as well.
+/// The shares of cgroup v1 that stand for a weight: the default of the one for the default of the
+/// other, and all else in proportion.
 fn cpu_shares(weight: u32) -> u64 {
-    2 + (u64::from(weight.max(1)) - 1)
-        .saturating_mul(262_142)
-        .div_ceil(9999)
+    (u64::from(weight) * CPU_SHARES_DEFAULT / u64::from(CPU_WEIGHT_DEFAULT)).max(CPU_SHARES_MIN)
 }
 
 fn to_oci_disk(disk: &DiskLimits, device: BlockDevice) -> Result<LinuxBlockIo, OciSpecError> {
@@ -334,6 +346,7 @@ mod tests {
         Capacity {
             cpus: [0, 1].into(),
             memory_bytes: 1 << 30,
+            cgroup_v2: false,
         }
     }
 
@@ -403,10 +416,26 @@ mod tests {
     }
 
     #[test]
-    fn shares_come_back_as_the_weight_they_stand_for() {
-        for weight in 1..=CPU_WEIGHT_MAX {
-            let shares = cpu_shares(weight);
-            assert_eq!(1 + (shares - 2) * 9999 / 262_142, u64::from(weight));
+    fn weights_are_in_proportion_on_v1_and_exact_on_v2() {
+        for (weight, shares) in [
+            (None, 1024),
+            (Some(1), 10),
+            (Some(200), 2048),
+            (Some(10_000), 102_400),
+        ] {
+            let mut limits = Limits::default();
+            limits.cpu.weight = weight;
+            let value = |host: &Capacity| {
+                serde_json::to_value(to_oci(&limits, 0, None, host).unwrap()).unwrap()
+            };
+            assert_eq!(value(&host())["cpu"]["shares"], shares);
+            let unified = value(&Capacity {
+                cgroup_v2: true,
+                ..host()
+            });
+            let weight = weight.unwrap_or(CPU_WEIGHT_DEFAULT).to_string();
+            assert_eq!(unified["unified"]["cpu.weight"], weight);
+            assert_eq!(unified["cpu"]["shares"], serde_json::Value::Null);
         }
     }
 

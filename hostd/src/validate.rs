@@ -372,6 +372,7 @@ mod tests {
         let host = Capacity {
             cpus: [0].into(),
             memory_bytes: 1 << 30,
+            cgroup_v2: false,
         };
         let mut spec = json!({"image": "busybox"});
         spec.as_object_mut()

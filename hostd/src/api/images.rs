@@ -130,18 +130,17 @@ pub(super) async fn remove(
         .iter()
         .filter(|other| other.digest == image.digest)
         .count();
-    let user = records
+    let users: Vec<&str> = records
         .iter()
-        .find(|record| record.instance.image_digest == image.digest);
+        .filter(|record| record.instance.image_digest == image.digest)
+        .map(|record| record.instance.name.as_str())
+        .collect();
     // With another name left the image stays.
-    if let Some(user) = user.filter(|_| others <= 1) {
+    if !users.is_empty() && others <= 1 {
         return Err(ApiError::new(
             StatusCode::CONFLICT,
             "in_use",
-            format!(
-                "the instance `{}` uses `{}`",
-                user.instance.name, image.reference
-            ),
+            format!("`{}` is used by {}", image.reference, users.join(", ")),
         )
         .hint("remove the instances that use it first"));
     }

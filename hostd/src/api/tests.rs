@@ -71,6 +71,7 @@ impl Daemon {
         let capacity = Capacity {
             cpus: BTreeSet::from([0, 1]),
             memory_bytes: 1 << 30,
+            cgroup_v2: false,
         };
         let instances = Instances::open(store, events.clone(), kinds, capacity, Arc::new(Shelf))
             .await

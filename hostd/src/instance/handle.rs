@@ -4,12 +4,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use agent::protocol::Frame;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time;
 
 use super::InstanceError;
 use crate::api::types::{Instance, InstancePatch, InstanceState, PatchResult};
-use crate::lifecycle::Request;
+use crate::driver::Session;
+use crate::lifecycle::{self, Request};
 use crate::store::Record;
+
+/// Removing mounts, interfaces and cgroups takes no longer on a healthy host.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(15);
 
 /// The way to one instance.
 #[derive(Clone, Debug)]
@@ -136,6 +142,44 @@ impl Handle {
         {
             Ok(record) => Ok(record.instance.clone()),
             Err(_) => Err(self.gone()),
+        }
+    }
+
+    /// The session, whose exit is told only when the instance is at rest, or removed if it is to
+    /// be: who hears of the end finds it everywhere else.
+    pub(super) fn settled(self, session: Session) -> Session {
+        let Session { input, mut output } = session;
+        let (sender, settled) = mpsc::channel(1);
+        tokio::spawn(async move {
+            loop {
+                let frame = tokio::select! {
+                    frame = output.recv() => frame,
+                    () = sender.closed() => return,
+                };
+                let Some(frame) = frame else { return };
+                if matches!(frame, Frame::Exit { .. }) {
+                    // It is told all the same if the tidying up takes too long.
+                    let _ = time::timeout(SETTLE_DEADLINE, self.rest()).await;
+                }
+                if sender.send(frame).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Session {
+            input,
+            output: settled,
+        }
+    }
+
+    async fn rest(&self) {
+        let mut published = self.published.clone();
+        let rested = published
+            .wait_for(|record| !lifecycle::is_live(record.instance.state))
+            .await
+            .map(|record| record.instance.spec.auto_remove);
+        if rested.unwrap_or(false) {
+            self.closed().await;
         }
     }
 

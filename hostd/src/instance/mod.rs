@@ -339,7 +339,8 @@ impl Instances {
         };
         let driver = &self.shared.kinds.of(record.instance.spec.isolation).driver;
         let channel = Channel::Attach { stdin };
-        Ok(driver.open(&record, channel).await.map_err(Arc::new)?)
+        let session = driver.open(&record, channel).await.map_err(Arc::new)?;
+        Ok(handle.settled(session))
     }
 
     /// Delivers a signal to a running workload, whatever it makes of it.

@@ -143,6 +143,7 @@ mod tests {
         let host = Capacity {
             cpus: [0, 1].into(),
             memory_bytes: 1 << 30,
+            cgroup_v2: false,
         };
         let patch = serde_json::from_value(patch).unwrap();
         plan(&spec, &patch, live, &fake::RULES, &host)

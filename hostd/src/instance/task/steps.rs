@@ -130,10 +130,13 @@ impl Task {
         let Some(live) = &mut self.live else { return };
         live.ready = None;
         let since = live.since;
-        if let Err(error) = result {
-            return self.fail(error).await;
-        }
         let before = self.state();
+        match result {
+            // Who is being stopped does not get ready; its end is about to be seen.
+            Err(_) if before == InstanceState::Stopping => return,
+            Err(error) => return self.fail(error).await,
+            Ok(()) => {}
+        }
         let instance = &mut self.record.instance;
         instance.state = lifecycle::observe(before, Fact::Ready);
         if instance.state == before {
