@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use agent::protocol::{STDERR_PORT, STDIN_PORT, STDOUT_PORT};
+use agent::protocol::{KERNEL_ARGUMENTS, STDERR_PORT, STDIN_PORT, STDOUT_PORT};
 use container::monitor::protocol::Descriptor;
 use oci_spec::runtime::LinuxResources;
 use serde_json::{Value, json};
@@ -29,9 +29,6 @@ const GUEST_CID: u32 = 3;
 
 /// The first descriptor after the standard streams.
 const DESCRIPTOR_FIRST: usize = 3;
-
-/// Panics end the machine at once, with its console for a witness; a reset is an end as well.
-const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 reboot=k panic=-1 random.trust_cpu=on";
 
 /// Threads of a VMM beside its virtual processors'.
 const VMM_THREADS_MAX: u32 = 32;
@@ -112,7 +109,7 @@ pub(super) fn machine(parts: Parts, limits: &Limits) -> (Spec, Vec<Descriptor>) 
                 fds.file(parts.initramfs, false),
                 fds.file(parts.segment, false),
             ])),
-            cmdline: CMDLINE.to_owned(),
+            cmdline: KERNEL_ARGUMENTS.to_owned(),
         },
         cpus: Cpus {
             count: limits::vcpu_count(limits),
