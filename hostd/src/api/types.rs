@@ -3,12 +3,16 @@
 //! `hostctl` uses these same types. A request refuses unknown fields; a response may grow fields.
 //! Sizes are bytes, rates are bytes (or operations) per second, times are RFC 3339 in UTC.
 
+mod images;
+
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+
+pub use self::images::{Image, ImportRequest, PullRequest, TransferEvent};
 
 /// What stands between the workload and the host.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize, ToSchema)]
@@ -376,57 +380,6 @@ pub struct ExecResult {
     pub stderr_base64: String,
     pub truncated: bool,
     pub timed_out: bool,
-}
-
-/// One image of the store.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize, ToSchema)]
-pub struct Image {
-    pub reference: String,
-    /// Of the image's manifest, `sha256:…`.
-    pub digest: String,
-    /// Compressed bytes of its layers.
-    pub size: u64,
-    pub architecture: String,
-    #[schema(value_type = String)]
-    pub created_at: Timestamp,
-}
-
-/// `POST /v1/images/pull`.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct PullRequest {
-    pub reference: String,
-    /// Speak plain HTTP. Loopback registries are spoken to in plain HTTP without it.
-    #[serde(default)]
-    pub insecure: bool,
-}
-
-/// `POST /v1/images/import`: an OCI layout (a directory or a tar of one) on the host.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct ImportRequest {
-    /// An absolute path of the host.
-    pub path: String,
-    /// The name to give it. If absent, the layout's own `org.opencontainers.image.ref.name`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reference: Option<String>,
-}
-
-/// A line of the NDJSON that `pull` and `import` answer with under `Accept: application/x-ndjson`.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum TransferEvent {
-    Progress {
-        /// The blob, `sha256:…`.
-        digest: String,
-        done_bytes: u64,
-        total_bytes: u64,
-    },
-    Unpacking {
-        digest: String,
-    },
-    Done(Image),
-    Failed(Problem),
 }
 
 /// One entry of `GET /v1/events` (server-sent events; `?since=SEQUENCE` replays).
