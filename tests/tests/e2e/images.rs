@@ -59,20 +59,43 @@ fn blob(layout: &Path, digest: &Value) -> PathBuf {
     layout.join("blobs").join(digest.replace(':', "/"))
 }
 
+fn json(path: &Path) -> Value {
+    let text = fs::read(path).expect("the layout holds it");
+    serde_json::from_slice(&text).expect("it is JSON")
+}
+
+/// Adds a blob under its own digest, and returns what describes it.
+fn add_blob(host: &Host, layout: &Path, content: &[u8]) -> (Value, Value) {
+    let new = layout.join("new-blob");
+    fs::write(&new, content).expect("the copy can be changed");
+    let sum = host.run("sha256sum", &[&new.display().to_string()]).ok();
+    let hex = sum.split_whitespace().next().expect("a sum comes first");
+    fs::rename(&new, layout.join("blobs/sha256").join(hex)).expect("the copy can be changed");
+    (format!("sha256:{hex}").into(), content.len().into())
+}
+
+/// The store may hold the good layer already, and then it never reads this one; so the image is
+/// made to be of another layer, one that its store has not seen, with bytes that are not its own.
 fn corrupt(host: &Host) {
     let dir = TempDir::new().expect("a directory can be made");
     let layout = layout(dir.path());
-    let json = |path: &Path| -> Value {
-        let text = fs::read(path).expect("the layout holds it");
-        serde_json::from_slice(&text).expect("it is JSON")
-    };
-    let index = json(&layout.join("index.json"));
-    let manifest = json(&blob(&layout, &index["manifests"][0]["digest"]));
-    let layer = blob(&layout, &manifest["layers"][0]["digest"]);
-    let mut bytes = fs::read(&layer).expect("the layout holds its layer");
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 1;
-    fs::write(&layer, bytes).expect("the copy can be changed");
+    let index_path = layout.join("index.json");
+    let mut index = json(&index_path);
+    let mut manifest = json(&blob(&layout, &index["manifests"][0]["digest"]));
+    let mut layer = fs::read(blob(&layout, &manifest["layers"][0]["digest"])).expect("it is there");
+    layer.extend_from_slice(b"another layer");
+    let (digest, size) = add_blob(host, &layout, &layer);
+    let damaged = blob(&layout, &digest);
+    let middle = layer.len() / 2;
+    layer[middle] ^= 1;
+    fs::write(damaged, layer).expect("the copy can be changed");
+    manifest["layers"][0]["digest"] = digest;
+    manifest["layers"][0]["size"] = size;
+    let (digest, size) = add_blob(host, &layout, manifest.to_string().as_bytes());
+    index["manifests"][0]["digest"] = digest;
+    index["manifests"][0]["size"] = size;
+    fs::write(index_path, index.to_string()).expect("the copy can be changed");
+
     let path = layout.display().to_string();
     let refused = host
         .hostctl(&["image", "import", "--name", "corrupt:latest", &path])

@@ -28,14 +28,16 @@ const KIND_TESTS: &[(&str, &[(&str, KindTest)])] = &[
     ("lifecycle", lifecycle::TESTS),
     ("limits", limits::TESTS),
     ("network", network::TESTS),
-    ("daemon", daemon::TESTS),
 ];
+
+/// Those that take the daemon away from under everybody else, and so have it to themselves.
+const LONE_TESTS: &[(&str, &[(&str, KindTest)])] = &[("daemon", daemon::TESTS)];
 
 const HOST_TESTS: &[(&str, &[(&str, HostTest)])] =
     &[("api", api::TESTS), ("images", images::TESTS)];
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
     if arguments.list {
         return libtest_mimic::run(&arguments, Vec::new()).exit_code();
     }
@@ -49,19 +51,31 @@ fn main() -> ExitCode {
             }));
         }
     }
+    trials.extend(kind_trials(&host, KIND_TESTS));
+    let together = libtest_mimic::run(&arguments, trials);
+    arguments.test_threads = Some(1);
+    let alone = libtest_mimic::run(&arguments, kind_trials(&host, LONE_TESTS));
+    // The last owner takes the daemon and all instances down.
+    drop(host);
+    if together.has_failed() || alone.has_failed() {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    }
+}
+
+fn kind_trials(host: &Arc<Host>, groups: &[(&str, &'static [(&str, KindTest)])]) -> Vec<Trial> {
+    let mut trials = Vec::new();
     for kind in kinds() {
-        for (group, tests) in KIND_TESTS {
+        for (group, tests) in groups {
             for (name, test) in *tests {
-                let host = Arc::clone(&host);
+                let host = Arc::clone(host);
                 let name = format!("{}::{group}::{name}", kind.name());
                 trials.push(Trial::test(name, move || attempt(|| test(&host, kind))));
             }
         }
     }
-    let conclusion = libtest_mimic::run(&arguments, trials);
-    // The last owner takes the daemon and all instances down.
-    drop(host);
-    conclusion.exit_code()
+    trials
 }
 
 /// A failed assertion fails this test and no other.

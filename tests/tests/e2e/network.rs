@@ -59,20 +59,13 @@ fn published(host: &Host, kind: Kind) {
     host.hostctl(&[&options[..], &["busybox", "sh", "-c", script]].concat())
         .ok();
     super::lifecycle::await_log(host, &name, "up");
-    let bridge = host.hostctl(&["inspect", "--json", &name]).json();
-    for url in [
-        format!("http://127.0.0.1:{port}/"),
-        format!(
-            "http://{}/",
-            bridge["address"].as_str().expect("it has an address")
-        ),
-    ] {
-        let page = host.run("busybox", &["wget", "-q", "-T", "10", "-O", "-", &url]);
-        assert_eq!(
-            page.ok(),
-            "it works
-",
-            "{url}"
+    for (address, port) in [("127.0.0.1".to_owned(), port), (address(host, &name), "80")] {
+        // By netcat: the applets of a static busybox that look up service names crash on some hosts.
+        let get = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | busybox nc {address} {port}");
+        let page = host.run("sh", &["-c", &get]).ok();
+        assert!(
+            page.ends_with("\r\n\r\nit works\n"),
+            "{address}:{port} answered: {page}"
         );
     }
     let taken = host.hostctl(&[&["run", "-d", "-p", &publish], &["busybox", "true"][..]].concat());
