@@ -50,12 +50,12 @@ const SCENE: &[(&str, &str)] = &[
     ),
     (
         "A memory hog in a container is stopped by its limit …",
-        "!hostctl run --name hog-box --memory 64M busybox sh -c 'head -c 300m /dev/zero | tail'",
+        "!hostctl run --name hog-box --memory 64M busybox awk 'BEGIN { while (1) a[i++] = i }'",
     ),
     (
         "… and so is one in a VM.",
         "!hostctl run --name hog-machine --isolation vm --memory 128M busybox \
-         sh -c 'head -c 300m /dev/zero | tail'",
+         awk 'BEGIN { while (1) a[i++] = i }'",
     ),
     ("How each of them ended.", "hostctl list --all"),
     (
