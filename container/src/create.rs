@@ -6,20 +6,21 @@
 //! close and ends; what is left is a directory without a live process, which `delete` and the next
 //! `create` of the same id remove.
 
-use std::collections::{BTreeMap, HashMap};
+mod making;
+
 use std::ffi::CString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use jiff::Timestamp;
 use rustix::fs::CWD;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::cgroup::{Cgroup, CgroupError};
-use crate::handshake::{self, Channel, Message};
+use crate::handshake::{Channel, Message};
 use crate::hooks::HookError;
+use crate::idmap;
 use crate::idmap::IdMapError;
 use crate::init::{self, Wiring};
 use crate::mounts::CgroupTrees;
@@ -28,11 +29,11 @@ use crate::plan::mounts::{MountKind, clone_tree};
 use crate::plan::{Inherited, Plan, PlanError, Setting};
 use crate::process::Process;
 use crate::spec::{Config, SpecError};
-use crate::state::{Home, INIT_SOCKET, Record, StateError, Status};
+use crate::state::{Home, StateError};
 use crate::verbs::delete::{DeleteOptions, delete};
 use crate::verbs::start::{StartError, await_exec, hand_over_listener, run_poststart};
-use crate::verbs::state::oci_state;
-use crate::{hooks, idmap, launch, tty};
+
+use self::making::Making;
 
 /// Where the standard streams of a process come from.
 #[derive(Debug)]
@@ -267,202 +268,6 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
             ))
         }
     }
-}
-
-/// What has been made so far, and is unmade when dropped.
-struct Making {
-    home: Option<Home>,
-    record: Record,
-    cgroup: Option<Cgroup>,
-    process: Option<Process>,
-}
-
-impl Making {
-    /// Takes the id, and records what is about to be made under it.
-    fn claim(
-        options: &CreateOptions,
-        bundle: PathBuf,
-        config: &Config,
-        plan: &Plan,
-    ) -> Result<Self, CreateError> {
-        let record = Record {
-            oci_version: config.spec.version().clone(),
-            id: options.id.clone(),
-            bundle,
-            rootfs: plan.rootfs_path.clone(),
-            created: Timestamp::now(),
-            owner: rustix::process::getuid().as_raw(),
-            pid: 0,
-            start_time: 0,
-            cgroup: plan.cgroup.clone(),
-            annotations: map_or_empty(config.spec.annotations()),
-            poststart: plan.hooks.poststart().clone().unwrap_or_default(),
-            poststop: plan.hooks.poststop().clone().unwrap_or_default(),
-        };
-        let home = Home::claim(&options.root, &options.id)?;
-        let making = Self {
-            home: Some(home),
-            record,
-            cgroup: None,
-            process: None,
-        };
-        making.home().write_record(&making.record)?;
-        making.home().write_config(&config.text)?;
-        Ok(making)
-    }
-
-    fn home(&self) -> &Home {
-        self.home
-            .as_ref()
-            .expect("it is taken only by the methods that consume the value")
-    }
-
-    fn make_cgroup(&mut self, plan: &Plan) -> Result<Cgroup, CreateError> {
-        let cgroup = Cgroup::create(&plan.cgroup, plan.resources.as_ref())?;
-        self.cgroup = Some(cgroup.clone());
-        Ok(cgroup)
-    }
-
-    /// Where the process will wait for `start`, if it shall; and the mark that it is not started.
-    fn listen(&self, starter: Starter) -> Result<Option<OwnedFd>, CreateError> {
-        match starter {
-            Starter::Later => {
-                let listener = handshake::listen(&self.home().socket_path(INIT_SOCKET));
-                step("listen for `start`", listener).map(Some)
-            }
-            Starter::Creator => {
-                self.home().mark_unstarted()?;
-                Ok(None)
-            }
-        }
-    }
-
-    fn record_process(&mut self, process: Process) -> Result<(), CreateError> {
-        self.record.pid = process.pid();
-        self.record.start_time = process.start_time();
-        self.process = Some(process);
-        Ok(self.home().write_record(&self.record)?)
-    }
-
-    /// Leads the first process through its set-up, to where only `start` is missing. Returns the
-    /// terminal's master, if nobody else took it.
-    fn conduct(
-        &self,
-        channel: &Channel,
-        plan: &Plan,
-        console_socket: Option<&UnixStream>,
-    ) -> Result<Option<OwnedFd>, CreateError> {
-        let state = oci_state(&self.record, Status::Created, self.record.pid);
-        self.set_score(plan)?;
-        let raised = launch::raise_limits(&plan.process, self.record.pid);
-        step("raise process.rlimits", raised)?;
-        let proceed = || {
-            step(
-                "go on",
-                channel.send(&Message::Proceed {
-                    state: state.clone(),
-                }),
-            )
-        };
-        // If the process is dead, what it had to say is still there to be received.
-        let _ = proceed();
-        let mut console = None;
-        loop {
-            match step("hear from the first process", channel.receive())? {
-                Some(Message::Hooks) => {
-                    for (list, name) in hooks::lists(&plan.hooks).into_iter().take(2) {
-                        hooks::run(list, name, &state)?;
-                    }
-                    proceed()?;
-                }
-                Some(Message::Console(Some(master))) => match console_socket {
-                    Some(socket) => {
-                        step("hand over the terminal", tty::hand_over(socket, &master))?;
-                    }
-                    None => console = Some(master),
-                },
-                Some(Message::Ready) => {
-                    return Ok(console);
-                }
-                Some(Message::Failed { message }) => return Err(CreateError::Init { message }),
-                Some(other) => {
-                    let source = io::Error::other(format!("an unexpected message: {other:?}"));
-                    return Err(CreateError::Step {
-                        step: "hear from the first process",
-                        source,
-                    });
-                }
-                None => return Err(self.explain_death()),
-            }
-        }
-    }
-
-    /// Done from outside, where the rights are that a container need not have.
-    fn set_score(&self, plan: &Plan) -> Result<(), CreateError> {
-        let Some(score) = plan.process.oom_score_adj else {
-            return Ok(());
-        };
-        let path = format!("/proc/{}/oom_score_adj", self.record.pid);
-        step(
-            "set process.oomScoreAdj",
-            std::fs::write(path, score.to_string()),
-        )
-    }
-
-    fn explain_death(&self) -> CreateError {
-        let kills = self.cgroup.as_ref().map(Cgroup::oom_kills);
-        if kills.is_some_and(|kills| kills.is_ok_and(|kills| kills > 0)) {
-            return CreateError::Memory;
-        }
-        CreateError::InitDied
-    }
-
-    fn publish(&self, starter: Starter, pid_file: Option<&Path>) -> Result<(), CreateError> {
-        if starter == Starter::Later {
-            self.home().publish_start_socket()?;
-        }
-        match pid_file {
-            Some(path) => step("write the pid file", write_pid_file(path, self.record.pid)),
-            None => Ok(()),
-        }
-    }
-
-    /// All went well: what was made stays.
-    fn finish(mut self) -> Result<Process, CreateError> {
-        self.home = None;
-        self.cgroup = None;
-        self.process.take().ok_or(CreateError::InitDied)
-    }
-
-    /// In the first process: the copies of the creator's handles are closed, and nothing is undone.
-    fn leave_to_creator(mut self) {
-        self.home = None;
-        self.cgroup = None;
-        self.process = None;
-    }
-}
-
-impl Drop for Making {
-    /// Undoes in reverse order. Each step is tried, whatever became of the others.
-    fn drop(&mut self) {
-        if let Some(process) = self.process.take() {
-            let _ = process.signal(libc::SIGKILL);
-            let _ = process.wait();
-        }
-        if let Some(cgroup) = self.cgroup.take() {
-            let _ = cgroup.remove();
-        }
-        if let Some(home) = self.home.take() {
-            let _ = home.remove();
-        }
-    }
-}
-
-fn map_or_empty(map: &Option<HashMap<String, String>>) -> BTreeMap<String, String> {
-    let entries = map.iter().flatten();
-    entries
-        .map(|(key, value)| (key.clone(), value.clone()))
-        .collect()
 }
 
 /// The kernel counts a process's threads as directories of /proc/self/task.

@@ -3,6 +3,9 @@
 //!
 //! virtio-queue's own mock lets rings overlap and does not wrap around; this driver does as Linux
 //! does, for as long as a test likes.
+//!
+//! UNSAFETY: a device names what it waits for by descriptor number; to poll that, the number is
+//! borrowed for the length of one call.
 
 mod hostile;
 
