@@ -66,6 +66,16 @@ impl Cgroups {
         write(&self.workload.join("pids.max"), &text)
     }
 
+    /// Limits memory, page cache included, in bytes. Does nothing where the kernel does not control
+    /// memory.
+    pub(crate) fn set_memory_max(&self, bytes: u64) -> Result<(), CgroupError> {
+        let file = self.workload.join("memory.max");
+        if !file.exists() {
+            return Ok(());
+        }
+        write(&file, &bytes.to_string())
+    }
+
     /// Processes and threads.
     pub(crate) fn pids(&self) -> Result<u64, CgroupError> {
         let path = self.workload.join("pids.current");

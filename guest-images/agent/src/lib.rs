@@ -12,6 +12,7 @@ pub mod initramfs;
 mod launch;
 mod lines;
 pub mod machine;
+mod memory;
 pub mod protocol;
 mod reaper;
 pub mod run;

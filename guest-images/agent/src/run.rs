@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::cgroup::{CgroupError, Cgroups};
 use crate::console::{chain, say};
 use crate::launch::{FAILED, LaunchError};
+use crate::memory::Memory;
 use crate::protocol::Config;
 use crate::reaper::{Reaper, STACK_BYTES};
 use crate::server::{Agent, Slots, serve};
@@ -44,6 +45,8 @@ pub enum RunError {
         code: u8,
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error("Failed to read how much memory there is")]
+    Memory(#[source] io::Error),
     #[error("Failed to serve the workload")]
     Serve(#[source] io::Error),
 }
@@ -53,7 +56,7 @@ impl RunError {
     pub fn end(&self) -> End {
         let code = match self {
             Self::Launch { code, .. } => *code,
-            Self::Reap(_) | Self::Cgroup(_) | Self::Serve(_) => FAILED,
+            Self::Reap(_) | Self::Cgroup(_) | Self::Memory(_) | Self::Serve(_) => FAILED,
         };
         End { code, oom: false }
     }
@@ -86,6 +89,8 @@ pub fn run(
     if config.pids_max.is_some() {
         cgroups.set_pids_max(config.pids_max)?;
     }
+    let memory = Memory::read(&surroundings.memory).map_err(RunError::Memory)?;
+    cgroups.set_memory_max(memory.for_workload())?;
     let listener = surroundings.transport.listen();
 
     let host = HostStreams::connect(&config.process, &surroundings.transport);

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -13,6 +12,7 @@ use crate::console::{chain, say};
 use crate::exec;
 use crate::launch;
 use crate::lines::{LineError, LineWriter, Lines};
+use crate::memory::Memory;
 use crate::protocol::{Frame, Process, Request, Response};
 use crate::reaper::{Reaper, STACK_BYTES};
 use crate::transport::Listener;
@@ -26,9 +26,6 @@ const EXECS_MAX: usize = 100;
 
 /// A connection that has not said what it wants by then is closed.
 const REQUEST_TIME_MAX: Duration = Duration::from_secs(10);
-
-/// Of /proc/meminfo, which is about half as long.
-const MEMINFO_BYTES_MAX: usize = 4096;
 
 #[derive(Debug, thiserror::Error)]
 enum RequestError {
@@ -187,37 +184,17 @@ fn respond(agent: &Agent, request: &Request) -> Result<Response, RequestError> {
 }
 
 fn stats(agent: &Agent) -> Result<Response, RequestError> {
-    let mut text = vec![0; MEMINFO_BYTES_MAX];
-    let count = agent.memory.read_at(&mut text, 0);
-    text.truncate(count.map_err(RequestError::Memory)?);
-    let text = String::from_utf8_lossy(&text);
-    let total = memory_bytes(&text, "MemTotal:");
+    let memory = Memory::read(&agent.memory).map_err(RequestError::Memory)?;
     Ok(Response::Stats {
         pids: agent.cgroups.pids()?,
-        memory_used_bytes: total.saturating_sub(memory_bytes(&text, "MemAvailable:")),
-        memory_total_bytes: total,
+        memory_used_bytes: memory.total.saturating_sub(memory.available),
+        memory_total_bytes: memory.total,
     })
-}
-
-/// One entry of /proc/meminfo, which counts in KiB.
-fn memory_bytes(text: &str, name: &str) -> u64 {
-    let line = text.lines().find_map(|line| line.strip_prefix(name));
-    let number = line.and_then(|line| line.split_whitespace().next());
-    let kib: u64 = number.and_then(|number| number.parse().ok()).unwrap_or(0);
-    kib.saturating_mul(1024)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn memory_is_read_in_bytes() {
-        let text = "MemTotal:         121028 kB\nMemFree:  1 kB\nMemAvailable:    4 kB\n";
-        assert_eq!(memory_bytes(text, "MemTotal:"), 121_028 * 1024);
-        assert_eq!(memory_bytes(text, "MemAvailable:"), 4096);
-        assert_eq!(memory_bytes(text, "Swap:"), 0);
-    }
 
     #[test]
     fn slots_are_bounded_and_come_back() {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use agent::initramfs::Archive;
 use anyhow::{Context, Result};
 
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, Series};
 use crate::paths;
 use crate::step::{command, run, step};
 
@@ -52,7 +52,7 @@ pub(crate) fn command_line() -> Result<()> {
 
 /// Builds both from the kernel package and the release build of the agent, which must be there.
 pub(crate) fn build() -> Result<GuestImage> {
-    let kernel = Kernel::fetch()?;
+    let kernel = Kernel::fetch(Series::Guest)?;
     let dir = paths::build().join("guest");
     fs::create_dir_all(&dir)?;
     Ok(GuestImage {

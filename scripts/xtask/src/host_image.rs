@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, Series};
 use crate::step::{command, run, step};
 use crate::{binaries, fixtures, guest, paths};
 
@@ -110,7 +110,7 @@ pub(crate) struct HostImage {
 
 /// Builds all parts that are missing or older than what they are made from.
 pub(crate) fn build() -> Result<HostImage> {
-    let kernel = Kernel::fetch()?;
+    let kernel = Kernel::fetch(Series::Host)?;
     binaries::build()?;
     let guest = guest::build()?;
     let busybox = fixtures::busybox()?;

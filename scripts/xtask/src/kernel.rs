@@ -1,4 +1,4 @@
-//! Debian's cloud kernel, fetched as a package and unpacked, and sets of its modules.
+//! Debian's cloud kernels, fetched as packages and unpacked, and sets of their modules.
 
 use std::collections::HashSet;
 use std::fs;
@@ -9,8 +9,23 @@ use anyhow::{Context, Result, bail};
 use crate::paths;
 use crate::step::{command, run, step};
 
-/// A metapackage that depends on the newest cloud kernel of the release.
-const METAPACKAGE: &str = "linux-image-cloud-amd64";
+/// A series of kernels of which the newest is wanted. Hosts and guests have different ones: a host
+/// keeps to the release's own, a guest takes the newest that the release supports.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Series {
+    Host,
+    Guest,
+}
+
+impl Series {
+    /// The metapackage that depends on its newest kernel.
+    fn metapackage(self) -> &'static str {
+        match self {
+            Self::Host => "linux-image-cloud-amd64",
+            Self::Guest => "linux-image-6.12-cloud-amd64",
+        }
+    }
+}
 
 /// An unpacked kernel package.
 #[derive(Debug)]
@@ -23,13 +38,13 @@ pub(crate) struct Kernel {
 
 impl Kernel {
     /// Fetches the kernel package into the build directory, once per version.
-    pub(crate) fn fetch() -> Result<Self> {
-        let dir = paths::build().join("kernel");
+    pub(crate) fn fetch(series: Series) -> Result<Self> {
+        let dir = paths::build().join("kernel").join(series.metapackage());
         if let Some(kernel) = Self::find(&dir)? {
             return Ok(kernel);
         }
-        step("Fetch Debian's cloud kernel", || {
-            let package = package_name()?;
+        step(&format!("Fetch {}", series.metapackage()), || {
+            let package = package_name(series.metapackage())?;
             let partial = dir.join("partial");
             if partial.exists() {
                 fs::remove_dir_all(&partial).context("Cannot remove a partial download")?;
@@ -41,6 +56,10 @@ impl Kernel {
             run(command("dpkg-deb", ["-x"]).arg(&deb).arg(&root))?;
             fs::remove_file(&deb)?;
             let release = package.trim_start_matches("linux-image-").to_owned();
+            // Whoever loads them in an initramfs need not know about compression.
+            let modules = root.join("lib/modules");
+            let script = "find \"$1\" -name '*.ko.xz' -print0 | xargs -0 --no-run-if-empty xz -d";
+            run(command("sh", ["-euc", script, "sh"]).arg(&modules))?;
             run(command("depmod", ["-b"]).arg(&root).arg(&release))?;
             fs::rename(root, dir.join(&release)).context("Cannot move the kernel in place")?;
             Self::find(&dir)?.context("The kernel package holds no kernel")
@@ -121,14 +140,14 @@ fn module_name(path: &str) -> String {
 }
 
 /// The versioned package that the metapackage stands for now.
-fn package_name() -> Result<String> {
-    let depends = run(&mut command("apt-cache", ["depends", METAPACKAGE]))?;
+fn package_name(metapackage: &str) -> Result<String> {
+    let depends = run(&mut command("apt-cache", ["depends", metapackage]))?;
     depends
         .lines()
         .find_map(|line| line.trim().strip_prefix("Depends: "))
         .map(str::to_owned)
         .with_context(|| {
-            format!("apt knows no dependency of {METAPACKAGE}; run `apt-get update` and try again")
+            format!("apt knows no dependency of {metapackage}; run `apt-get update` and try again")
         })
 }
 

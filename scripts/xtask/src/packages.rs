@@ -26,6 +26,7 @@ pub(crate) const ALL: &[&str] = &[
     "qemu-system-x86", // The simulated host.
     "skopeo",          // Pushes to the registry in the image tests.
     "umoci",           // OCI layouts from file trees.
+    "xz-utils",        // Kernel modules.
 ];
 
 /// Debian's newer builds of packages, for machines that have some of them installed already.

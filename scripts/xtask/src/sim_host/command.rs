@@ -41,6 +41,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let options = Options {
         memory_mib: arguments.memory,
         cpus: arguments.cpus,
+        stays: arguments.up,
     };
     if arguments.up {
         if Machine::find(&kept).is_some() {

@@ -33,6 +33,8 @@ const DATA_DISK_BYTES: u64 = 32 << 30;
 pub(crate) struct Options {
     pub(crate) memory_mib: u32,
     pub(crate) cpus: u32,
+    /// It may outlive this process; otherwise it ends with it, however that ends.
+    pub(crate) stays: bool,
 }
 
 impl Default for Options {
@@ -40,6 +42,7 @@ impl Default for Options {
         Self {
             memory_mib: 3072,
             cpus: 2,
+            stays: false,
         }
     }
 }
@@ -81,7 +84,15 @@ impl Machine {
         let console = dir.join("console.sock");
         let listener = UnixListener::bind(&console)?;
         let port = free_port()?;
-        let mut qemu = command("qemu-system-x86_64", ["-nodefaults", "-no-reboot"]);
+        let mut qemu = if options.stays {
+            Command::new("qemu-system-x86_64")
+        } else {
+            command(
+                "setpriv",
+                ["--pdeathsig", "KILL", "--", "qemu-system-x86_64"],
+            )
+        };
+        qemu.args(["-nodefaults", "-no-reboot"]);
         qemu.args([
             "-M",
             "q35",
@@ -133,6 +144,7 @@ impl Machine {
             child: Some(child),
         };
         awaited?;
+        machine.ssh().open()?;
         Ok(machine)
     }
 
@@ -157,6 +169,7 @@ impl Machine {
 
     /// Ends a kept machine.
     pub(crate) fn end(self) -> Result<()> {
+        self.ssh().close();
         kill(Pid::from_raw(self.record.pid), Signal::SIGTERM).context("Cannot end qemu")?;
         fs::remove_file(self.dir.join("machine.json")).context("Cannot forget the machine")
     }
@@ -201,6 +214,9 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        if self.child.is_some() {
+            self.ssh().close();
+        }
         if let Some(child) = &mut self.child {
             // It holds nothing that anybody needs, and it may have gone by itself.
             let _ = child.kill();

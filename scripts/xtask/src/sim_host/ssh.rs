@@ -1,9 +1,9 @@
 //! The way into the simulated host.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 
 use crate::step::{command, run};
 
@@ -21,16 +21,52 @@ impl Ssh<'_> {
         run(command("ssh-keygen", arguments).arg(dir.join("key"))).map(|_| ())
     }
 
-    /// The command that runs `arguments` in the machine, word for word. Connections are shared, so
-    /// that only the first one pays for the handshake.
+    /// Opens the connection that all commands share, so that only it pays for the handshake. It
+    /// stays in the background until [`close`](Self::close) or the end of the machine.
+    ///
+    /// Apart from the commands: ssh's own way, to let the first command's connection stay, leaves a
+    /// process behind that holds that command's streams, and with them whoever reads them.
+    pub(super) fn open(&self) -> Result<()> {
+        let mut ssh = self.client();
+        ssh.args(["-M", "-N", "-f", "root@127.0.0.1"]);
+        ssh.stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let status = ssh.status().context("Cannot run ssh")?;
+        if !status.success() {
+            bail!("The machine lets nobody in; ssh ended with {status}");
+        }
+        Ok(())
+    }
+
+    /// Ends the shared connection.
+    pub(super) fn close(&self) {
+        let mut ssh = self.client();
+        ssh.args(["-O", "exit", "root@127.0.0.1"]);
+        // If there is none, that is well too.
+        let _ = ssh
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+    }
+
+    /// The command that runs `arguments` in the machine, word for word.
     pub(super) fn command(&self, arguments: &[String], terminal: bool) -> Command {
+        let mut ssh = self.client();
+        ssh.arg(if terminal { "-tt" } else { "-T" });
+        ssh.arg("root@127.0.0.1").arg("--");
+        ssh.args(arguments.iter().map(|argument| quote(argument)));
+        ssh
+    }
+
+    /// ssh with the options that all uses share.
+    fn client(&self) -> Command {
         let mut ssh = command("ssh", ["-q", "-F", "none"]);
         for option in [
             "BatchMode=yes",
             "StrictHostKeyChecking=no",
             "UserKnownHostsFile=/dev/null",
-            "ControlMaster=auto",
-            "ControlPersist=60",
         ] {
             ssh.args(["-o", option]);
         }
@@ -39,9 +75,6 @@ impl Ssh<'_> {
             .arg(format!("ControlPath=/tmp/hostd-ssh-{}", self.port));
         ssh.arg("-i").arg(self.dir.join("key"));
         ssh.args(["-p", &self.port.to_string()]);
-        ssh.arg(if terminal { "-tt" } else { "-T" });
-        ssh.arg("root@127.0.0.1").arg("--");
-        ssh.args(arguments.iter().map(|argument| quote(argument)));
         ssh
     }
 }
