@@ -83,7 +83,7 @@ pub fn set_up(config: &Config) -> Result<Machine, SetUpError> {
     system::set_clock(config.clock_ns)?;
     system::set_host_name(&config.hostname)?;
     system::raise_limits()?;
-    system::let_users_use_low_ports();
+    system::be_like_a_container();
     let memory = system::open_memory_information()?;
 
     let image = disks::find(&config.image_serial)?;

@@ -50,12 +50,12 @@ const SCENE: &[(&str, &str)] = &[
     ),
     (
         "A memory hog in a container is stopped by its limit …",
-        "!hostctl run --name hog-box --memory 64M busybox awk 'BEGIN { while (1) a[i++] = i }'",
+        "!hostctl run --name hog-box --memory 64M busybox sh -c 'head -c 300m /dev/zero | tail -c 299m'",
     ),
     (
         "… and so is one in a VM.",
         "!hostctl run --name hog-machine --isolation vm --memory 128M busybox \
-         awk 'BEGIN { while (1) a[i++] = i }'",
+         sh -c 'head -c 300m /dev/zero | tail -c 299m'",
     ),
     ("How each of them ended.", "hostctl list --all"),
     (

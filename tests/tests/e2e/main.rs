@@ -30,6 +30,10 @@ const KIND_TESTS: &[(&str, &[(&str, KindTest)])] = &[
     ("network", network::TESTS),
 ];
 
+/// What only containers can do.
+const CONTAINER_TESTS: &[(&str, &[(&str, KindTest)])] =
+    &[("lifecycle", lifecycle::CONTAINER_TESTS)];
+
 /// Those that take the daemon away from under everybody else, and so have it to themselves.
 const LONE_TESTS: &[(&str, &[(&str, KindTest)])] = &[("daemon", daemon::TESTS)];
 
@@ -51,10 +55,11 @@ fn main() -> ExitCode {
             }));
         }
     }
-    trials.extend(kind_trials(&host, KIND_TESTS));
+    trials.extend(kind_trials(&host, &kinds(), KIND_TESTS));
+    trials.extend(kind_trials(&host, &[Kind::Container], CONTAINER_TESTS));
     let together = libtest_mimic::run(&arguments, trials);
     arguments.test_threads = Some(1);
-    let alone = libtest_mimic::run(&arguments, kind_trials(&host, LONE_TESTS));
+    let alone = libtest_mimic::run(&arguments, kind_trials(&host, &kinds(), LONE_TESTS));
     // The last owner takes the daemon and all instances down.
     drop(host);
     if together.has_failed() || alone.has_failed() {
@@ -64,9 +69,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn kind_trials(host: &Arc<Host>, groups: &[(&str, &'static [(&str, KindTest)])]) -> Vec<Trial> {
+fn kind_trials(
+    host: &Arc<Host>,
+    kinds: &[Kind],
+    groups: &[(&str, &'static [(&str, KindTest)])],
+) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for kind in kinds() {
+    for kind in kinds.iter().copied() {
         for (group, tests) in groups {
             for (name, test) in *tests {
                 let host = Arc::clone(host);

@@ -20,8 +20,11 @@ const OPEN_FILES_MAX: u64 = 524_288;
 
 const MEMORY_INFORMATION: &str = "/proc/meminfo";
 
-/// Sysctls that let a workload that is not root have ports below 1024 and ping, as in a container.
-const NETWORK_SETTINGS: [(&str, &str); 2] = [
+/// Sysctls that make the machine one where things go as in a container: a workload that is not root
+/// has ports below 1024 and can ping; and memory can be asked for beyond what there is, since it is
+/// its use that the limit is about.
+const SETTINGS: [(&str, &str); 3] = [
+    ("/proc/sys/vm/overcommit_memory", "1"),
     ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),
     ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"),
 ];
@@ -66,8 +69,8 @@ pub(super) fn raise_limits() -> Result<(), SetUpError> {
         })
 }
 
-pub(super) fn let_users_use_low_ports() {
-    for (path, value) in NETWORK_SETTINGS {
+pub(super) fn be_like_a_container() {
+    for (path, value) in SETTINGS {
         // A kernel without the setting is no reason to run nothing.
         let _ = fs::write(path, value);
     }
