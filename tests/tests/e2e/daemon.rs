@@ -4,6 +4,7 @@ use tests::{Host, Kind};
 
 use crate::KindTest;
 use crate::lifecycle::await_log;
+use crate::process::start_script;
 
 pub(crate) const TESTS: &[(&str, KindTest)] =
     &[("a_killed_daemon_finds_every_instance_again", kill_daemon)];
@@ -12,19 +13,7 @@ fn kill_daemon(host: &Host, kind: Kind) {
     let name = format!("alive-{}", kind.name());
     let script = "echo started; read line </tmp/wake; echo woken; exit 4";
     let script = format!("mkfifo /tmp/wake; {script}");
-    host.hostctl(&[
-        "run",
-        "-d",
-        "--name",
-        &name,
-        "--isolation",
-        kind.name(),
-        "busybox",
-        "sh",
-        "-c",
-        &script,
-    ])
-    .ok();
+    start_script(host, kind, &name, &[], &script);
     await_log(host, &name, "started");
     let before = host.hostctl(&["inspect", "--json", &name]).json();
     host.kill_and_restart_daemon();

@@ -5,7 +5,7 @@ use std::fs;
 use tests::{Host, Kind};
 
 use crate::KindTest;
-use crate::process::start_idle;
+use crate::process::{start_idle, start_script};
 
 pub(crate) const TESTS: &[(&str, KindTest)] = &[
     ("the_states_follow_the_verbs", states),
@@ -58,19 +58,7 @@ fn states(host: &Host, kind: Kind) {
 fn graceful_stop(host: &Host, kind: Kind) {
     let name = format!("stop-{}", kind.name());
     let script = "trap 'echo bye; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
-    host.hostctl(&[
-        "run",
-        "-d",
-        "--name",
-        &name,
-        "--isolation",
-        kind.name(),
-        "busybox",
-        "sh",
-        "-c",
-        script,
-    ])
-    .ok();
+    start_script(host, kind, &name, &[], script);
     await_log(host, &name, "ready");
     host.hostctl(&["stop", &name]).ok();
     let instance = host.hostctl(&["inspect", "--json", &name]).json();
@@ -101,19 +89,7 @@ pub(crate) fn await_log(host: &Host, name: &str, text: &str) {
 fn pause(host: &Host, kind: Kind) {
     let name = format!("pause-{}", kind.name());
     let script = "while :; do :; done";
-    host.hostctl(&[
-        "run",
-        "-d",
-        "--name",
-        &name,
-        "--isolation",
-        kind.name(),
-        "busybox",
-        "sh",
-        "-c",
-        script,
-    ])
-    .ok();
+    start_script(host, kind, &name, &[], script);
     host.hostctl(&["pause", &name]).ok();
     assert_eq!(state(host, &name), "paused");
     let used = || {
@@ -135,19 +111,7 @@ fn pause(host: &Host, kind: Kind) {
 fn logs(host: &Host, kind: Kind) {
     let name = format!("logs-{}", kind.name());
     let script = "seq 1 2000; echo last >&2";
-    host.hostctl(&[
-        "run",
-        "-d",
-        "--name",
-        &name,
-        "--isolation",
-        kind.name(),
-        "busybox",
-        "sh",
-        "-c",
-        script,
-    ])
-    .ok();
+    start_script(host, kind, &name, &[], script);
     host.hostctl(&["wait", &name]).exits(0);
     let output = host.hostctl(&["logs", &name]).exits(0);
     let lines: Vec<&str> = output.stdout.lines().collect();
@@ -210,19 +174,7 @@ fn removal(host: &Host, kind: Kind) {
 fn restart(host: &Host, kind: Kind) {
     let name = format!("again-{}", kind.name());
     let script = "cat /root/count 2>/dev/null; echo x >>/root/count; sync";
-    host.hostctl(&[
-        "run",
-        "-d",
-        "--name",
-        &name,
-        "--isolation",
-        kind.name(),
-        "busybox",
-        "sh",
-        "-c",
-        script,
-    ])
-    .ok();
+    start_script(host, kind, &name, &[], script);
     host.hostctl(&["wait", &name]).exits(0);
     host.hostctl(&["start", &name]).ok();
     host.hostctl(&["wait", &name]).exits(0);

@@ -6,7 +6,7 @@ use serde_json::Value;
 use tests::{Host, Kind};
 
 use crate::KindTest;
-use crate::process::start_idle;
+use crate::process::{start_idle, start_script};
 
 pub(crate) const TESTS: &[(&str, KindTest)] = &[
     ("a_memory_hog_is_stopped_and_the_exit_says_so", memory),
@@ -21,21 +21,7 @@ pub(crate) const TESTS: &[(&str, KindTest)] = &[
 fn memory(host: &Host, kind: Kind) {
     let name = format!("hog-{}", kind.name());
     let script = "head -c 400m /dev/zero | tail -c 399m >/dev/null";
-    host.hostctl(&[
-        "run",
-        "-d",
-        "--name",
-        &name,
-        "--isolation",
-        kind.name(),
-        "--memory",
-        "128M",
-        "busybox",
-        "sh",
-        "-c",
-        script,
-    ])
-    .ok();
+    start_script(host, kind, &name, &["--memory", "128M"], script);
     host.hostctl(&["wait", &name]).exits(137);
     let instance = host.hostctl(&["inspect", "--json", &name]).json();
     assert_eq!(instance["exit"]["oom"], true, "{instance:#}");

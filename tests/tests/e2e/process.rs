@@ -166,3 +166,11 @@ pub(crate) fn start_idle(host: &Host, kind: Kind, name: &str, options: &[&str]) 
     host.hostctl(&[&start[..], options, &command[..]].concat())
         .ok();
 }
+
+/// Starts an instance whose workload is a shell script.
+pub(crate) fn start_script(host: &Host, kind: Kind, name: &str, options: &[&str], script: &str) {
+    let start = ["run", "-d", "--name", name, "--isolation", kind.name()];
+    let command = ["busybox", "sh", "-c", script];
+    host.hostctl(&[&start[..], options, &command[..]].concat())
+        .ok();
+}
