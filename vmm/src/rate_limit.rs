@@ -96,9 +96,14 @@ impl Limiter {
         if wait > Duration::ZERO {
             return Err(wait);
         }
+        self.charge(now, bytes);
+        Ok(())
+    }
+
+    /// Charges one operation of `bytes`, which does not wait.
+    pub fn charge(&mut self, now: Instant, bytes: u64) {
         self.operations.charge(now, 1);
         self.bytes.charge(now, bytes);
-        Ok(())
     }
 
     /// Changes both limits.

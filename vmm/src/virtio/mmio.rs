@@ -5,6 +5,7 @@
 
 mod access;
 mod setup;
+mod state;
 
 use std::io;
 use std::sync::Mutex;
@@ -17,6 +18,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use self::setup::{QueueSetup, configure};
+pub use self::state::TransportState;
 use super::registers::{self as register, status};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
 use crate::control::DeviceStats;
@@ -200,10 +202,7 @@ impl MmioTransport {
 
     fn activate(&mut self) {
         self.status |= status::DRIVER_OK;
-        let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        for queue in &mut self.queues {
-            queue.set_event_idx(event_idx);
-        }
+        self.use_features();
         if let Err(error) = self.platform.watch_kicks(self.queues.len()) {
             return self.host_failure("watch for kicks", error);
         }
@@ -213,6 +212,14 @@ impl MmioTransport {
             for index in 0..self.queues.len() {
                 self.process(index);
             }
+        }
+    }
+
+    /// Makes the queues work as the driver has been promised.
+    fn use_features(&mut self) {
+        let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        for queue in &mut self.queues {
+            queue.set_event_idx(event_idx);
         }
     }
 

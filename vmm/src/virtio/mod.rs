@@ -11,6 +11,7 @@ pub mod mmio;
 pub mod net;
 pub mod registers;
 pub mod rng;
+pub mod state;
 pub mod tap;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -19,8 +20,11 @@ pub mod vsock;
 use std::io;
 use std::os::fd::RawFd;
 
+use serde_json::Value;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
+
+use self::state::{DeviceState, StateError};
 
 /// Facts about a device that hold before any driver has spoken to it.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -129,6 +133,23 @@ pub trait VirtioDevice: Send {
     /// Back to the state before `activate`. In-flight work is finished or dropped first: no guest
     /// memory is touched after this returns.
     fn reset(&mut self);
+
+    /// Finishes what the host does for the guest, before [`save`](Self::save). No processor runs,
+    /// and the device is active. See [`state`] for how a device takes part in snapshots.
+    fn quiesce(
+        &mut self,
+        _queues: &mut [Queue],
+        _mem: &GuestMemoryMmap,
+    ) -> Result<Signal, DeviceError> {
+        Ok(Signal::NONE)
+    }
+
+    /// What [`restore`](Self::restore) needs. Changes nothing.
+    fn save(&self) -> Result<DeviceState, StateError>;
+
+    /// A device that was just made becomes the one that was saved; `own` is its
+    /// [`DeviceState::own`], or what somebody has made of it.
+    fn restore(&mut self, own: &Value) -> Result<(), StateError>;
 }
 
 /// A descriptor that a device waits for (level-triggered).

@@ -7,6 +7,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
@@ -16,6 +18,7 @@ use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::chain::{Chain, IoList, give_back_together, take_all};
+use super::state::{self, DeviceState, StateError};
 use super::tap::{HEADER_BYTES, Tap};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
 
@@ -97,6 +100,13 @@ struct Counters {
     sent_frames: AtomicU64,
     sent_bytes: AtomicU64,
     sent_dropped: AtomicU64,
+}
+
+/// What a snapshot keeps of a network device.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct NetState {
+    mac: [u8; 6],
 }
 
 /// The network device.
@@ -458,6 +468,19 @@ impl VirtioDevice for Net {
         self.receiving.starved = false;
         self.sending.clear();
         self.blocked = false;
+    }
+
+    /// A frame that waits for buffers, or for the tap, is the network's to lose.
+    fn save(&self) -> Result<DeviceState, StateError> {
+        let state = DeviceState::new(&NetState { mac: self.mac })?;
+        Ok(state.holding([self.receiving.buffers.len(), self.sending.len()]))
+    }
+
+    /// A driver reads its address once, so that it cannot be another one now.
+    fn restore(&mut self, own: &Value) -> Result<(), StateError> {
+        let NetState { mac } = state::read(own)?;
+        let text = |mac| format!("{mac:02x?}");
+        state::expect("address", &text(mac), &text(self.mac))
     }
 }
 

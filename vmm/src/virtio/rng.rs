@@ -4,10 +4,12 @@
 use std::io;
 
 use rustix::rand::GetRandomFlags;
+use serde_json::Value;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
 use super::chain::{Chain, take_all};
+use super::state::{DeviceState, StateError, read_nothing};
 use super::{DeviceError, DeviceInfo, Signal, VirtioDevice};
 
 /// Device type, virtio 1.2 section 5.
@@ -71,6 +73,14 @@ impl VirtioDevice for Rng {
     }
 
     fn reset(&mut self) {}
+
+    fn save(&self) -> Result<DeviceState, StateError> {
+        Ok(DeviceState::empty())
+    }
+
+    fn restore(&mut self, own: &Value) -> Result<(), StateError> {
+        read_nothing(own)
+    }
 }
 
 /// Fills the chain's device-writable part, up to [`REQUEST_BYTES_MAX`].

@@ -14,6 +14,8 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio_queue::{Error, Queue};
 use vm_memory::GuestMemoryMmap;
 
@@ -22,6 +24,7 @@ pub use self::listener::VsockHost;
 use self::muxer::Muxer;
 use self::packet::HEADER_BYTES;
 use super::chain::{Chain, take_all};
+use super::state::{self, DeviceState, StateError};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
 use crate::spec::StreamDirection;
 
@@ -33,6 +36,11 @@ const QUEUE_SIZE: u16 = 256;
 /// Queue numbers, virtio 1.2 section 5.10.2.
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
+const EVENT: usize = 2;
+
+/// `struct virtio_vsock_event` of VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, virtio 1.2 section 5.10.6.7:
+/// all connections are gone, and the context id may be another.
+const TRANSPORT_RESET: [u8; 4] = 0_u32.to_le_bytes();
 
 /// The one token of [`Interest`].
 const MUXER: u32 = 0;
@@ -64,8 +72,28 @@ pub struct Vsock {
     muxer: Muxer,
     /// Empty buffers of the driver.
     buffers: VecDeque<Chain>,
-    /// Buffers for events, of which there are none yet.
+    /// Buffers for events.
     event_buffers: VecDeque<Chain>,
+    reset: Reset,
+}
+
+/// What a guest that was restored knows of its connections, which are gone.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Reset {
+    /// All that there is to know.
+    Known,
+    /// It is to be told.
+    Owed,
+    /// It has been told, and what it is sent now it might take for the end of a new connection. It
+    /// has understood when it gives the event's buffer back.
+    Told,
+}
+
+/// What a snapshot keeps of a vsock device.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct VsockState {
+    next_port: u32,
 }
 
 impl Vsock {
@@ -89,13 +117,14 @@ impl Vsock {
             muxer: Muxer::new(cid.into(), host, by_port).map_err(VsockError::Poll)?,
             buffers: VecDeque::new(),
             event_buffers: VecDeque::new(),
+            reset: Reset::Known,
         })
     }
 
     /// Sends the guest what there is for it and room for; whether buffers were used.
     fn send(&mut self, queue: &mut Queue, mem: &GuestMemoryMmap) -> Result<bool, DeviceError> {
         let mut any = false;
-        while self.muxer.has_outgoing() {
+        while self.reset != Reset::Told && self.muxer.has_outgoing() {
             let Some(chain) = self.buffers.front() else {
                 break;
             };
@@ -107,6 +136,30 @@ impl Vsock {
             any = true;
         }
         Ok(any)
+    }
+
+    /// The driver has made a buffer for events available. Returns whether it is used.
+    fn tell_of_reset(
+        &mut self,
+        queue: &mut Queue,
+        mem: &GuestMemoryMmap,
+    ) -> Result<bool, DeviceError> {
+        match self.reset {
+            Reset::Known => Ok(false),
+            Reset::Told => {
+                self.reset = Reset::Known;
+                Ok(false)
+            }
+            Reset::Owed => {
+                let Some(chain) = self.event_buffers.pop_front() else {
+                    return Ok(false);
+                };
+                let written = chain.write(0, &TRANSPORT_RESET);
+                chain.give_back(EVENT, queue, mem, written)?;
+                self.reset = Reset::Told;
+                Ok(true)
+            }
+        }
     }
 
     fn send_and_signal(
@@ -180,9 +233,12 @@ impl VirtioDevice for Vsock {
             }
             _ => {
                 let events = &mut self.event_buffers;
-                take_all(index, queue, mem, events.len(), |chain| {
+                let taken = take_all(index, queue, mem, events.len(), |chain| {
                     events.push_back(chain);
                 })?;
+                if taken > 0 && self.tell_of_reset(queue, mem)? {
+                    signal = Signal::queue(index);
+                }
             }
         }
         self.send_and_signal(queues, mem)
@@ -215,6 +271,27 @@ impl VirtioDevice for Vsock {
         self.muxer.reset();
         self.buffers.clear();
         self.event_buffers.clear();
+        self.reset = Reset::Known;
+    }
+
+    /// Connections stay behind: their other ends are sockets of this process.
+    fn save(&self) -> Result<DeviceState, StateError> {
+        let next_port = self.muxer.next_port();
+        let state = DeviceState::new(&VsockState { next_port })?;
+        Ok(state.holding([self.buffers.len(), 0, self.event_buffers.len()]))
+    }
+
+    fn restore(&mut self, own: &Value) -> Result<(), StateError> {
+        let VsockState { next_port } = state::read(own)?;
+        if !self.muxer.set_next_port(next_port) {
+            return Err(StateError::Mismatch {
+                what: "next port",
+                found: next_port.to_string(),
+                wanted: "one for clients".to_owned(),
+            });
+        }
+        self.reset = Reset::Owed;
+        Ok(())
     }
 }
 

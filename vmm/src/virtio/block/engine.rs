@@ -84,6 +84,14 @@ impl Engine {
         }
     }
 
+    /// Waits until an operation has ended, if any is in flight.
+    pub(crate) fn wait(&mut self) -> io::Result<()> {
+        match self {
+            Engine::Ring(ring) => ring.wait(),
+            Engine::Synchronous(_) => Ok(()),
+        }
+    }
+
     /// Waits for all operations and forgets them.
     pub(crate) fn drain(&mut self) {
         match self {

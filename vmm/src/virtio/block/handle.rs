@@ -85,6 +85,11 @@ impl Shared {
         })
     }
 
+    /// The limits as they are to be.
+    pub(super) fn limits(&self) -> DiskLimits {
+        *self.lock_limits()
+    }
+
     /// The limits as they are now; [`fd`](Self::fd) is not readable until they change again.
     pub(super) fn take_limits(&self) -> DiskLimits {
         // Readable or not: it is only being made unreadable.

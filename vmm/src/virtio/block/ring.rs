@@ -157,12 +157,19 @@ impl Ring {
             if self.in_flight() == 0 {
                 break;
             }
-            match self.ring.submit_and_wait(1) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted || is_busy(&error) => {}
+            if self.wait().is_err() {
                 // The ring is unusable. The slots still own the memory; see `drop`.
-                Err(_) => break,
+                break;
             }
+        }
+    }
+
+    /// Submits what is to be submitted and waits until an operation has ended, or a while.
+    pub(crate) fn wait(&mut self) -> io::Result<()> {
+        match self.ring.submit_and_wait(1) {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted || is_busy(&error) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 }

@@ -2,12 +2,14 @@
 
 use std::sync::{Arc, Mutex};
 
+use serde_json::Value;
 use virtio_queue::QueueOwnedT;
 
 use super::access::half;
 use super::*;
 use crate::bus::BusDevice;
 use crate::virtio::registers::QUEUE_NOTIFY;
+use crate::virtio::state::{self, DeviceState, StateError};
 
 pub(super) const DESCRIPTORS: u64 = 0x1000;
 pub(super) const AVAILABLE: u64 = 0x2000;
@@ -142,6 +144,15 @@ impl VirtioDevice for Echo {
     fn reset(&mut self) {
         self.active = false;
     }
+
+    fn save(&self) -> Result<DeviceState, StateError> {
+        DeviceState::new(&self.taken)
+    }
+
+    fn restore(&mut self, own: &Value) -> Result<(), StateError> {
+        self.taken = state::read(own)?;
+        Ok(())
+    }
 }
 
 /// A driver, and what is behind its device.
@@ -158,6 +169,11 @@ pub(super) const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 impl Driver {
     pub(super) fn new() -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        Self::over(memory)
+    }
+
+    /// A driver that has this memory.
+    pub(super) fn over(memory: GuestMemoryMmap) -> Self {
         let platform = TestPlatform::default();
         let device = Box::new(Echo {
             taken: 0,

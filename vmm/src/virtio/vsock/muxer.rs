@@ -115,6 +115,20 @@ impl Muxer {
         self.connections.len()
     }
 
+    /// The port of the next client, for those of a restored guest to differ from the ones before.
+    pub(super) fn next_port(&self) -> u32 {
+        self.next_port
+    }
+
+    /// Goes on from there. Returns whether it is a port of clients.
+    pub(super) fn set_next_port(&mut self, port: u32) -> bool {
+        let valid = HOST_PORTS.contains(&port);
+        if valid {
+            self.next_port = port;
+        }
+        valid
+    }
+
     /// Readable when [`poll`](Self::poll) has something to do.
     pub(super) fn fd(&self) -> RawFd {
         self.epoll.0.as_raw_fd()

@@ -5,6 +5,8 @@
     reason = "the numbers are the tests' own, and small"
 )]
 
+mod snapshot;
+
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Duration;

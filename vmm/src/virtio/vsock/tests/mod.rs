@@ -11,6 +11,7 @@
 
 mod connections;
 mod hostile;
+mod restored;
 mod streams;
 
 use std::collections::HashSet;
