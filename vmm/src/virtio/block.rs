@@ -5,6 +5,7 @@ mod engine;
 mod handle;
 mod request;
 mod ring;
+mod state;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -17,7 +18,6 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
@@ -33,7 +33,7 @@ use self::request::{
     Geometry, Kind, Operation, RANGE_SECTORS_MAX, Request, SECTOR_BYTES, SERIAL_BYTES_MAX, Status,
 };
 use super::chain::{Chain, take_all};
-use super::state::{self, DeviceState, StateError};
+use super::state::{DeviceState, StateError};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
 use crate::rate_limit::Limiter;
 use crate::spec::DiskLimits;
@@ -90,16 +90,6 @@ pub struct Block {
     /// Runs while requests are parked.
     timer: TimerFd,
     shared: Arc<Shared>,
-}
-
-/// What a snapshot keeps of a disk.
-#[derive(Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-struct BlockState {
-    sectors: u64,
-    read_only: bool,
-    serial: [u8; SERIAL_BYTES_MAX],
-    limits: DiskLimits,
 }
 
 /// Reads or writes: their limits, and the requests that wait for them in the order they came.
@@ -382,48 +372,23 @@ impl VirtioDevice for Block {
         self.geometry.features = 0;
     }
 
-    /// Requests that wait for a limit are not made to: what they cost is owed by those to come.
     fn quiesce(
         &mut self,
         queues: &mut [Queue],
         mem: &GuestMemoryMmap,
     ) -> Result<Signal, DeviceError> {
-        let Some(queue) = queues.first_mut() else {
-            return Ok(Signal::NONE);
-        };
-        let now = Instant::now();
-        for direction in [&mut self.reads, &mut self.writes] {
-            for operation in direction.parked.drain(..) {
-                direction.limiter.charge(now, operation.charge());
-                self.engine.start(operation);
-            }
+        match queues.first_mut() {
+            Some(queue) => self.finish_all(queue, mem).map(signal),
+            None => Ok(Signal::NONE),
         }
-        let mut any = self.settle(queue, mem)?;
-        while self.engine.in_flight() > 0 {
-            self.engine.wait().map_err(host("wait for io_uring"))?;
-            any |= self.settle(queue, mem)?;
-        }
-        Ok(signal(any))
     }
 
     fn save(&self) -> Result<DeviceState, StateError> {
-        DeviceState::new(&BlockState {
-            sectors: self.geometry.sectors,
-            read_only: self.geometry.read_only,
-            serial: self.serial,
-            limits: self.shared.limits(),
-        })
+        self.save_state()
     }
 
     fn restore(&mut self, own: &Value) -> Result<(), StateError> {
-        let saved: BlockState = state::read(own)?;
-        let geometry = &self.geometry;
-        state::expect("number of sectors", &saved.sectors, &geometry.sectors)?;
-        state::expect("read_only", &saved.read_only, &geometry.read_only)?;
-        // What the driver has been told it will be told again.
-        self.serial = saved.serial;
-        self.handle().set_limits(saved.limits);
-        Ok(())
+        self.restore_state(own)
     }
 }
 

@@ -1,13 +1,14 @@
 //! virtio-net (virtio 1.2, section 5.1) on a tap: one pair of queues, checksum and segmentation
 //! offloads, merged receive buffers. Frames move between the tap and guest memory without a copy.
 
+mod handle;
+mod state;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
@@ -17,8 +18,10 @@ use virtio_bindings::virtio_net::{
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
+use self::handle::{Counters, count};
+pub use self::handle::{NetHandle, NetStats};
 use super::chain::{Chain, IoList, give_back_together, take_all};
-use super::state::{self, DeviceState, StateError};
+use super::state::{DeviceState, StateError};
 use super::tap::{HEADER_BYTES, Tap};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
 
@@ -56,58 +59,6 @@ const OFFLOADS: [(u32, u32); 4] = [
     (VIRTIO_NET_F_GUEST_TSO6, libc::TUN_F_TSO6),
     (VIRTIO_NET_F_GUEST_ECN, libc::TUN_F_TSO_ECN),
 ];
-
-/// What a network device has done since it was made, as the guest sees it.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct NetStats {
-    pub received_frames: u64,
-    /// Without virtio headers, as all byte counts here.
-    pub received_bytes: u64,
-    /// Frames that did not fit the guest's buffers.
-    pub received_dropped: u64,
-    pub sent_frames: u64,
-    pub sent_bytes: u64,
-    /// Frames that were malformed, or that the tap refused.
-    pub sent_dropped: u64,
-}
-
-/// What the rest of the VMM keeps of a network device. Works from any thread.
-#[derive(Clone, Debug)]
-pub struct NetHandle {
-    counters: Arc<Counters>,
-}
-
-impl NetHandle {
-    /// The counters.
-    pub fn stats(&self) -> NetStats {
-        let counters = &self.counters;
-        NetStats {
-            received_frames: counters.received_frames.load(Ordering::Relaxed),
-            received_bytes: counters.received_bytes.load(Ordering::Relaxed),
-            received_dropped: counters.received_dropped.load(Ordering::Relaxed),
-            sent_frames: counters.sent_frames.load(Ordering::Relaxed),
-            sent_bytes: counters.sent_bytes.load(Ordering::Relaxed),
-            sent_dropped: counters.sent_dropped.load(Ordering::Relaxed),
-        }
-    }
-}
-
-#[derive(Debug, Default)]
-struct Counters {
-    received_frames: AtomicU64,
-    received_bytes: AtomicU64,
-    received_dropped: AtomicU64,
-    sent_frames: AtomicU64,
-    sent_bytes: AtomicU64,
-    sent_dropped: AtomicU64,
-}
-
-/// What a snapshot keeps of a network device.
-#[derive(Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-struct NetState {
-    mac: [u8; 6],
-}
 
 /// The network device.
 #[derive(Debug)]
@@ -470,17 +421,12 @@ impl VirtioDevice for Net {
         self.blocked = false;
     }
 
-    /// A frame that waits for buffers, or for the tap, is the network's to lose.
     fn save(&self) -> Result<DeviceState, StateError> {
-        let state = DeviceState::new(&NetState { mac: self.mac })?;
-        Ok(state.holding([self.receiving.buffers.len(), self.sending.len()]))
+        self.save_state()
     }
 
-    /// A driver reads its address once, so that it cannot be another one now.
     fn restore(&mut self, own: &Value) -> Result<(), StateError> {
-        let NetState { mac } = state::read(own)?;
-        let text = |mac| format!("{mac:02x?}");
-        state::expect("address", &text(mac), &text(self.mac))
+        self.restore_state(own)
     }
 }
 
@@ -499,12 +445,6 @@ fn offloads(features: u64) -> u32 {
     } else {
         offloads
     }
-}
-
-/// Counters have one writer, so no locked instruction is needed.
-fn count(counter: &AtomicU64, more: usize) {
-    let value = counter.load(Ordering::Relaxed).wrapping_add(more as u64);
-    counter.store(value, Ordering::Relaxed);
 }
 
 fn signal(index: usize, used: bool) -> Signal {
