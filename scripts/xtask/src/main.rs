@@ -3,6 +3,7 @@
 mod binaries;
 mod demo;
 mod fixtures;
+mod fuzz;
 mod guest;
 mod host_image;
 mod kernel;
@@ -34,6 +35,7 @@ enum Command {
     HostImage,
     SimHost(sim_host::Arguments),
     Demo(demo::Arguments),
+    Fuzz(fuzz::Arguments),
     Test(test::Arguments),
 }
 
@@ -54,6 +56,7 @@ fn main() -> Result<ExitCode> {
             return sim_host::run(&arguments);
         }
         Command::Demo(arguments) => return demo::demo(&arguments),
+        Command::Fuzz(arguments) => fuzz::fuzz(&arguments)?,
         Command::Test(arguments) => test::test(&arguments)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// The triple that `.cargo/config.toml` builds for.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The root of the repository.
 pub(crate) fn root() -> &'static Path {
@@ -24,9 +24,13 @@ pub(crate) fn build() -> PathBuf {
     root().join("build")
 }
 
+/// Where cargo puts what it builds.
+pub(crate) fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| root().join("target"), |dir| root().join(dir))
+}
+
 /// The directory of the release binaries.
 pub(crate) fn binaries() -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| root().join("target"), |dir| root().join(dir));
-    target.join(TARGET).join("release")
+    target().join(TARGET).join("release")
 }

@@ -9,9 +9,9 @@ use serde_json::Value;
 
 use crate::sim_host::{self, Machine, Options};
 use crate::step::{command, run, step};
-use crate::{binaries, fixtures, packages, paths};
+use crate::{binaries, fixtures, fuzz, packages, paths};
 
-/// Passes every test: style, unit, native (root), and end-to-end in the simulated host
+/// Passes every test: style, unit, native (root), fuzz, and end-to-end in the simulated host
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// Only the end-to-end tests in the simulated host; what follows `--` selects some of them
@@ -32,6 +32,7 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
     fixtures::busybox()?;
     if !arguments.sim {
         native(&arguments.filter)?;
+        fuzz::fuzz(&fuzz::Arguments::default())?;
     }
     simulated(&arguments.filter)
 }

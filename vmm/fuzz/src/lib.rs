@@ -1,14 +1,7 @@
 //! A guest that does whatever the fuzzer says to a device's queues.
 //!
-//! The targets need no instrumentation to build; with it they learn. On a stable toolchain:
-//!
-//! ```text
-//! cd vmm/fuzz
-//! RUSTFLAGS="--cfg fuzzing -Ccodegen-units=1 -Cpasses=sancov-module \
-//!   -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
-//!   -Cllvm-args=-sanitizer-coverage-pc-table" \
-//!   cargo run --release --target x86_64-unknown-linux-gnu --bin vsock -- -max_total_time=60
-//! ```
+//! `cargo xtask fuzz` builds the targets with the instrumentation that libFuzzer learns from, and runs
+//! them.
 //!
 //! UNSAFETY: a device names the descriptors that it waits for by number; they are polled as such.
 
@@ -20,8 +13,10 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm::virtio::{DeviceError, VirtioDevice};
 
-/// All of the guest's memory: small, so that its edges are met.
+/// The guest's memory: small, so that its edges are met, with a hole as that of the devices.
 const MEMORY_BYTES: usize = 0x4_0000;
+const HOLE_END: u64 = 0x5_0000;
+const MEMORY_AFTER_HOLE_BYTES: usize = 0x1_0000;
 
 /// Each queue's rings have this much room; buffers lie behind all of them.
 const QUEUE_STRIDE: u64 = 0x4000;
@@ -119,8 +114,11 @@ struct Guest {
 
 impl Guest {
     fn new(sizes: &[u16]) -> Guest {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)])
-            .expect("a little memory can be had");
+        let memory = GuestMemoryMmap::from_ranges(&[
+            (GuestAddress(0), MEMORY_BYTES),
+            (GuestAddress(HOLE_END), MEMORY_AFTER_HOLE_BYTES),
+        ])
+        .expect("a little memory can be had");
         let queues = (0..).zip(sizes).map(|(number, size)| {
             let [descriptors, available, used] = rings(number, *size).map(|at| at as u32);
             let mut queue = Queue::new(*size).expect("devices have possible queues");

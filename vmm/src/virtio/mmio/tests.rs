@@ -203,6 +203,33 @@ fn queue_registers_are_closed_before_features_and_after_activation() {
     assert_eq!((queue.size(), queue.desc_table()), (8, DESCRIPTORS));
 }
 
+/// CVE-2026-5747 (Firecracker): a queue that was enlarged after its device had checked it.
+#[test]
+fn a_queue_in_use_is_neither_moved_nor_enlarged_by_starting_again() {
+    let mut driver = Driver::new();
+    driver.negotiate(VERSION_1);
+    driver.set_up_queue(4, DESCRIPTORS);
+    driver.write(register::STATUS, 15);
+    for value in [11, 15, 3, 7, 15] {
+        driver.write(register::STATUS, value);
+        driver.write(register::QUEUE_READY, 0);
+        driver.set_up_queue(8, 0x8000);
+        driver.write(register::DRIVER_FEATURES, u32::MAX);
+    }
+    assert_eq!(driver.read(register::STATUS), 15);
+    assert_eq!(driver.transport.driver_features, VERSION_1);
+    assert_eq!(driver.transport.stats().failures, 0);
+    driver.add_buffer();
+    driver.kick();
+    assert_eq!(driver.used(), 1);
+    // Five buffers would fit eight descriptors, but not four.
+    driver.available += 4;
+    driver.add_buffer();
+    driver.kick();
+    assert!(driver.needs_reset());
+    assert_eq!(driver.used(), 1);
+}
+
 #[test]
 fn an_index_that_jumps_stops_the_device_until_it_is_reset() {
     let mut driver = Driver::active(VERSION_1);

@@ -4,14 +4,16 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::{BUFFERS, Buffer, Driver, INDIRECT, MEMORY_END, NEXT, WRITE, descriptor};
+use super::{
+    BUFFERS, Buffer, Driver, HOLE, HOLE_END, INDIRECT, MEMORY_END, NEXT, WRITE, descriptor,
+};
 use crate::virtio::{DeviceError, VirtioDevice};
 
 /// What a hostile driver does to a queue.
 type Trick = fn(&mut Driver, usize);
 
 /// Malformed rings and chains, none of which any device can do anything with.
-pub(crate) const TRICKS: [(&str, Trick); 14] = [
+pub(crate) const TRICKS: [(&str, Trick); 22] = [
     ("a head that is not in the table", |driver, queue| {
         let size = driver.rings[queue].size;
         driver.make_available(queue, size);
@@ -46,6 +48,36 @@ pub(crate) const TRICKS: [(&str, Trick); 14] = [
         driver.make_available(queue, 0);
     }),
     (
+        "a readable buffer where the devices are",
+        |driver, queue| {
+            driver.describe(queue, 0, (HOLE, 64), 0, 0);
+            driver.make_available(queue, 0);
+        },
+    ),
+    (
+        "a writable buffer where the devices are",
+        |driver, queue| {
+            driver.describe(queue, 0, (HOLE_END - 64, 64), WRITE, 0);
+            driver.make_available(queue, 0);
+        },
+    ),
+    (
+        "a buffer across the devices, with memory at both ends",
+        |driver, queue| {
+            let len = u32::try_from(HOLE_END - HOLE).unwrap() + 8192;
+            driver.describe(queue, 0, (HOLE - 4096, len), WRITE, 0);
+            driver.make_available(queue, 0);
+        },
+    ),
+    (
+        "a good buffer and then one that ends among the devices",
+        |driver, queue| {
+            driver.describe(queue, 0, (BUFFERS, 64), NEXT | WRITE, 1);
+            driver.describe(queue, 1, (HOLE - 4, 8), WRITE, 0);
+            driver.make_available(queue, 0);
+        },
+    ),
+    (
         "a buffer that wraps around the address space",
         |driver, queue| {
             driver.describe(queue, 0, (u64::MAX - 100, u32::MAX), WRITE, 0);
@@ -70,6 +102,32 @@ pub(crate) const TRICKS: [(&str, Trick); 14] = [
         driver.describe(queue, 0, (BUFFERS, 24), INDIRECT, 0);
         driver.make_available(queue, 0);
     }),
+    ("an indirect table of nothing", |driver, queue| {
+        driver.describe(queue, 0, (BUFFERS, 0), INDIRECT, 0);
+        driver.make_available(queue, 0);
+    }),
+    ("an indirect table that loops", |driver, queue| {
+        driver.write(BUFFERS, &descriptor(BUFFERS, 16, NEXT | WRITE, 1));
+        driver.write(BUFFERS + 16, &descriptor(BUFFERS, 16, NEXT | WRITE, 0));
+        driver.describe(queue, 0, (BUFFERS, 32), INDIRECT, 0);
+        driver.make_available(queue, 0);
+    }),
+    (
+        "an indirect table that leads out of itself",
+        |driver, queue| {
+            driver.write(BUFFERS, &descriptor(BUFFERS, 16, NEXT | WRITE, 1));
+            driver.describe(queue, 0, (BUFFERS, 16), INDIRECT, 0);
+            driver.make_available(queue, 0);
+        },
+    ),
+    (
+        "an indirect table of which the end is among the devices",
+        |driver, queue| {
+            driver.write(HOLE - 16, &descriptor(BUFFERS, 16, NEXT | WRITE, 1));
+            driver.describe(queue, 0, (HOLE - 16, 32), INDIRECT, 0);
+            driver.make_available(queue, 0);
+        },
+    ),
     ("an indirect table outside memory", |driver, queue| {
         driver.describe(queue, 0, (MEMORY_END, 160), INDIRECT, 0);
         driver.make_available(queue, 0);
@@ -127,6 +185,7 @@ fn any_descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
     let address = prop_oneof![
         8 => BUFFERS..BUFFERS + 0x1000,
         1 => MEMORY_END - 0x100..MEMORY_END + 0x100,
+        1 => HOLE - 0x100..HOLE + 0x100,
         1 => any::<u64>(),
     ];
     let len = prop_oneof![8 => 0u32..0x200, 2 => 0u32..0x2_0000, 1 => any::<u32>()];

@@ -27,10 +27,14 @@ pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 pub(crate) const INDIRECT: u16 = 4;
 
-/// Two regions that touch, so that a buffer can lie in both, and nothing after them.
+/// Two regions that touch, so that a buffer can lie in both; then a hole as that of the devices; then
+/// one more region, and nothing after it.
 const REGION_BYTES: usize = 16 << 20;
 pub(crate) const REGION_BORDER: u64 = REGION_BYTES as u64;
-pub(crate) const MEMORY_END: u64 = 2 * REGION_BYTES as u64;
+pub(crate) const HOLE: u64 = 2 * REGION_BYTES as u64;
+pub(crate) const HOLE_END: u64 = HOLE + 0x1_0000;
+const LAST_REGION_BYTES: usize = 1 << 20;
+pub(crate) const MEMORY_END: u64 = HOLE_END + LAST_REGION_BYTES as u64;
 
 /// Each queue's rings have this much room.
 const QUEUE_STRIDE: u64 = 0x1_0000;
@@ -96,6 +100,7 @@ impl Driver {
         let memory = GuestMemoryMmap::from_ranges(&[
             (GuestAddress(0), REGION_BYTES),
             (GuestAddress(REGION_BORDER), REGION_BYTES),
+            (GuestAddress(HOLE_END), LAST_REGION_BYTES),
         ])
         .unwrap();
         let rings: Vec<Rings> = (1..)
@@ -134,10 +139,7 @@ impl Driver {
     pub(crate) fn allocate(&mut self, len: u32, writable: bool) -> Buffer {
         let address = self.next_buffer;
         self.next_buffer += u64::from(len).next_multiple_of(64);
-        assert!(
-            self.next_buffer <= MEMORY_END,
-            "the test has used up its memory"
-        );
+        assert!(self.next_buffer <= HOLE, "the test has used up its memory");
         Buffer {
             address,
             len,

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use proptest::proptest;
 use tempfile::{NamedTempFile, tempfile};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::engine::Synchronous;
 use super::*;
@@ -532,6 +533,37 @@ fn after_a_reset_no_request_touches_memory_and_the_next_driver_is_served() {
         bench.driver = Driver::start(&mut bench.block);
         let data = bench.driver.writable(512);
         assert_eq!(bench.request(READ, 1, &[data]), (OK, 513));
+    }
+}
+
+/// CVE-2026-45782 (Cloud Hypervisor): a request that completed after the reset of its device wrote to
+/// memory that was somebody else's by then.
+#[test]
+fn requests_that_are_in_flight_at_a_reset_are_over_when_it_returns() {
+    for kind in ENGINES {
+        let mut bench = Bench::new(kind, BlockOptions::default());
+        let data: Vec<Buffer> = (0..40).map(|_| bench.driver.writable(0x1_0000)).collect();
+        for buffer in &data {
+            bench.offer(READ, 1, &[*buffer]);
+        }
+        let _ = bench.driver.kick(&mut bench.block, 0).unwrap();
+        bench.block.reset();
+        assert_eq!(bench.block.held(), 0);
+        for buffer in &data {
+            bench.driver.write(buffer.address, &[0x5a; 0x1_0000]);
+        }
+        // The next driver's requests are served behind whatever might be left of the old ones.
+        let memory = bench.driver.memory.clone();
+        bench.driver = Driver::start(&mut bench.block);
+        let fresh = bench.driver.writable(512);
+        assert_eq!(bench.request(READ, 1, &[fresh]), (OK, 513));
+        for buffer in &data {
+            let mut bytes = vec![0; 0x1_0000];
+            memory
+                .read_slice(&mut bytes, GuestAddress(buffer.address))
+                .unwrap();
+            assert_eq!(bytes, [0x5a; 0x1_0000], "{kind:?}");
+        }
     }
 }
 
