@@ -1,5 +1,6 @@
 //! The developer's commands behind `scripts/`: what it takes to build, boot, test and measure hostd.
 
+mod bench;
 mod binaries;
 mod demo;
 mod fixtures;
@@ -37,6 +38,7 @@ enum Command {
     Demo(demo::Arguments),
     Fuzz(fuzz::Arguments),
     Test(test::Arguments),
+    Bench(bench::Arguments),
 }
 
 fn main() -> Result<ExitCode> {
@@ -58,6 +60,7 @@ fn main() -> Result<ExitCode> {
         Command::Demo(arguments) => return demo::demo(&arguments),
         Command::Fuzz(arguments) => fuzz::fuzz(&arguments)?,
         Command::Test(arguments) => test::test(&arguments)?,
+        Command::Bench(arguments) => bench::bench(&arguments)?,
     }
     Ok(ExitCode::SUCCESS)
 }

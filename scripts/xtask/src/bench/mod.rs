@@ -1,0 +1,26 @@
+//! `scripts/bench`: what hostd costs, beside its peers. Nothing here passes or fails: times of a
+//! machine that others use too are for a person to judge.
+
+mod oci;
+mod statistics;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+/// Measures hostd beside its peers
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    Oci(oci::Arguments),
+}
+
+pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
+    match &arguments.what {
+        What::Oci(arguments) => oci::bench(arguments),
+    }
+}
