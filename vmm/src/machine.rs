@@ -6,6 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
+use nix::errno::Errno;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -34,6 +35,7 @@ use crate::signals::{self, SignalError};
 use crate::terminal::RawTerminal;
 use crate::vcpu::{Buses, VcpuError, Vcpus};
 use crate::virtio::VirtioDevice;
+use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::block::{Block, BlockError, BlockHandle, BlockOptions};
 use crate::virtio::mmio::{MmioTransport, Window};
 use crate::virtio::net::{Net, NetHandle};
@@ -103,6 +105,8 @@ pub enum DeviceSetupError {
     Listen(#[source] io::Error),
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    #[error("its event cannot be made")]
+    Balloon(#[source] Errno),
 }
 
 fn host(action: &'static str) -> impl Fn(io::Error) -> MachineError {
@@ -166,6 +170,7 @@ impl Machine {
                 transports: parts.transports,
                 disks: virtio.disks,
                 nets: virtio.nets,
+                balloon: virtio.balloon,
             };
             serve(&mut parts.events, control_listener(listen)?, controls)?;
         }
@@ -248,6 +253,7 @@ struct VirtioDevices {
     devices: Vec<(String, Box<dyn VirtioDevice>)>,
     disks: Vec<BlockHandle>,
     nets: Vec<NetHandle>,
+    balloon: Option<BalloonHandle>,
 }
 
 impl VirtioDevices {
@@ -269,6 +275,12 @@ impl VirtioDevices {
         }
         if plan.rng {
             list.add("rng".to_owned(), Ok(Rng::new()), |_, _| ())?;
+        }
+        if let Some(spec) = plan.balloon {
+            let balloon = Balloon::new(spec, plan.memory_bytes).map_err(DeviceSetupError::Balloon);
+            list.add("balloon".to_owned(), balloon, |list, device| {
+                list.balloon = Some(device.handle());
+            })?;
         }
         Ok(list)
     }

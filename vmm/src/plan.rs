@@ -12,7 +12,7 @@ use crate::descriptors::{DescriptorError, Inherited};
 use crate::devices::serial::{Bounded, Output, Patient};
 use crate::layout;
 use crate::spec::{
-    Console, ConsoleTarget, Disk, DiskLimits, Net, OneOrMany, Spec, StreamDirection, Vsock,
+    Balloon, Console, ConsoleTarget, Disk, DiskLimits, Net, OneOrMany, Spec, StreamDirection, Vsock,
 };
 use crate::virtio::mmio::Window;
 use crate::virtio::vsock::HostStream;
@@ -72,12 +72,13 @@ pub struct Plan {
     pub cmdline: String,
     pub cpus: u8,
     pub memory_bytes: u64,
-    /// One for each virtio device, in the order disks, nets, vsock, rng.
+    /// One for each virtio device, in the order disks, nets, vsock, rng, balloon.
     pub windows: Vec<Window>,
     pub disks: Vec<DiskPlan>,
     pub nets: Vec<NetPlan>,
     pub vsock: Option<VsockPlan>,
     pub rng: bool,
+    pub balloon: Option<Balloon>,
     pub console: ConsolePlan,
     pub control: Option<ListenPlan>,
     pub exit_status: Option<File>,
@@ -136,6 +137,9 @@ impl Plan {
         let cpus = in_range("/cpus/count", spec.cpus.count, 1, CPUS_MAX)?;
         let size = spec.memory.size_mib;
         let size = in_range("/memory/size_mib", size, MEMORY_MIB_MIN, MEMORY_MIB_MAX)?;
+        if let Some(balloon) = spec.balloon {
+            in_range("/balloon/target_mib", balloon.target_mib, 0, size)?;
+        }
         let windows = windows(spec)?;
         let cmdline = boot::cmdline(&spec.boot.cmdline, &windows)?;
         let initramfs = initramfs_paths(spec)?;
@@ -159,6 +163,7 @@ impl Plan {
                 None => None,
             },
             rng: spec.rng,
+            balloon: spec.balloon,
             console: open.console(spec.console.as_ref())?,
             control: match &spec.control {
                 Some(path) => Some(open.listen("/control", path)?),
@@ -173,8 +178,9 @@ impl Plan {
 }
 
 fn windows(spec: &Spec) -> Result<Vec<Window>, PlanError> {
-    let vsock = usize::from(spec.vsock.is_some());
-    let devices = spec.disks.len() + spec.nets.len() + vsock + usize::from(spec.rng);
+    let optional = [spec.vsock.is_some(), spec.rng, spec.balloon.is_some()];
+    let optional = optional.into_iter().filter(|there| *there).count();
+    let devices = spec.disks.len() + spec.nets.len() + optional;
     if devices > layout::VIRTIO_DEVICES_MAX {
         return Err(PlanError::Devices { devices });
     }
@@ -453,6 +459,7 @@ mod tests {
             "nets": [{"tap": "tap0", "mac": null}],
             "vsock": {"cid": 3, "path": "/run/vsock", "streams": []},
             "rng": true,
+            "balloon": {"target_mib": 0},
             "console": null,
             "control": null,
         });
@@ -463,9 +470,9 @@ mod tests {
     #[test]
     fn a_plan_has_an_address_for_each_device() {
         let plan = plan("/rng", json!(true)).unwrap();
-        assert_eq!(plan.windows, [0, 1, 2, 3].map(Window::nth));
+        assert_eq!(plan.windows, [0, 1, 2, 3, 4].map(Window::nth));
         assert_eq!(plan.nets[0].mac, [2, 0, 0, 0, 0, 1]);
-        assert_eq!(plan.cmdline.matches("virtio_mmio.device=").count(), 4);
+        assert_eq!(plan.cmdline.matches("virtio_mmio.device=").count(), 5);
     }
 
     #[test]
@@ -543,10 +550,19 @@ mod tests {
     }
 
     #[test]
+    fn a_balloon_is_no_larger_than_the_memory() {
+        plan("/balloon/target_mib", json!(16)).unwrap();
+        let error = plan("/balloon/target_mib", json!(17)).unwrap_err();
+        let want = "`/balloon/target_mib` is 17; it must be from 0 to 16";
+        assert_eq!(error.to_string(), want);
+        assert_eq!(plan("/balloon", json!(null)).unwrap().windows.len(), 4);
+    }
+
+    #[test]
     fn there_are_no_more_devices_than_interrupt_lines() {
         let nets = |count| json!(vec![json!({"tap": "tap0"}); count]);
-        plan("/nets", nets(layout::VIRTIO_DEVICES_MAX - 3)).unwrap();
-        let error = plan("/nets", nets(layout::VIRTIO_DEVICES_MAX - 2)).unwrap_err();
+        plan("/nets", nets(layout::VIRTIO_DEVICES_MAX - 4)).unwrap();
+        let error = plan("/nets", nets(layout::VIRTIO_DEVICES_MAX - 3)).unwrap_err();
         assert!(error.to_string().contains("19 virtio devices"), "{error}");
     }
 

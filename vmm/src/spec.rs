@@ -30,6 +30,9 @@ pub struct Spec {
     /// virtio-rng is there unless this is false.
     #[serde(default = "yes")]
     pub rng: bool,
+    /// A balloon with reports of free pages is there unless this is null.
+    #[serde(default = "balloon")]
+    pub balloon: Option<Balloon>,
     /// The first serial port. Without it, what the guest writes there is dropped.
     #[serde(default)]
     pub console: Option<Console>,
@@ -159,6 +162,31 @@ pub enum StreamDirection {
     FromGuest,
 }
 
+/// How the guest gives memory back.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Balloon {
+    /// How much the guest is asked to give up from the start, at most `Memory::size_mib`.
+    #[serde(default)]
+    pub target_mib: u64,
+    /// A guest that is short of memory takes some out of the balloon instead of killing processes.
+    #[serde(default = "yes")]
+    pub deflate_on_oom: bool,
+    /// The guest tells which memory it does not use, and the host takes it until it is used again.
+    #[serde(default = "yes")]
+    pub free_page_reporting: bool,
+}
+
+impl Default for Balloon {
+    fn default() -> Self {
+        Self {
+            target_mib: 0,
+            deflate_on_oom: true,
+            free_page_reporting: true,
+        }
+    }
+}
+
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum ConsoleTarget {
@@ -177,4 +205,9 @@ pub enum Console {
 
 fn yes() -> bool {
     true
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "serde wants the field's type")]
+fn balloon() -> Option<Balloon> {
+    Some(Balloon::default())
 }

@@ -27,6 +27,7 @@ const MODULES: &[&str] = &[
     "virtio_net",                 // The NIC.
     "vmw_vsock_virtio_transport", // The workload's streams and exec.
     "virtio_rng",                 // Entropy, before the workload wants any.
+    "virtio_balloon",             // Memory that the guest does not use is the host's.
 ];
 
 /// Where the initramfs holds the modules' files, and where it says in which order they load.

@@ -35,6 +35,7 @@ fn server(listener: UnixListener) -> (Server, EventLoop) {
         transports: Vec::new(),
         disks: Vec::new(),
         nets: Vec::new(),
+        balloon: None,
     };
     let listener = Listener::inherited(listener);
     let server = Server::new(listener, controls, events.poller(), source);

@@ -4,11 +4,13 @@
 //! On the control socket each line is one JSON [`Request`], answered by one line of JSON
 //! [`Response`], in order. A line longer than [`REQUEST_BYTES_MAX`] closes the connection.
 
+mod balloon;
 pub mod controls;
 pub mod server;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::balloon::{BalloonStats, GuestMemory};
 use crate::spec::DiskLimits;
 
 /// The most bytes of guest output that a console file takes; what comes after is dropped.
@@ -45,6 +47,12 @@ pub enum Request {
         disk: usize,
         /// Bytes and operations per second.
         limits: DiskLimits,
+    },
+    /// Asks the guest to give up so much memory, or, with less than before, lets it have some back.
+    /// How far it has come is in [`Stats::balloon`].
+    Balloon {
+        /// At most the memory that the guest has.
+        target_mib: u64,
     },
     /// Ends the machine at once, as pulling the plug does.
     Kill {},
@@ -97,6 +105,9 @@ pub struct Stats {
     pub disks: Vec<DiskStats>,
     /// In the order of `Spec::nets`.
     pub nets: Vec<NetStats>,
+    /// If the machine has one.
+    #[serde(default)]
+    pub balloon: Option<BalloonStats>,
 }
 
 /// What a disk has done. Requests that failed are counted as failures alone.
@@ -133,7 +144,7 @@ pub struct NetStats {
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceStats {
-    /// `disk0`, `net0`, `vsock`, `rng`.
+    /// `disk0`, `net0`, `vsock`, `rng`, `balloon`.
     pub name: String,
     /// Times the driver kicked a queue.
     pub kicks: u64,

@@ -24,6 +24,7 @@ use vm_memory::{
 };
 
 use super::DeviceError;
+use super::discard::discard;
 
 /// The most pieces a chain may have. Drivers stay within the queue size (virtio 1.2, 2.7.5.3.1);
 /// an indirect table could hold 65535. With a few iovecs of our own it fits the kernel's limit of
@@ -178,6 +179,16 @@ impl Chain {
             done += piece.len;
         }
         done
+    }
+
+    /// Gives the memory of the device-writable part back to the host: it holds nothing any more.
+    /// Returns how many bytes that were.
+    pub(crate) fn discard(&self) -> io::Result<usize> {
+        let mut bytes = 0;
+        for piece in &self.pieces[self.readable_pieces..] {
+            bytes += discard(&piece.as_slice())?;
+        }
+        Ok(bytes)
     }
 
     /// Gives the chain back to the driver, with `written` bytes of it written.

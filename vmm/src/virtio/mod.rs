@@ -5,8 +5,10 @@
 //! poked: by a kick of the driver ([`VirtioDevice::process`]) or by one of its own descriptors
 //! ([`VirtioDevice::on_ready`]). It never blocks.
 
+pub mod balloon;
 pub mod block;
 mod chain;
+mod discard;
 pub mod mmio;
 pub mod net;
 pub mod registers;
@@ -101,6 +103,10 @@ pub trait VirtioDevice: Send {
     fn config(&self) -> Vec<u8> {
         Vec::new()
     }
+
+    /// The driver writes to the configuration space. What it may not write is left as it is, and
+    /// most devices have nothing else.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     /// The driver has set DRIVER_OK with these accepted features. Queues may hold buffers already;
     /// the transport calls [`process`](Self::process) for each of them next.

@@ -71,7 +71,9 @@ fn a_guest_finds_a_virtio_device_at_its_address() {
     let window = u32::try_from(layout::VIRTIO).unwrap();
     let beyond = window + u32::try_from(layout::VIRTIO_BYTES).unwrap();
     let program = guest().print_long(window).print_long(beyond).exit(0);
-    let ended = Machine::new(program).run();
+    let mut machine = Machine::new(program);
+    machine.spec["balloon"] = json!(null);
+    let ended = machine.run();
     // Nothing answers at the second place: all bits are ones.
     assert_eq!(ended.console, b"virt\xff\xff\xff\xff");
 }
@@ -378,4 +380,30 @@ fn a_guests_streams_may_be_the_machines_own() {
     let ended = machine.run();
     assert_eq!((ended.code, ended.stderr.as_str()), (Some(4), ""));
     assert!(!vsock.exists());
+}
+
+#[test]
+fn a_balloon_is_as_large_as_it_is_asked_to_be_and_no_larger_than_the_memory() {
+    let running = Machine::new(guest()).start();
+    let mut client = running.control();
+    let mut target = |target_mib| client.ask(&Request::Balloon { target_mib });
+    assert_eq!(target(16), Response::Done {});
+    assert_eq!(target(8), Response::Done {});
+    let refused = target(17);
+    let Response::Error { message } = &refused else {
+        panic!("{refused:?}");
+    };
+    assert!(message.contains("`target_mib` is 17"), "{message}");
+    let Response::Stats { stats } = client.ask(&Request::Stats {}) else {
+        panic!("not statistics");
+    };
+    let balloon = stats.balloon.unwrap();
+    // No driver has heard of it.
+    assert_eq!((balloon.target_bytes, balloon.actual_bytes), (8 << 20, 0));
+
+    let mut without = Machine::new(guest());
+    without.spec["balloon"] = json!(null);
+    let running = without.start();
+    let answer = running.control().ask(&Request::Balloon { target_mib: 0 });
+    assert!(matches!(answer, Response::Error { .. }), "{answer:?}");
 }

@@ -10,7 +10,7 @@ use container::monitor::protocol::Descriptor;
 use oci_spec::runtime::LinuxResources;
 use serde_json::{Value, json};
 use vmm::spec::{
-    Boot, Console, ConsoleTarget, Cpus, Disk, DiskLimits, Memory, Net, OneOrMany, Spec,
+    Balloon, Boot, Console, ConsoleTarget, Cpus, Disk, DiskLimits, Memory, Net, OneOrMany, Spec,
     StreamDirection, Vsock, VsockStream,
 };
 
@@ -147,6 +147,7 @@ pub(super) fn machine(parts: Parts, limits: &Limits) -> (Spec, Vec<Descriptor>) 
             streams: streams(),
         }),
         rng: true,
+        balloon: Some(Balloon::default()),
         console: Some(Console::Target(ConsoleTarget::Path(fds.add(
             Descriptor::Create {
                 path: console_file(&parts.run),

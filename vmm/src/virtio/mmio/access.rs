@@ -116,10 +116,11 @@ impl BusDevice for MmioTransport {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // No device here has a configuration that drivers may write.
-        if offset < register::CONFIG
-            && let Ok(value) = data.try_into()
-        {
+        if let Some(offset) = offset.checked_sub(register::CONFIG) {
+            if self.status & status::HAS_DRIVER == status::HAS_DRIVER {
+                self.device.write_config(offset, data);
+            }
+        } else if let Ok(value) = data.try_into() {
             self.write_register(offset, u32::from_le_bytes(value));
         }
     }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 pub(crate) use self::hostile::{
     TRICKS, any_noise, assert_held_chains_are_bounded, assert_noise_is_survived,
@@ -323,6 +323,18 @@ impl Driver {
         }
         used
     }
+}
+
+/// How many bytes of this guest memory, given in whole pages, the host has pages for.
+#[expect(unsafe_code, reason = "the kernel is asked about memory by address")]
+pub(crate) fn resident(memory: &GuestMemoryMmap, address: u64, bytes: usize) -> usize {
+    let slice = memory.get_slice(GuestAddress(address), bytes).unwrap();
+    let mut pages = vec![0_u8; bytes / 4096];
+    let start = slice.ptr_guard_mut().as_ptr();
+    // SAFETY: the range is memory of the guest, and there is a byte for each of its pages.
+    let result = unsafe { libc::mincore(start.cast(), bytes, pages.as_mut_ptr()) };
+    assert_eq!(result, 0);
+    4096 * pages.iter().filter(|page| **page & 1 != 0).count()
 }
 
 /// A descriptor as it stands in memory.
