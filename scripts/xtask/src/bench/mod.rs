@@ -3,6 +3,7 @@
 
 mod oci;
 mod statistics;
+mod vmm;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -17,10 +18,12 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 enum What {
     Oci(oci::Arguments),
+    Vmm(vmm::Arguments),
 }
 
 pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
     match &arguments.what {
         What::Oci(arguments) => oci::bench(arguments),
+        What::Vmm(arguments) => vmm::bench(arguments),
     }
 }
