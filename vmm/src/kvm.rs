@@ -49,8 +49,6 @@ pub enum KvmError {
         action: &'static str,
         source: kvm_ioctls::Error,
     },
-    #[error("cannot advise the kernel to use huge pages")]
-    HugePages(#[source] io::Error),
     #[error("cannot set up the signal that stops a virtual processor")]
     Signal(#[source] kvm_ioctls::Error),
 }
@@ -137,15 +135,6 @@ impl Vm {
             let start = region
                 .get_host_address(MemoryRegionAddress(0))
                 .expect("a region is not empty");
-            // SAFETY: the range is one whole mapping of `self.memory`, private and anonymous, whose
-            // content no kind of page changes.
-            let advised =
-                unsafe { libc::madvise(start.cast(), region.size(), libc::MADV_HUGEPAGE) };
-            // EINVAL: a kernel that was built without huge pages.
-            let error = io::Error::last_os_error();
-            if advised != 0 && error.raw_os_error() != Some(libc::EINVAL) {
-                return Err(KvmError::HugePages(error));
-            }
             let description = kvm_userspace_memory_region {
                 slot,
                 flags: 0,

@@ -26,6 +26,7 @@ pub mod kvm;
 pub mod layout;
 pub mod listen;
 pub mod machine;
+pub mod memory;
 pub mod plan;
 pub mod platform;
 pub mod rate_limit;

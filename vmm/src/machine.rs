@@ -7,7 +7,6 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::{self, ArchError, acpi};
@@ -15,6 +14,7 @@ use crate::boot::{self, BootError};
 use crate::bus::BusDevice;
 use crate::control::ExitStatus;
 use crate::control::controls::Controls;
+use crate::control::memory::MemoryControls;
 use crate::control::server::Server;
 use crate::devices::boot_timer::{BootTimer, Start};
 use crate::devices::guest_status::{GuestStatus, Readiness as GuestReadiness};
@@ -28,6 +28,7 @@ use crate::guest_status;
 use crate::kvm::{self, KernelRoutes, KvmError, Vm};
 use crate::layout;
 use crate::listen::Listener;
+use crate::memory::{Memory, MemoryError};
 use crate::plan::{ConsolePlan, DiskPlan, ListenPlan, NetPlan, Plan, TapPlan, VsockPlan};
 use crate::platform::DevicePlatform;
 use crate::seccomp::{self, Filter, SeccompError, Thread};
@@ -37,6 +38,7 @@ use crate::vcpu::{Buses, VcpuError, Vcpus};
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::block::{Block, BlockError, BlockHandle, BlockOptions};
+use crate::virtio::mem::{Mem, MemHandle};
 use crate::virtio::mmio::{MmioTransport, Window};
 use crate::virtio::net::{Net, NetHandle};
 use crate::virtio::rng::Rng;
@@ -55,11 +57,6 @@ pub struct Options {
 /// Why a machine could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
-    #[error("cannot give the guest {bytes} bytes of memory")]
-    Memory {
-        bytes: u64,
-        source: vm_memory::mmap::FromRangesError,
-    },
     #[error("cannot {action}")]
     Host {
         /// What was attempted.
@@ -78,6 +75,8 @@ pub enum MachineError {
         name: String,
         source: virtio_queue::Error,
     },
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     #[error(transparent)]
     Kvm(#[from] KvmError),
     #[error(transparent)]
@@ -106,7 +105,7 @@ pub enum DeviceSetupError {
     #[error(transparent)]
     Vsock(#[from] VsockError),
     #[error("its event cannot be made")]
-    Balloon(#[source] Errno),
+    Event(#[source] Errno),
 }
 
 fn host(action: &'static str) -> impl Fn(io::Error) -> MachineError {
@@ -131,8 +130,9 @@ impl Machine {
     pub fn build(mut plan: Plan, options: Options) -> Result<Machine, MachineError> {
         kvm::prepare_interrupts()?;
         let kvm = kvm::open(&plan.kvm)?;
-        let memory = memory(plan.memory_bytes)?;
-        let vm = Arc::new(Vm::new(&kvm, memory.clone())?);
+        let memory = Memory::new(&plan.memory)?;
+        let vm = Arc::new(Vm::new(&kvm, memory.all)?);
+        let memory = memory.boot;
         let entry = boot::load(
             &memory,
             &mut plan.kernel,
@@ -170,7 +170,11 @@ impl Machine {
                 transports: parts.transports,
                 disks: virtio.disks,
                 nets: virtio.nets,
-                balloon: virtio.balloon,
+                memory: MemoryControls {
+                    boot_bytes: plan.memory.boot_bytes,
+                    balloon: virtio.balloon,
+                    mem: virtio.mem,
+                },
             };
             serve(&mut parts.events, control_listener(listen)?, controls)?;
         }
@@ -254,6 +258,7 @@ struct VirtioDevices {
     disks: Vec<BlockHandle>,
     nets: Vec<NetHandle>,
     balloon: Option<BalloonHandle>,
+    mem: Option<MemHandle>,
 }
 
 impl VirtioDevices {
@@ -277,9 +282,15 @@ impl VirtioDevices {
             list.add("rng".to_owned(), Ok(Rng::new()), |_, _| ())?;
         }
         if let Some(spec) = plan.balloon {
-            let balloon = Balloon::new(spec, plan.memory_bytes).map_err(DeviceSetupError::Balloon);
+            let balloon = Balloon::new(spec, &plan.memory).map_err(DeviceSetupError::Event);
             list.add("balloon".to_owned(), balloon, |list, device| {
                 list.balloon = Some(device.handle());
+            })?;
+        }
+        if let Some(range) = plan.memory.hotplug() {
+            let mem = Mem::new(range).map_err(DeviceSetupError::Event);
+            list.add("mem".to_owned(), mem, |list, device| {
+                list.mem = Some(device.handle());
             })?;
         }
         Ok(list)
@@ -337,20 +348,6 @@ fn control_listener(plan: ListenPlan) -> Result<Listener, MachineError> {
             source,
         }),
     }
-}
-
-/// Guest memory of this size, around the hole.
-fn memory(bytes: u64) -> Result<GuestMemoryMmap, MachineError> {
-    let low = bytes.min(layout::HOLE);
-    let ranges: Vec<_> = [(0, low), (layout::HOLE_END, bytes - low)]
-        .into_iter()
-        .filter(|(_, length)| *length > 0)
-        .map(|(start, length)| {
-            let length = usize::try_from(length).expect("usize is 64 bits");
-            (GuestAddress(start), length)
-        })
-        .collect();
-    GuestMemoryMmap::from_ranges(&ranges).map_err(|source| MachineError::Memory { bytes, source })
 }
 
 /// The machine while it is put together.

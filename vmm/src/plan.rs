@@ -11,8 +11,10 @@ use crate::boot::{self, CmdlineError};
 use crate::descriptors::{DescriptorError, Inherited};
 use crate::devices::serial::{Bounded, Output, Patient};
 use crate::layout;
+use crate::memory::{HUGE_PAGE_BYTES, MemoryPlan};
 use crate::spec::{
-    Balloon, Console, ConsoleTarget, Disk, DiskLimits, Net, OneOrMany, Spec, StreamDirection, Vsock,
+    Balloon, Console, ConsoleTarget, Disk, DiskLimits, HugePages, Memory, Net, OneOrMany, Spec,
+    StreamDirection, Vsock,
 };
 use crate::virtio::mmio::Window;
 use crate::virtio::vsock::HostStream;
@@ -71,8 +73,8 @@ pub struct Plan {
     /// With the devices' addresses.
     pub cmdline: String,
     pub cpus: u8,
-    pub memory_bytes: u64,
-    /// One for each virtio device, in the order disks, nets, vsock, rng, balloon.
+    pub memory: MemoryPlan,
+    /// One for each virtio device, in the order disks, nets, vsock, rng, balloon, mem.
     pub windows: Vec<Window>,
     pub disks: Vec<DiskPlan>,
     pub nets: Vec<NetPlan>,
@@ -135,9 +137,9 @@ impl Plan {
     /// Checks `spec` and opens what it names.
     pub fn new(spec: &Spec) -> Result<Plan, PlanError> {
         let cpus = in_range("/cpus/count", spec.cpus.count, 1, CPUS_MAX)?;
-        let size = spec.memory.size_mib;
-        let size = in_range("/memory/size_mib", size, MEMORY_MIB_MIN, MEMORY_MIB_MAX)?;
+        let memory = memory(&spec.memory)?;
         if let Some(balloon) = spec.balloon {
+            let size = spec.memory.size_mib;
             in_range("/balloon/target_mib", balloon.target_mib, 0, size)?;
         }
         let windows = windows(spec)?;
@@ -154,7 +156,7 @@ impl Plan {
             })?,
             cmdline,
             cpus,
-            memory_bytes: size << 20,
+            memory,
             windows,
             disks: open.each("/disks", &spec.disks, Opener::disk)?,
             nets: open.each("/nets", &spec.nets, Opener::net)?,
@@ -177,8 +179,40 @@ impl Plan {
     }
 }
 
+fn memory(spec: &Memory) -> Result<MemoryPlan, PlanError> {
+    let size = spec.size_mib;
+    in_range("/memory/size_mib", size, MEMORY_MIB_MIN, MEMORY_MIB_MAX)?;
+    let most = spec.max_mib.unwrap_or(size);
+    in_range("/memory/max_mib", most, size, MEMORY_MIB_MAX)?;
+    let later = most - size;
+    let block = HUGE_PAGE_BYTES >> 20;
+    if !later.is_multiple_of(block) {
+        let wanted = format!("{size} and a multiple of {block} more");
+        return Err(range("/memory/max_mib", most.to_string(), wanted));
+    }
+    if spec.huge_pages == HugePages::Hugetlbfs {
+        if !size.is_multiple_of(block) {
+            let wanted = format!("a multiple of {block}, with pages of hugetlbfs");
+            return Err(range("/memory/size_mib", size.to_string(), wanted));
+        }
+        if later > 0 {
+            let wanted = "absent: pages of hugetlbfs are reserved from the start";
+            return Err(range("/memory/max_mib", most.to_string(), wanted));
+        }
+    }
+    Ok(MemoryPlan {
+        boot_bytes: size << 20,
+        hotplug_bytes: later << 20,
+        huge_pages: spec.huge_pages,
+    })
+}
+
 fn windows(spec: &Spec) -> Result<Vec<Window>, PlanError> {
-    let optional = [spec.vsock.is_some(), spec.rng, spec.balloon.is_some()];
+    let mem = spec
+        .memory
+        .max_mib
+        .is_some_and(|most| most > spec.memory.size_mib);
+    let optional = [spec.vsock.is_some(), spec.rng, spec.balloon.is_some(), mem];
     let optional = optional.into_iter().filter(|there| *there).count();
     let devices = spec.disks.len() + spec.nets.len() + optional;
     if devices > layout::VIRTIO_DEVICES_MAX {
@@ -547,6 +581,39 @@ mod tests {
             let error = plan(pointer, value.clone()).unwrap_err().to_string();
             assert!(error.contains(want), "{value}: {error}");
         }
+    }
+
+    #[test]
+    fn memory_that_cannot_be_is_refused() {
+        let huge =
+            |size, most| json!({"size_mib": size, "max_mib": most, "huge_pages": "hugetlbfs"});
+        for (memory, want) in [
+            (
+                json!({"size_mib": 32, "max_mib": 31}),
+                "`/memory/max_mib` is 31",
+            ),
+            (
+                json!({"size_mib": 32, "max_mib": 35}),
+                "must be 32 and a multiple of 2 more",
+            ),
+            (
+                json!({"size_mib": 32, "max_mib": u64::MAX}),
+                "`/memory/max_mib`",
+            ),
+            (huge(33, json!(null)), "`/memory/size_mib` is 33"),
+            (huge(32, json!(64)), "reserved from the start"),
+        ] {
+            let error = plan("/memory", memory).unwrap_err().to_string();
+            assert!(error.contains(want), "{error}");
+        }
+        let more = plan("/memory", json!({"size_mib": 32, "max_mib": 64})).unwrap();
+        assert_eq!(
+            (more.memory.hotplug_bytes, more.windows.len()),
+            (32 << 20, 6)
+        );
+        let same = plan("/memory", json!({"size_mib": 32, "max_mib": 32})).unwrap();
+        assert_eq!((same.memory.hotplug_bytes, same.windows.len()), (0, 5));
+        plan("/memory", huge(32, json!(null))).unwrap();
     }
 
     #[test]

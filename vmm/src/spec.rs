@@ -80,14 +80,38 @@ impl Default for Cpus {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Memory {
-    /// At least 16.
+    /// What there is from the start, at least 16.
     pub size_mib: u64,
+    /// How much there can be once more is plugged in, at least `size_mib`; as much as that, and no
+    /// device for it, if absent.
+    #[serde(default)]
+    pub max_mib: Option<u64>,
+    #[serde(default)]
+    pub huge_pages: HugePages,
 }
 
 impl Default for Memory {
     fn default() -> Self {
-        Self { size_mib: 128 }
+        Self {
+            size_mib: 128,
+            max_mib: None,
+            huge_pages: HugePages::default(),
+        }
     }
+}
+
+/// In what pages the host keeps the guest's memory.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HugePages {
+    /// In huge ones where the host finds some, and in small ones elsewhere.
+    #[default]
+    Transparent,
+    /// In pages of 2 MiB that the host's administrator has set aside, and in no others. They are
+    /// reserved for the machine from the start, and nothing comes back before its end.
+    Hugetlbfs,
+    /// In small ones.
+    None,
 }
 
 /// A raw disk image; its size is rounded down to sectors of 512 bytes.

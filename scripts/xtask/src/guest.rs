@@ -28,6 +28,7 @@ const MODULES: &[&str] = &[
     "vmw_vsock_virtio_transport", // The workload's streams and exec.
     "virtio_rng",                 // Entropy, before the workload wants any.
     "virtio_balloon",             // Memory that the guest does not use is the host's.
+    "virtio_mem",                 // Memory that is plugged in later.
 ];
 
 /// Where the initramfs holds the modules' files, and where it says in which order they load.

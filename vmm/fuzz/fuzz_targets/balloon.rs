@@ -2,6 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use vmm::memory::MemoryPlan;
 use vmm::spec;
 use vmm::virtio::VirtioDevice;
 use vmm::virtio::balloon::Balloon;

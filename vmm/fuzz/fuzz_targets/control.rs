@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
 use vmm::control::controls::Controls;
+use vmm::control::memory::MemoryControls;
 use vmm::control::server::Server;
 use vmm::devices::guest_status::Readiness as GuestReadiness;
 use vmm::events::{EventLoop, Readiness, Source, event};
@@ -35,7 +36,11 @@ fn server(listener: UnixListener) -> (Server, EventLoop) {
         transports: Vec::new(),
         disks: Vec::new(),
         nets: Vec::new(),
-        balloon: None,
+        memory: MemoryControls {
+            boot_bytes: 32 << 20,
+            balloon: None,
+            mem: None,
+        },
     };
     let listener = Listener::inherited(listener);
     let server = Server::new(listener, controls, events.poller(), source);

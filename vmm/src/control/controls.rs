@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::memory::MemoryControls;
 use super::{
     BalloonStats, DiskStats, ExitReason, ExitStatus, MachineState, NetStats, Request, Response,
     Stats,
@@ -12,7 +13,6 @@ use crate::devices::guest_status::Readiness;
 use crate::exit::ExitSwitch;
 use crate::spec::DiskLimits;
 use crate::vcpu::Vcpus;
-use crate::virtio::balloon::BalloonHandle;
 use crate::virtio::block::BlockHandle;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::net::NetHandle;
@@ -27,7 +27,7 @@ pub struct Controls {
     pub transports: Vec<Arc<Mutex<MmioTransport>>>,
     pub disks: Vec<BlockHandle>,
     pub nets: Vec<NetHandle>,
-    pub balloon: Option<BalloonHandle>,
+    pub memory: MemoryControls,
 }
 
 opaque_debug!(Controls);
@@ -65,7 +65,8 @@ impl Controls {
                 stats: self.stats(),
             },
             Request::SetDiskLimits { disk, limits } => self.set_disk_limits(*disk, *limits),
-            Request::Balloon { target_mib } => self.set_balloon(*target_mib),
+            Request::Memory { size_mib } => self.memory.resize(*size_mib),
+            Request::Balloon { target_mib } => self.memory.inflate(*target_mib),
             Request::Kill {} => {
                 self.exit.end(ExitStatus::new(ExitReason::Killed));
                 done
@@ -97,22 +98,6 @@ impl Controls {
         }
     }
 
-    fn set_balloon(&self, target_mib: u64) -> Response {
-        let Some(balloon) = &self.balloon else {
-            return Response::Error {
-                message: "there is no balloon; it is there unless `/balloon` is null".to_owned(),
-            };
-        };
-        let most = balloon.most() >> 20;
-        if target_mib > most {
-            return Response::Error {
-                message: format!("`target_mib` is {target_mib}; the guest has {most} MiB"),
-            };
-        }
-        balloon.set_target(target_mib << 20);
-        Response::Done {}
-    }
-
     fn stats(&self) -> Stats {
         let devices = self.transports.iter().map(|transport| {
             let transport = transport.lock().expect("no device panics");
@@ -123,7 +108,8 @@ impl Controls {
             devices: devices.collect(),
             disks: self.disks.iter().map(disk_stats).collect(),
             nets: self.nets.iter().map(net_stats).collect(),
-            balloon: self.balloon.as_ref().map(BalloonStats::of),
+            memory: self.memory.stats(),
+            balloon: self.memory.balloon.as_ref().map(BalloonStats::of),
         }
     }
 }

@@ -4,13 +4,13 @@
 //! On the control socket each line is one JSON [`Request`], answered by one line of JSON
 //! [`Response`], in order. A line longer than [`REQUEST_BYTES_MAX`] closes the connection.
 
-mod balloon;
 pub mod controls;
+pub mod memory;
 pub mod server;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::balloon::{BalloonStats, GuestMemory};
+pub use self::memory::{BalloonStats, GuestMemory, MemoryStats};
 use crate::spec::DiskLimits;
 
 /// The most bytes of guest output that a console file takes; what comes after is dropped.
@@ -47,6 +47,13 @@ pub enum Request {
         disk: usize,
         /// Bytes and operations per second.
         limits: DiskLimits,
+    },
+    /// Asks the guest to have so much memory in all: more than it started with by plugging in, less
+    /// by the balloon, which this sets. How far it has come is in [`Stats::memory`] and
+    /// [`Stats::balloon`].
+    Memory {
+        /// At most `Memory::max_mib`.
+        size_mib: u64,
     },
     /// Asks the guest to give up so much memory, or, with less than before, lets it have some back.
     /// How far it has come is in [`Stats::balloon`].
@@ -105,6 +112,8 @@ pub struct Stats {
     pub disks: Vec<DiskStats>,
     /// In the order of `Spec::nets`.
     pub nets: Vec<NetStats>,
+    #[serde(default)]
+    pub memory: MemoryStats,
     /// If the machine has one.
     #[serde(default)]
     pub balloon: Option<BalloonStats>,
@@ -144,7 +153,7 @@ pub struct NetStats {
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceStats {
-    /// `disk0`, `net0`, `vsock`, `rng`, `balloon`.
+    /// `disk0`, `net0`, `vsock`, `rng`, `balloon`, `mem`.
     pub name: String,
     /// Times the driver kicked a queue.
     pub kicks: u64,

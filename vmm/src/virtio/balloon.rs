@@ -24,6 +24,7 @@ use super::chain::{Chain, take_all};
 use super::discard::discard_range;
 use super::state::{self, DeviceState, StateError};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
+use crate::memory::MemoryPlan;
 use crate::spec;
 
 /// Device type, virtio 1.2 section 5.
@@ -83,15 +84,16 @@ pub struct Balloon {
 
 impl Balloon {
     /// A balloon as `spec` says, for a guest with so much memory.
-    pub fn new(spec: spec::Balloon, memory_bytes: u64) -> Result<Balloon, Errno> {
+    pub fn new(spec: spec::Balloon, memory: &MemoryPlan) -> Result<Balloon, Errno> {
         let mut offered = 1 << STATISTICS;
         if spec.deflate_on_oom {
             offered |= 1 << DEFLATE_ON_OOM;
         }
-        if spec.free_page_reporting {
+        // A page of hugetlbfs that is given back may be somebody else's when the guest wants it again.
+        if spec.free_page_reporting && memory.huge_pages != spec::HugePages::Hugetlbfs {
             offered |= 1 << REPORTING;
         }
-        let shared = Shared::new(memory_bytes)?;
+        let shared = Shared::new()?;
         shared.set_target(pages(spec.target_mib << 20));
         Ok(Balloon {
             offered,

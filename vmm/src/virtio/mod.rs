@@ -9,6 +9,7 @@ pub mod balloon;
 pub mod block;
 mod chain;
 mod discard;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod registers;

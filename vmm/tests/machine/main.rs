@@ -1,6 +1,7 @@
 //! `hostd-vmm` as its users meet it, with guests of a few instructions. Needs /dev/kvm, of any kind.
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+mod boot;
 mod guest;
 mod runner;
 
@@ -401,9 +402,36 @@ fn a_balloon_is_as_large_as_it_is_asked_to_be_and_no_larger_than_the_memory() {
     // No driver has heard of it.
     assert_eq!((balloon.target_bytes, balloon.actual_bytes), (8 << 20, 0));
 
+    let resized = client.ask(&Request::Memory { size_mib: 17 });
+    assert!(matches!(resized, Response::Error { .. }), "{resized:?}");
+
     let mut without = Machine::new(guest());
     without.spec["balloon"] = json!(null);
     let running = without.start();
     let answer = running.control().ask(&Request::Balloon { target_mib: 0 });
     assert!(matches!(answer, Response::Error { .. }), "{answer:?}");
+}
+
+#[test]
+fn memory_is_asked_to_grow_by_plugging_in_and_to_shrink_by_the_balloon() {
+    let mut machine = Machine::new(guest());
+    machine.spec["memory"] = json!({"size_mib": 32, "max_mib": 64});
+    let running = machine.start();
+    let mut client = running.control();
+    for (size_mib, fits) in [(64, true), (65, false), (48, true), (15, false), (20, true)] {
+        let answer = client.ask(&Request::Memory { size_mib });
+        assert_eq!(answer == Response::Done {}, fits, "{size_mib}: {answer:?}");
+        let Response::Stats { stats } = client.ask(&Request::Stats {}) else {
+            panic!("not statistics");
+        };
+        if fits {
+            assert_eq!(stats.memory.requested_bytes, size_mib << 20);
+        }
+        let (size, most) = (stats.memory.size_bytes, stats.memory.most_bytes);
+        assert_eq!(
+            (size, most),
+            (32 << 20, 64 << 20),
+            "no driver has heard of it"
+        );
+    }
 }

@@ -47,9 +47,14 @@ pub(crate) struct Ended {
 impl Machine {
     /// A small machine with `guest` as its kernel.
     pub(crate) fn new(guest: Guest) -> Self {
+        Self::with_kernel(&guest.elf())
+    }
+
+    /// A small machine with this kernel file.
+    pub(crate) fn with_kernel(kernel: &[u8]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
-        fs::write(path("kernel"), guest.elf()).unwrap();
+        fs::write(path("kernel"), kernel).unwrap();
         let spec = json!({
             "boot": {"kernel": path("kernel")},
             "memory": {"size_mib": 16},

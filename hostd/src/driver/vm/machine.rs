@@ -116,6 +116,7 @@ pub(super) fn machine(parts: Parts, limits: &Limits) -> (Spec, Vec<Descriptor>) 
         },
         memory: Memory {
             size_mib: memory / MIB,
+            ..Memory::default()
         },
         disks: vec![
             Disk {

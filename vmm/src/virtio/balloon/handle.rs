@@ -21,7 +21,6 @@ pub struct BalloonHandle {
 /// What the device and its handles share.
 #[derive(Debug)]
 pub(super) struct Shared {
-    most_bytes: u64,
     /// In pages, as are all sizes here.
     target: AtomicU32,
     actual: AtomicU32,
@@ -42,11 +41,6 @@ impl BalloonHandle {
     pub fn set_target(&self, bytes: u64) {
         self.shared.set_target(pages(bytes));
         self.shared.wake();
-    }
-
-    /// How much the guest could have in the balloon if it needed no memory, in bytes.
-    pub fn most(&self) -> u64 {
-        self.shared.most_bytes
     }
 
     /// How much the guest was asked to have in the balloon, in bytes.
@@ -75,9 +69,8 @@ impl BalloonHandle {
 }
 
 impl Shared {
-    pub(super) fn new(most_bytes: u64) -> Result<Shared, Errno> {
+    pub(super) fn new() -> Result<Shared, Errno> {
         Ok(Shared {
-            most_bytes,
             target: AtomicU32::new(0),
             actual: AtomicU32::new(0),
             reported_bytes: AtomicU64::new(0),

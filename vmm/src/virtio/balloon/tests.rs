@@ -17,10 +17,14 @@ const STATISTICS_QUEUE: usize = 2;
 const SPARE: u64 = 0xc0_0000;
 const SPARE_BYTES: usize = 0x40_0000;
 
-const MEMORY_BYTES: u64 = 32 << 20;
+const MEMORY: MemoryPlan = MemoryPlan {
+    boot_bytes: 32 << 20,
+    hotplug_bytes: 0,
+    huge_pages: spec::HugePages::Transparent,
+};
 
 fn balloon() -> Balloon {
-    Balloon::new(spec::Balloon::default(), MEMORY_BYTES).unwrap()
+    Balloon::new(spec::Balloon::default(), &MEMORY).unwrap()
 }
 
 /// Memory of which the spare part is in use.
@@ -130,7 +134,7 @@ fn another_size_is_asked_for_and_the_driver_says_how_far_it_is() {
         target_mib: 2,
         ..spec::Balloon::default()
     };
-    let mut balloon = Balloon::new(spec, MEMORY_BYTES).unwrap();
+    let mut balloon = Balloon::new(spec, &MEMORY).unwrap();
     let handle = balloon.handle();
     let mut driver = Driver::start(&mut balloon);
     assert_eq!(balloon.config(), [0, 2, 0, 0, 0, 0, 0, 0]);

@@ -328,13 +328,17 @@ impl Driver {
 /// How many bytes of this guest memory, given in whole pages, the host has pages for.
 #[expect(unsafe_code, reason = "the kernel is asked about memory by address")]
 pub(crate) fn resident(memory: &GuestMemoryMmap, address: u64, bytes: usize) -> usize {
-    let slice = memory.get_slice(GuestAddress(address), bytes).unwrap();
-    let mut pages = vec![0_u8; bytes / 4096];
-    let start = slice.ptr_guard_mut().as_ptr();
-    // SAFETY: the range is memory of the guest, and there is a byte for each of its pages.
-    let result = unsafe { libc::mincore(start.cast(), bytes, pages.as_mut_ptr()) };
-    assert_eq!(result, 0);
-    4096 * pages.iter().filter(|page| **page & 1 != 0).count()
+    let mut resident = 0;
+    for slice in memory.get_slices(GuestAddress(address), bytes) {
+        let slice = slice.unwrap();
+        let mut pages = vec![0_u8; slice.len() / 4096];
+        let start = slice.ptr_guard_mut().as_ptr();
+        // SAFETY: it is memory of the guest, and there is a byte for each of its pages.
+        let result = unsafe { libc::mincore(start.cast(), slice.len(), pages.as_mut_ptr()) };
+        assert_eq!(result, 0);
+        resident += 4096 * pages.iter().filter(|page| **page & 1 != 0).count();
+    }
+    resident
 }
 
 /// A descriptor as it stands in memory.

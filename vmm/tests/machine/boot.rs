@@ -1,0 +1,93 @@
+//! What guests start from: kernels of each kind, initramfs files, memory and processors.
+
+use serde_json::json;
+
+use super::guest;
+use crate::guest::{Guest, Protocol};
+use crate::runner::Machine;
+
+const GIB: u64 = 1 << 30;
+
+#[test]
+fn each_kind_of_kernel_starts_and_is_told_about_the_machine() {
+    let signature = *b"HdrS";
+    let start_info = 0x336e_c578_u32.to_le_bytes();
+    let told = |protocol, offset| guest().print_parameter(protocol, offset).exit(5);
+    for (kernel, want) in [
+        (told(Protocol::Linux, 0x202).elf(), signature),
+        (told(Protocol::Linux, 0x202).bzimage(), signature),
+        (told(Protocol::Pvh, 0).pvh(), start_info),
+    ] {
+        let ended = Machine::with_kernel(&kernel).run();
+        assert_eq!(ended.code, Some(5), "{ended:?}");
+        assert_eq!(ended.console, want);
+    }
+}
+
+#[test]
+fn initramfs_files_are_found_end_to_end() {
+    // `ramdisk_image` and `ramdisk_size` of the boot parameters.
+    let told = guest()
+        .print_parameter(Protocol::Linux, 0x218)
+        .print_parameter(Protocol::Linux, 0x21c)
+        .print_long(0xff_f000)
+        .print_long(0xff_f004)
+        .exit(0);
+    let mut machine = Machine::new(told);
+    let files = [("a", &b"one"[..]), ("b", b"two")].map(|(name, content)| {
+        let path = machine.path(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    });
+    machine.spec["boot"]["initramfs"] = json!(files);
+    let ended = machine.run();
+    let place = [0xff_f000_u32, 8].map(u32::to_le_bytes);
+    let want = [place.as_flattened(), b"one\0two\0"].concat();
+    assert_eq!(ended.console, want, "{ended:?}");
+}
+
+#[test]
+fn memory_goes_on_behind_the_hole() {
+    let (first, last, beyond) = (4 * GIB, 6 * GIB - 4, 6 * GIB);
+    let program = guest()
+        .map(first)
+        .map(last)
+        .map(beyond)
+        .store_far(first, u32::from_le_bytes(*b"4GiB"))
+        .store_far(last, u32::from_le_bytes(*b"last"))
+        .store_far(beyond, u32::from_le_bytes(*b"none"))
+        .print_far(first)
+        .print_far(last)
+        .print_far(beyond)
+        .exit(0);
+    let mut machine = Machine::new(program);
+    machine.spec["memory"] = json!({"size_mib": 5 * 1024});
+    let ended = machine.run();
+    assert_eq!(ended.console, b"4GiBlast\xff\xff\xff\xff", "{ended:?}");
+}
+
+#[test]
+fn memory_may_be_in_pages_of_any_size() {
+    for pages in ["transparent", "none"] {
+        let mut machine = Machine::new(guest().exit(3));
+        machine.spec["memory"] = json!({"size_mib": 64, "huge_pages": pages});
+        assert_eq!(machine.run().code, Some(3), "{pages}");
+    }
+    // More than any host has set aside.
+    let mut machine = Machine::new(guest().exit(3));
+    machine.spec["memory"] = json!({"size_mib": 1 << 20, "huge_pages": "hugetlbfs"});
+    let ended = machine.run();
+    assert_eq!(ended.code, Some(125));
+    assert!(ended.stderr.contains("raise vm.nr_hugepages"), "{ended:?}");
+}
+
+#[test]
+fn every_processor_can_be_started() {
+    for count in [2_u8, 32] {
+        let program: Guest = guest().start_others(0xf000, count - 1).exit(count);
+        let mut machine = Machine::new(program);
+        machine.spec["cpus"] = json!({"count": count});
+        let ended = machine.run();
+        assert_eq!(ended.code, Some(count.into()), "{ended:?}");
+    }
+}
