@@ -4,6 +4,7 @@ use clap::Parser;
 use container::log;
 
 mod cli;
+mod entry;
 
 fn main() {
     let arguments = cli::Arguments::parse();

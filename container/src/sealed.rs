@@ -4,7 +4,8 @@
 //! /proc/PID/exe and write to it once nobody runs it any more: with root's rights that replaces the
 //! host's program (CVE-2019-5736). Opened through a mount that is read-only it cannot be written to,
 //! whatever the rights. So this program executes itself again through a read-only copy of the mount,
-//! attached nowhere, which takes half a millisecond and copies nothing.
+//! attached nowhere, which copies nothing. Mostly that has happened before the C library was set up (see
+//! `entry` in the program), and there is nothing left to do here.
 
 use std::convert::Infallible;
 use std::ffi::CString;

@@ -1,20 +1,22 @@
 //! A container's directory (`ROOT/ID`): what is recorded of it, who may change it, and what its status
 //! is now.
 //!
-//! Nothing here is a memory of the status. `state.json` says which process was made; whether that
-//! process lives, waits for `start` or is frozen is looked up each time it is asked.
+//! Nothing here is a memory of the status. `process` says which process was made; whether that process
+//! lives, waits for `start` or is frozen is looked up each time it is asked.
 //!
 //! | file | meaning |
 //! |---|---|
-//! | `state.json` | the record; pid 0 until there is a process |
-//! | `config.json` | the configuration, byte for byte |
+//! | `config.json` | the configuration, byte for byte; there is no record before it is complete |
+//! | `state.json` | the record |
+//! | `process` | a symbolic link to `PID:START TIME`, once there is a process |
 //! | `init.sock` | the process is being set up, or its creator is about to start it |
 //! | `start.sock` | the process is set up and waits on this socket for `start` |
 //!
 //! The directory's lock (`flock`) is held while the container is made or deleted; the kernel drops it
 //! when the holder dies, so a half-made container can be told from one that is being made. The
-//! directory lies on a tmpfs like /run and means nothing after a reboot: writes are atomic (a new file,
-//! renamed), and need not reach a disk.
+//! directory lies on a tmpfs like /run and means nothing after a reboot: what others may read appears
+//! atomically, and need not reach a disk. Where it does lie on a disk, nothing is written twice: replacing
+//! a file there starts the writing, for which its removal would then have to wait.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,7 +25,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use oci_spec::runtime::Hook;
-use rustix::fs::{self, AtFlags, CWD, FlockOperation, Mode, OFlags};
+use rustix::fs::{self, AtFlags, CWD, FileType, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -37,7 +39,11 @@ pub const ID_BYTES_MAX: usize = 240;
 pub(crate) const INIT_SOCKET: &str = "init.sock";
 pub(crate) const START_SOCKET: &str = "start.sock";
 
+/// A link, since that is made with its text in one step.
+const PROCESS: &str = "process";
 const RECORD: &str = "state.json";
+/// The record until it is complete.
+const RECORD_NEW: &str = ".state.json.new";
 const CONFIG: &str = "config.json";
 
 /// What is known of a container for as long as it exists.
@@ -54,7 +60,9 @@ pub struct Record {
     /// The user that made it.
     pub owner: u32,
     /// 0 until there is a process.
+    #[serde(skip)]
     pub pid: i32,
+    #[serde(skip)]
     pub start_time: u64,
     /// Path in every cgroup hierarchy.
     pub cgroup: String,
@@ -133,13 +141,7 @@ impl Home {
     /// [`StateError::Exists`] if there is such a container.
     pub(crate) fn claim(root: &Path, id: &str) -> Result<Self, StateError> {
         check_id(id)?;
-        std::fs::create_dir_all(root).map_err(|source| StateError::Io {
-            act: "make",
-            path: root.to_path_buf(),
-            source,
-        })?;
         let path = root.join(id);
-        let make = || fs::mkdirat(CWD, &path, Mode::from_raw_mode(0o700));
         let failed = |error: Errno| match error {
             Errno::EXIST => StateError::Exists { id: id.to_owned() },
             error => StateError::Io {
@@ -148,11 +150,19 @@ impl Home {
                 source: error.into(),
             },
         };
-        if let Err(error) = make() {
-            if error != Errno::EXIST || !remove_abandoned(root, id)? {
-                return Err(failed(error));
+        let make = || fs::mkdirat(CWD, &path, Mode::from_raw_mode(0o700));
+        match make() {
+            Ok(()) => {}
+            Err(Errno::NOENT) => {
+                std::fs::create_dir_all(root).map_err(|source| StateError::Io {
+                    act: "make",
+                    path: root.to_path_buf(),
+                    source,
+                })?;
+                make().map_err(failed)?;
             }
-            make().map_err(failed)?;
+            Err(Errno::EXIST) if remove_abandoned(root, id)? => make().map_err(failed)?,
+            Err(error) => return Err(failed(error)),
         }
         let home = Self::open(root, id)?;
         match home.lock() {
@@ -223,16 +233,27 @@ impl Home {
         }
     }
 
+    /// Before [`write_record`](Self::write_record): who finds the record finds the configuration.
+    pub(crate) fn write_config(&self, text: &[u8]) -> Result<(), StateError> {
+        self.write(CONFIG, text)
+    }
+
+    /// Writes what is known before there is a process, and is known for good.
     pub(crate) fn write_record(&self, record: &Record) -> Result<(), StateError> {
         let text = serde_json::to_vec(record).map_err(|source| StateError::Malformed {
             path: self.path.join(RECORD),
             source,
         })?;
-        self.write(RECORD, &text)
+        self.write(RECORD_NEW, &text)?;
+        fs::renameat(&self.directory, RECORD_NEW, &self.directory, RECORD)
+            .map_err(|error| self.failed("write to", error.into()))
     }
 
-    pub(crate) fn write_config(&self, text: &[u8]) -> Result<(), StateError> {
-        self.write(CONFIG, text)
+    /// Adds the process, which is made once.
+    pub(crate) fn write_process(&self, process: &Process) -> Result<(), StateError> {
+        let text = format!("{}:{}", process.pid(), process.start_time());
+        fs::symlinkat(text, &self.directory, PROCESS)
+            .map_err(|error| self.failed("write to", error.into()))
     }
 
     /// The record.
@@ -252,7 +273,29 @@ impl Home {
             Err(error) => return Err(self.failed("open", error.into())),
         };
         let text = io::read_to_string(file).map_err(|source| self.failed("read", source))?;
-        serde_json::from_str(&text).map_err(|source| StateError::Malformed { path, source })
+        let mut record: Record =
+            serde_json::from_str(&text).map_err(|source| StateError::Malformed { path, source })?;
+        if let Some((pid, start_time)) = self.process()? {
+            record.pid = pid;
+            record.start_time = start_time;
+        }
+        Ok(record)
+    }
+
+    /// The pid and the start time of the process, if there is one.
+    fn process(&self) -> Result<Option<(i32, u64)>, StateError> {
+        let text = match fs::readlinkat(&self.directory, PROCESS, Vec::new()) {
+            Ok(text) => text,
+            Err(Errno::NOENT) => return Ok(None),
+            Err(error) => return Err(self.failed("read", error.into())),
+        };
+        let parse = |text: &str| {
+            let (pid, start_time) = text.split_once(':')?;
+            Some((pid.parse().ok()?, start_time.parse().ok()?))
+        };
+        let parsed = text.to_str().ok().and_then(parse);
+        let malformed = || self.failed("read", io::ErrorKind::InvalidData.into());
+        parsed.map(Some).ok_or_else(malformed)
     }
 
     /// Where the configuration was copied to.
@@ -277,9 +320,8 @@ impl Home {
     /// Leaves the mark of a process that is being set up, where it has no socket: its creator will start
     /// it.
     pub(crate) fn mark_unstarted(&self) -> Result<(), StateError> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
-        fs::openat(&self.directory, INIT_SOCKET, flags, Mode::RUSR)
-            .map(drop)
+        let kind = FileType::RegularFile;
+        fs::mknodat(&self.directory, INIT_SOCKET, kind, Mode::RUSR, 0)
             .map_err(|error| self.failed("write to", error.into()))
     }
 
@@ -342,19 +384,13 @@ impl Home {
         }
     }
 
+    /// Writes a file that nobody reads yet.
     fn write(&self, name: &str, text: &[u8]) -> Result<(), StateError> {
-        let temporary = format!(".{name}.new");
         let write = || -> io::Result<()> {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
             let mode = Mode::from_raw_mode(0o600);
-            let file = fs::openat(&self.directory, &temporary, flags, mode)?;
-            io::Write::write_all(&mut std::fs::File::from(file), text)?;
-            Ok(fs::renameat(
-                &self.directory,
-                &temporary,
-                &self.directory,
-                name,
-            )?)
+            let file = fs::openat(&self.directory, name, flags, mode)?;
+            io::Write::write_all(&mut std::fs::File::from(file), text)
         };
         write().map_err(|source| self.failed("write to", source))
     }

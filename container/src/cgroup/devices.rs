@@ -6,11 +6,15 @@
 //! starts by denying everything, as most do, says what already holds, and keeps the default
 //! devices; one that does so later loses them.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs::{self, OpenOptions},
+    io::{self, Write},
+    path::Path,
+};
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
-use super::{CgroupError, setting};
+use super::CgroupError;
 
 /// More rules than this are refused, to bound the work for a hostile configuration.
 const RULES_MAX: usize = 1024;
@@ -299,10 +303,10 @@ pub(super) fn apply_v1(directory: &Path, rules: &Rules) -> Result<(), CgroupErro
     let present = if comparable {
         present
     } else {
-        write(directory, remove, "a")?;
+        write(directory, remove, &["a"])?;
         Vec::new()
     };
-    let missing = |have: &[Devices], from: &[Devices]| -> Vec<Devices> {
+    let missing = |have: &[Devices], from: &[Devices]| -> Vec<String> {
         from.iter()
             .map(|devices| {
                 let same = have.iter().find(|have| have.same_numbers(devices));
@@ -311,25 +315,34 @@ pub(super) fn apply_v1(directory: &Path, rules: &Rules) -> Result<(), CgroupErro
                 Devices { access, ..*devices }
             })
             .filter(|devices| devices.access.0 != 0)
+            .map(|devices| devices.line())
             .collect()
     };
-    for devices in missing(&present, &wanted) {
-        write(directory, add, &devices.line())?;
-    }
-    for devices in missing(&wanted, &present) {
-        write(directory, remove, &devices.line())?;
-    }
-    Ok(())
+    write(directory, add, &missing(&present, &wanted))?;
+    write(directory, remove, &missing(&wanted, &present))
 }
 
-fn write(directory: &Path, file: &str, value: &str) -> Result<(), CgroupError> {
-    let file = directory.join(file);
-    setting::write(&file, value).map_err(|source: io::Error| CgroupError::Set {
+/// Writes lines one by one, as the kernel wants them.
+fn write(directory: &Path, file: &str, lines: &[impl AsRef<str>]) -> Result<(), CgroupError> {
+    let path = directory.join(file);
+    let failed = |line: &str, source: io::Error| CgroupError::Set {
         field: "devices".to_owned(),
-        value: value.to_owned(),
-        file,
+        value: line.to_owned(),
+        file: path.clone(),
         source,
-    })
+    };
+    let Some(first) = lines.first() else {
+        return Ok(());
+    };
+    let mut file = OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .map_err(|source| failed(first.as_ref(), source))?;
+    for line in lines.iter().map(AsRef::as_ref) {
+        file.write_all(line.as_bytes())
+            .map_err(|source| failed(line, source))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -55,8 +55,8 @@ impl Making {
             cgroup: None,
             process: None,
         };
-        making.home().write_record(&making.record)?;
         making.home().write_config(&config.text)?;
+        making.home().write_record(&making.record)?;
         Ok(making)
     }
 
@@ -89,8 +89,9 @@ impl Making {
     pub(super) fn record_process(&mut self, process: Process) -> Result<(), CreateError> {
         self.record.pid = process.pid();
         self.record.start_time = process.start_time();
-        self.process = Some(process);
-        Ok(self.home().write_record(&self.record)?)
+        let process = self.process.insert(process);
+        let home = self.home.as_ref();
+        Ok(home.map_or(Ok(()), |home| home.write_process(process))?)
     }
 
     /// Leads the first process through its set-up, to where only `start` is missing. Returns the

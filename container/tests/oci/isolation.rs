@@ -1,8 +1,11 @@
 //! What a container's program sees and may do, found out from inside.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::symlink;
+use std::process::Stdio;
 
+use nix::sys::statvfs::{FsFlags, statvfs};
 use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
@@ -504,4 +507,26 @@ fn the_runtimes_own_file_cannot_be_written_from_inside() {
         ended.status == 0 || ended.stderr.contains("cannot execute"),
         "{ended:?}"
     );
+}
+
+#[test]
+fn the_runtime_runs_from_a_read_only_mount_whatever_comes_before_the_verb() {
+    for before in [&["run"][..], &["--debug", "--log-format=json", "run"]] {
+        let bundle = Bundle::new("echo ready; sleep 100");
+        let mut command = bundle.command(before);
+        let mut runtime = command
+            .arg(&bundle.id)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(runtime.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let mount = statvfs(format!("/proc/{}/exe", runtime.id()).as_str()).unwrap();
+        assert_eq!(bundle.verb(&["kill"], &["KILL"]).status, 0);
+        runtime.wait().unwrap();
+        assert_eq!(line, "ready\n");
+        assert!(mount.flags().contains(FsFlags::ST_RDONLY), "{before:?}");
+    }
 }
