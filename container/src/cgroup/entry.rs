@@ -14,7 +14,7 @@ use std::{
 
 use nix::{errno::Errno, unistd::write};
 
-use super::{CgroupError, Directory, hierarchy::Version};
+use super::{Cgroup, CgroupError, Directory, hierarchy::Version};
 
 /// Open files of a group, for a process that is about to be made.
 ///
@@ -76,5 +76,45 @@ impl Entry {
             write(file, b"0")?;
         }
         Ok(())
+    }
+}
+
+impl Cgroup {
+    /// As [`Cgroup::entry`], but into groups below, which exist: each `PATH`, or `CONTROLLER:PATH` for
+    /// the hierarchy of one controller of v1.
+    ///
+    /// # Errors
+    ///
+    /// If a path could lead out of the group, or there is no such group or controller.
+    pub fn entry_below(&self, paths: &[String]) -> Result<Entry, CgroupError> {
+        let mut directories = self.directories.clone();
+        for given in paths {
+            let refused = |reason| CgroupError::Below {
+                path: given.clone(),
+                reason,
+            };
+            let (controller, path) = match given.split_once(':') {
+                Some((controller, path)) => (Some(controller), path),
+                None => (None, given.as_str()),
+            };
+            let path = path.trim_start_matches('/');
+            if path.split('/').any(|part| part == "..") {
+                return Err(refused("it must not contain `..`"));
+            }
+            let mut chosen = directories
+                .iter_mut()
+                .filter(|directory| controller.is_none_or(|name| directory.has(name)))
+                .peekable();
+            if chosen.peek().is_none() {
+                return Err(refused("no hierarchy has this controller"));
+            }
+            for directory in chosen {
+                directory.path.push(path);
+                if !directory.path.is_dir() {
+                    return Err(refused("it does not exist"));
+                }
+            }
+        }
+        Entry::open(&directories)
     }
 }

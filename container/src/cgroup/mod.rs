@@ -20,7 +20,9 @@ mod memory;
 mod removal;
 mod resources;
 mod setting;
+mod shortage;
 mod stats;
+mod usage;
 
 use std::{borrow::Cow, fmt::Display, path::PathBuf};
 
@@ -30,6 +32,7 @@ use oci_spec::runtime::LinuxResources;
 
 pub use self::{
     entry::Entry,
+    shortage::MemoryWatch,
     stats::{CpuStats, IoStats, MemoryStats, PidsStats, Stats},
 };
 use self::{
@@ -41,6 +44,8 @@ use self::{
 pub enum CgroupError {
     #[error("linux.cgroupsPath {path:?} cannot be used: {reason}")]
     Path { path: String, reason: &'static str },
+    #[error("{path:?} is no group below the container's: {reason}")]
+    Below { path: String, reason: &'static str },
     #[error("no cgroup hierarchy is mounted")]
     NoHierarchy,
     #[error("linux.resources.{field} cannot be honoured: {reason}")]

@@ -190,7 +190,7 @@ impl Cgroup {
     }
 }
 
-fn read(path: &Path) -> Result<String, CgroupError> {
+pub(super) fn read(path: &Path) -> Result<String, CgroupError> {
     fs::read_to_string(path).map_err(|source| CgroupError::Io {
         action: "read",
         path: path.to_owned(),
@@ -208,7 +208,7 @@ fn limited(value: u64) -> Option<u64> {
 }
 
 /// The number after `key` in lines of `key number`; 0 if there is none.
-fn flat(text: &str, key: &str) -> u64 {
+pub(super) fn flat(text: &str, key: &str) -> u64 {
     let value = text.lines().find_map(|line| {
         let (have, value) = line.split_once(' ')?;
         (have == key).then_some(value)

@@ -42,6 +42,15 @@ pub(super) struct Exec {
     /// File to write the pid of the process to
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
+    /// AppArmor profile of the process
+    #[arg(long, value_name = "PROFILE")]
+    apparmor: Option<String>,
+    /// SELinux label of the process
+    #[arg(long, value_name = "LABEL")]
+    process_label: Option<String>,
+    /// Run in a group below the container's
+    #[arg(long, value_name = "[CONTROLLER:]PATH")]
+    cgroup: Vec<String>,
     /// Forbid the process to gain rights
     #[arg(long)]
     no_new_privs: bool,
@@ -100,6 +109,8 @@ impl Exec {
                 capabilities: self.cap,
                 terminal: self.tty,
                 no_new_privileges: self.no_new_privs,
+                apparmor_profile: self.apparmor,
+                selinux_label: self.process_label,
             }),
         };
         Ok(ExecOptions {
@@ -110,6 +121,7 @@ impl Exec {
             descriptors: super::preserved(self.preserve_fds)?,
             pid_file: self.pid_file,
             ignore_paused: self.ignore_paused,
+            cgroups: self.cgroup,
         })
     }
 }

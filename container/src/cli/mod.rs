@@ -10,6 +10,7 @@ use container::verbs::run::default_root;
 
 mod create;
 mod delete;
+mod events;
 mod exec;
 mod kill;
 mod list;
@@ -43,9 +44,15 @@ pub(crate) struct Global {
     /// Write details, too
     #[arg(long)]
     debug: bool,
-    /// Manage control groups through systemd (refused where it is not supported)
+    /// Refused: control groups are managed without systemd
     #[arg(long)]
     systemd_cgroup: bool,
+    /// Accepted as crun does; any but `cgroupfs` is refused
+    #[arg(long, value_name = "MANAGER", default_value = "cgroupfs", hide = true)]
+    cgroup_manager: String,
+    /// Accepted as runc does, and not used
+    #[arg(long, value_name = "FILE", hide = true)]
+    criu: Option<PathBuf>,
     /// Accepted as runc does; whether rights are missing is found out
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     rootless: Option<String>,
@@ -58,6 +65,20 @@ enum LogFormat {
 }
 
 impl Global {
+    fn check(&self) -> Result<()> {
+        let manager = if self.systemd_cgroup {
+            "systemd"
+        } else {
+            &self.cgroup_manager
+        };
+        anyhow::ensure!(
+            manager == "cgroupfs",
+            "control groups cannot be managed by `{manager}`, only directly: set cgroup_manager = \
+             \"cgroupfs\" (podman, CRI-O) or SystemdCgroup = false (containerd)"
+        );
+        Ok(())
+    }
+
     pub(crate) fn log(&self) -> Log {
         let format = match self.log_format {
             LogFormat::Text => Format::Text,
@@ -103,6 +124,8 @@ enum Verb {
     Resume(pause::Resume),
     /// Change the limits of a container
     Update(pause::Update),
+    /// Show what a container uses, and when it is short of memory
+    Events(events::Show),
     /// Write a configuration to start from
     Spec(spec::Spec),
     /// Show what this runtime can do as JSON
@@ -133,7 +156,7 @@ impl Verb {
 /// Carries out the command, and says with which status to exit.
 pub(crate) fn run(arguments: Arguments) -> Result<i32> {
     let Arguments { global, verb } = arguments;
-    anyhow::ensure!(!global.systemd_cgroup, "--systemd-cgroup is not supported");
+    global.check()?;
     if verb.enters() {
         container::sealed::seal();
     }
@@ -151,10 +174,13 @@ pub(crate) fn run(arguments: Arguments) -> Result<i32> {
         Verb::Pause(pause) => pause.run(&global),
         Verb::Resume(resume) => resume.run(&global),
         Verb::Update(update) => update.run(&global),
+        Verb::Events(show) => show.run(&global),
         Verb::Spec(spec) => spec.run(&global),
         Verb::Features(features) => features.run(&global),
         Verb::Checkpoint(_) | Verb::Restore(_) => {
-            anyhow::bail!("checkpoint and restore are not supported")
+            anyhow::bail!(
+                "checkpoint and restore are not supported: they need CRIU, which is not used here"
+            )
         }
     }
 }

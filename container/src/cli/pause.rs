@@ -3,8 +3,9 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
+use container::log;
 use container::verbs::pause::{pause, resume};
 use container::verbs::update::update;
 use oci_spec::runtime::LinuxResources;
@@ -113,12 +114,49 @@ pub(super) struct Update {
         help = "Limit of processes"
     )]
     pids_limit: Option<i64>,
+    #[arg(
+        long,
+        value_name = "SIZE",
+        allow_hyphen_values = true,
+        hide = true,
+        help = "Accepted as runc does: kernels count kernel memory with the other"
+    )]
+    kernel_memory: Option<String>,
+    #[arg(
+        long,
+        value_name = "SIZE",
+        allow_hyphen_values = true,
+        hide = true,
+        help = "Accepted as runc does, and not used"
+    )]
+    kernel_memory_tcp: Option<String>,
+    #[arg(
+        long,
+        value_name = "SCHEMA",
+        hide = true,
+        help = "Refused: no Intel RDT"
+    )]
+    l3_cache_schema: Option<String>,
+    #[arg(
+        long,
+        value_name = "SCHEMA",
+        hide = true,
+        help = "Refused: no Intel RDT"
+    )]
+    mem_bw_schema: Option<String>,
     /// Name of the container
     id: String,
 }
 
 impl Update {
     pub(super) fn run(self, global: &Global) -> Result<i32> {
+        ensure!(
+            self.l3_cache_schema.is_none() && self.mem_bw_schema.is_none(),
+            "Intel RDT is not supported"
+        );
+        if self.kernel_memory.is_some() || self.kernel_memory_tcp.is_some() {
+            log::warn("limits of kernel memory are ignored: it counts with the other memory");
+        }
         let resources = match &self.resources {
             Some(path) => read(path)?,
             None => self.value()?,

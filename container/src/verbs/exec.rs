@@ -43,6 +43,8 @@ pub struct ExecOptions {
     pub pid_file: Option<PathBuf>,
     /// Wait for a paused container to be resumed, instead of refusing.
     pub ignore_paused: bool,
+    /// Groups below the container's own to run in, as `[CONTROLLER:]PATH`; in its own if empty.
+    pub cgroups: Vec<String>,
 }
 
 /// The process of an [`exec`].
@@ -68,6 +70,8 @@ pub struct Changes {
     pub capabilities: Vec<String>,
     pub terminal: bool,
     pub no_new_privileges: bool,
+    pub apparmor_profile: Option<String>,
+    pub selinux_label: Option<String>,
 }
 
 /// A process that runs in a container.
@@ -132,7 +136,12 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
     let namespaces = step("open the container's namespaces", open_namespaces(&init))?;
     let plan = plan(&options.what, &config.spec, &namespaces)?;
     let console_socket = connect_console(plan.process.terminal.is_some(), &options.stdio)?;
-    let entry = Cgroup::open(&record.cgroup)?.entry_beside(init.pid())?;
+    let cgroup = Cgroup::open(&record.cgroup)?;
+    let entry = if options.cgroups.is_empty() {
+        cgroup.entry_beside(init.pid())?
+    } else {
+        cgroup.entry_below(&options.cgroups)?
+    };
     let (ours, theirs) = step("make a socket pair", Channel::pair())?;
     // Before the fork: the child is in the container's pid namespace at once.
     step("stop being traceable", harden())?;
@@ -228,6 +237,12 @@ fn changed(spec: &Spec, changes: &Changes) -> Result<ProcessSpec, ExecError> {
     }
     if changes.no_new_privileges {
         process.set_no_new_privileges(Some(true));
+    }
+    if changes.apparmor_profile.is_some() {
+        process.set_apparmor_profile(changes.apparmor_profile.clone());
+    }
+    if changes.selinux_label.is_some() {
+        process.set_selinux_label(changes.selinux_label.clone());
     }
     let user = process.user_mut();
     if let Some((uid, gid)) = changes.user {

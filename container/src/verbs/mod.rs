@@ -4,6 +4,7 @@
 //! only to execute a hook, a program of the host.
 
 pub mod delete;
+pub mod events;
 pub mod exec;
 pub mod features;
 pub mod kill;
