@@ -25,6 +25,7 @@ use crate::idmap::IdMapError;
 use crate::init::{self, Wiring};
 use crate::mounts::CgroupTrees;
 use crate::namespaces::{self, Forked};
+use crate::network_devices::NetworkDeviceError;
 use crate::plan::mounts::{MountKind, clone_tree};
 use crate::plan::{Inherited, Plan, PlanError, Setting};
 use crate::process::Process;
@@ -116,6 +117,8 @@ pub enum CreateError {
     IdMap(#[from] IdMapError),
     #[error(transparent)]
     Hook(#[from] HookError),
+    #[error(transparent)]
+    NetworkDevice(#[from] NetworkDeviceError),
     /// The first process says why it gave up.
     #[error("{message}")]
     Init { message: String },
@@ -246,6 +249,7 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
         Forked::Parent(process) => {
             drop((theirs, listener));
             making.record_process(process)?;
+            making.move_network_devices(&plan)?;
             let console = making.conduct(&ours, &plan, console_socket.as_ref())?;
             making.publish(starter, options.pid_file.as_deref())?;
             // Only now: the process must not wait for `start` under a name that nobody knows.

@@ -105,7 +105,8 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
 
     set_streams(terminal, wiring)?;
     launch::change_directory(&plan.process)?;
-    launch::set_attributes(&plan.process, plan.personality)?;
+    let memory_policy = plan.memory_policy.as_ref();
+    launch::set_attributes(&plan.process, plan.personality, memory_policy)?;
     let program = match wiring.inherited.executable.take() {
         Some(file) => Program::Descriptor(file),
         None => launch::find_program(&plan.process)?,

@@ -23,6 +23,7 @@ use rustix::thread::{
 
 use crate::handshake::{Channel, Message};
 use crate::plan::capability::{self, Capabilities};
+use crate::plan::memory::MemoryPolicy;
 use crate::plan::process::{Label, ProcessPlan, UserPlan};
 use crate::root::Root;
 use crate::seccomp::{Filter, SeccompError};
@@ -185,12 +186,17 @@ pub(crate) fn change_directory(process: &ProcessPlan) -> Result<(), LaunchError>
 pub(crate) fn set_attributes(
     process: &ProcessPlan,
     domain: Option<LinuxPersonalityDomain>,
+    memory: Option<&MemoryPolicy>,
 ) -> Result<(), LaunchError> {
     if let Some(priority) = process.io_priority {
         step("set the I/O priority", sys::set_io_priority(priority))?;
     }
     if let Some(scheduler) = process.scheduler {
         step("set the scheduler", sys::set_scheduler(scheduler))?;
+    }
+    if let Some(MemoryPolicy { mode, nodes }) = memory {
+        let set = sys::set_memory_policy(*mode, nodes);
+        step("set linux.memoryPolicy", set)?;
     }
     if let Some(domain) = domain {
         let persona = match domain {

@@ -20,6 +20,8 @@ mod masks;
 pub mod monitor;
 mod mounts;
 mod namespaces;
+mod netlink;
+mod network_devices;
 mod notify;
 mod plan;
 pub mod process;

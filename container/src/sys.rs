@@ -260,6 +260,24 @@ pub(crate) fn set_scheduler(mut attributes: SchedulerAttributes) -> io::Result<(
     check(result)
 }
 
+/// Sets the memory policy of the calling thread, and of the programs it executes. `nodes` has a bit for
+/// each memory node.
+///
+/// # Errors
+/// The system call's.
+pub(crate) fn set_memory_policy(mode: i32, nodes: &[u64]) -> io::Result<()> {
+    // The kernel looks at one bit less than it is told.
+    let bits = if nodes.is_empty() {
+        0
+    } else {
+        nodes.len() * 64 + 1
+    };
+    // SAFETY: the slice outlives the call, and has the bits that are claimed but for the last, which
+    // the kernel does not read.
+    let result = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, nodes.as_ptr(), bits) };
+    check(result)
+}
+
 /// The namespace type of an open namespace file, as a `CLONE_NEW*` flag.
 ///
 /// # Errors

@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use super::{CreateError, CreateOptions, Starter, step, write_pid_file};
 use crate::cgroup::Cgroup;
 use crate::handshake::{self, Channel, Message};
+use crate::network_devices::{self, Moved};
 use crate::plan::Plan;
 use crate::process::Process;
 use crate::spec::Config;
@@ -24,6 +25,7 @@ pub(super) struct Making {
     record: Record,
     cgroup: Option<Cgroup>,
     process: Option<Process>,
+    network_devices: Option<Moved>,
 }
 
 impl Making {
@@ -54,6 +56,7 @@ impl Making {
             record,
             cgroup: None,
             process: None,
+            network_devices: None,
         };
         making.home().write_config(&config.text)?;
         making.home().write_record(&making.record)?;
@@ -92,6 +95,13 @@ impl Making {
         let process = self.process.insert(process);
         let home = self.home.as_ref();
         Ok(home.map_or(Ok(()), |home| home.write_process(process))?)
+    }
+
+    /// Gives the process its network devices. It is in its network namespace, and still waits.
+    pub(super) fn move_network_devices(&mut self, plan: &Plan) -> Result<(), CreateError> {
+        let devices = &plan.network_devices;
+        self.network_devices = network_devices::attach(devices, &plan.namespaces, self.record.pid)?;
+        Ok(())
     }
 
     /// Leads the first process through its set-up, to where only `start` is missing. Returns the
@@ -185,6 +195,9 @@ impl Making {
     pub(super) fn finish(mut self) -> Result<Process, CreateError> {
         self.home = None;
         self.cgroup = None;
+        if let Some(moved) = self.network_devices.take() {
+            moved.keep();
+        }
         self.process.take().ok_or(CreateError::InitDied)
     }
 
@@ -199,6 +212,8 @@ impl Making {
 impl Drop for Making {
     /// Undoes in reverse order. Each step is tried, whatever became of the others.
     fn drop(&mut self) {
+        // With the process its network namespace goes, and all that is virtual in it.
+        self.network_devices = None;
         if let Some(process) = self.process.take() {
             let _ = process.signal(libc::SIGKILL);
             let _ = process.wait();

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, Linux, LinuxPersonalityDomain, LinuxResources, Spec};
+use oci_spec::runtime::{Hooks, Linux, LinuxPersonalityDomain, LinuxResources, LinuxSeccomp, Spec};
 use rustix::thread::CapabilitySet;
 
 use crate::seccomp::{self, Filter};
@@ -16,15 +16,21 @@ pub(crate) mod capability;
 pub(crate) mod devices;
 #[cfg(test)]
 mod hostile;
+pub(crate) mod memory;
 pub(crate) mod mounts;
 pub(crate) mod namespaces;
+pub(crate) mod network;
 pub(crate) mod options;
 pub(crate) mod process;
+mod refused;
 
 use devices::DevicePlan;
-use mounts::{MountPlan, Tree};
+use memory::MemoryPolicy;
+use mounts::{MountPlan, Surroundings, Tree};
 use namespaces::{Kind, NamespacePlan};
+use network::NetworkDevicePlan;
 use process::ProcessPlan;
+use refused::{check_listener, check_version, mount_label, refuse_unsupported};
 
 /// What will be done.
 #[derive(Debug)]
@@ -48,6 +54,8 @@ pub(crate) struct Plan {
     pub(crate) domainname: Option<String>,
     pub(crate) process: ProcessPlan,
     pub(crate) personality: Option<LinuxPersonalityDomain>,
+    pub(crate) memory_policy: Option<MemoryPolicy>,
+    pub(crate) network_devices: Vec<NetworkDevicePlan>,
     pub(crate) filter: Option<Filter>,
     pub(crate) hooks: Hooks,
     /// The same in every hierarchy; absolute.
@@ -107,9 +115,15 @@ impl Plan {
         let available = capability::available_in(&namespaces);
         let privileged = capability::available().contains(CapabilitySet::SYS_ADMIN);
         let (rootfs_path, rootfs) = mounts::open_rootfs(root, setting.bundle, privileged)?;
+        let surroundings = Surroundings {
+            linux,
+            label: mount_label(linux)?,
+            bundle: setting.bundle,
+            privileged,
+        };
         let mounts = spec.mounts().iter().flatten().enumerate();
         let mounts = mounts
-            .map(|(index, mount)| MountPlan::new(index, mount, linux, setting.bundle, privileged))
+            .map(|(index, mount)| MountPlan::new(index, mount, &surroundings))
             .collect::<Result<Vec<_>, _>>()?;
         let device_defaults = has_device_defaults(&mounts, setting.bare);
         Ok(Self {
@@ -129,7 +143,9 @@ impl Plan {
             domainname: host_name("domainname", spec.domainname(), &namespaces)?,
             process: ProcessPlan::new(process, available)?,
             personality: personality(linux)?,
-            filter: linux.seccomp().as_ref().map(seccomp::compile).transpose()?,
+            memory_policy: memory::plan(linux)?,
+            network_devices: network::plan(linux, &namespaces)?,
+            filter: linux.seccomp().as_ref().map(filter).transpose()?,
             hooks: hooks(spec)?,
             cgroup: cgroup_path(linux, setting.id)?,
             resources: linux.resources().clone(),
@@ -150,42 +166,10 @@ impl DefaultEmpty for Linux {
     }
 }
 
-fn check_version(version: &str) -> Result<(), PlanError> {
-    if version.starts_with("1.") {
-        return Ok(());
-    }
-    Err(PlanError::invalid(
-        "ociVersion",
-        format!("`{version}` is not a version of 1.x, which is what is supported"),
-    ))
-}
-
-/// What would otherwise be ignored in silence.
-fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<(), PlanError> {
-    for (field, given) in [
-        ("vm", spec.vm().is_some()),
-        (
-            "linux.mountLabel",
-            linux
-                .mount_label()
-                .as_ref()
-                .is_some_and(|label| !label.is_empty()),
-        ),
-        ("linux.intelRdt", linux.intel_rdt().is_some()),
-        ("linux.memoryPolicy", linux.memory_policy().is_some()),
-        (
-            "linux.netDevices",
-            linux
-                .net_devices()
-                .as_ref()
-                .is_some_and(|map| !map.is_empty()),
-        ),
-    ] {
-        if given {
-            return Err(PlanError::invalid(field, "it is not supported"));
-        }
-    }
-    Ok(())
+fn filter(seccomp: &LinuxSeccomp) -> Result<Filter, PlanError> {
+    let filter = seccomp::compile(seccomp)?;
+    check_listener(seccomp, filter.notifies())?;
+    Ok(filter)
 }
 
 /// A /dev that is bound from the host has its own nodes, and must not be changed.

@@ -86,19 +86,37 @@ pub(crate) fn clone_tree(
     Ok(open_tree(directory, path, flags)?)
 }
 
+/// What a mount is planned in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Surroundings<'a> {
+    pub(crate) linux: &'a Linux,
+    /// SELinux's label of the mounts.
+    pub(crate) label: Option<&'a str>,
+    pub(crate) bundle: &'a Path,
+    /// Whether the caller may copy mounts.
+    pub(crate) privileged: bool,
+}
+
+/// File systems that have labels of the kernel's own making.
+const UNLABELED: [&str; 3] = ["proc", "sysfs", "mqueue"];
+
 impl MountPlan {
     /// # Errors
     /// The field that is wrong, and why.
     pub(crate) fn new(
         index: usize,
         mount: &Mount,
-        linux: &Linux,
-        bundle: &Path,
-        privileged: bool,
+        surroundings: &Surroundings<'_>,
     ) -> Result<Self, PlanError> {
+        let Surroundings {
+            linux,
+            label,
+            bundle,
+            privileged,
+        } = *surroundings;
         let field = format!("mounts[{index}]");
         let options = mount.options().iter().flatten().map(String::as_str);
-        let options = Options::parse(options);
+        let mut options = Options::parse(options);
         if mount.destination().as_os_str().is_empty() {
             return Err(PlanError::invalid(
                 format!("{field}.destination"),
@@ -125,6 +143,13 @@ impl MountPlan {
                     .map_or_else(|| name.to_owned(), |source| source.display().to_string()),
             },
         };
+        if let (MountKind::FileSystem { name, .. }, Some(label)) = (&what, label)
+            && !UNLABELED.contains(&name.as_str())
+        {
+            options
+                .data
+                .push(("context".to_owned(), Some(label.to_owned())));
+        }
         let id_map = id_map(&field, mount, &options, linux)?;
         if id_map.is_some()
             && !matches!(

@@ -54,6 +54,8 @@ const fn flag(value: i32) -> u64 {
     value.unsigned_abs() as u64
 }
 
+const NANOSECONDS_PER_SECOND: u32 = 1_000_000_000;
+
 /// The namespaces of a container.
 #[derive(Debug, Default)]
 pub(crate) struct NamespacePlan {
@@ -128,7 +130,12 @@ impl NamespacePlan {
             ("linux.uidMappings", linux.uid_mappings(), &mut self.uid_map),
             ("linux.gidMappings", linux.gid_mappings(), &mut self.gid_map),
         ] {
-            *text = map_text(mappings.as_deref().unwrap_or_default());
+            let mappings = mappings.as_deref().unwrap_or_default();
+            if let Some(index) = mappings.iter().position(|map| map.size() == 0) {
+                let field = format!("{field}[{index}].size");
+                return Err(PlanError::invalid(field, "it must be more than 0"));
+            }
+            *text = map_text(mappings);
             let new = self.new & Kind::USER.0 != 0;
             if new && text.is_empty() {
                 return Err(PlanError::invalid(
@@ -166,6 +173,12 @@ impl NamespacePlan {
             }
             let (seconds, nanoseconds) =
                 (offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0));
+            if nanoseconds >= NANOSECONDS_PER_SECOND {
+                return Err(PlanError::invalid(
+                    format!("linux.timeOffsets.{clock}.nanosecs"),
+                    format!("{nanoseconds} is a second or more"),
+                ));
+            }
             self.time_offsets += &format!("{clock} {seconds} {nanoseconds}\n");
         }
         Ok(())

@@ -94,7 +94,11 @@ impl ProcessPlan {
             no_new_privileges: process.no_new_privileges().unwrap_or(false),
             oom_score_adj: oom_score_adj(process.oom_score_adj())?,
             terminal: terminal(process)?,
-            io_priority: process.io_priority().as_ref().map(io_priority),
+            io_priority: process
+                .io_priority()
+                .as_ref()
+                .map(io_priority)
+                .transpose()?,
             scheduler: process.scheduler().as_ref().map(scheduler).transpose()?,
             label: label(process)?,
             affinity: affinity(process)?,
@@ -187,13 +191,20 @@ fn terminal(process: &Process) -> Result<Option<Winsize>, PlanError> {
     }))
 }
 
-fn io_priority(priority: &LinuxIOPriority) -> i32 {
+fn io_priority(priority: &LinuxIOPriority) -> Result<i32, PlanError> {
     let class = match priority.class() {
         IOPriorityClass::IoprioClassRt => 1,
         IOPriorityClass::IoprioClassBe => 2,
         IOPriorityClass::IoprioClassIdle => 3,
     };
-    i32::try_from(priority.priority() & 0x1fff).unwrap_or(0) | (class << 13)
+    let level = i32::try_from(priority.priority()).ok();
+    let level = level
+        .filter(|level| (0..=7).contains(level))
+        .ok_or_else(|| {
+            let reason = format!("{} is not between 0 and 7", priority.priority());
+            PlanError::invalid("process.ioPriority.priority", reason)
+        })?;
+    Ok(level | (class << 13))
 }
 
 fn scheduler(scheduler: &Scheduler) -> Result<SchedulerAttributes, PlanError> {
@@ -224,6 +235,11 @@ fn scheduler(scheduler: &Scheduler) -> Result<SchedulerAttributes, PlanError> {
     };
     let priority = u32::try_from(scheduler.priority().unwrap_or(0))
         .map_err(|_| PlanError::invalid("process.scheduler.priority", "it must not be negative"))?;
+    let nice = scheduler.nice().unwrap_or(0);
+    if !(-20..=19).contains(&nice) {
+        let reason = format!("{nice} is not between -20 and 19");
+        return Err(PlanError::invalid("process.scheduler.nice", reason));
+    }
     Ok(SchedulerAttributes {
         policy: policy.unsigned_abs(),
         flags: scheduler
@@ -232,7 +248,7 @@ fn scheduler(scheduler: &Scheduler) -> Result<SchedulerAttributes, PlanError> {
             .flatten()
             .map(flag)
             .fold(0, |all, one| all | one),
-        nice: scheduler.nice().unwrap_or(0),
+        nice,
         priority,
         runtime: scheduler.runtime().unwrap_or(0),
         deadline: scheduler.deadline().unwrap_or(0),
@@ -261,25 +277,38 @@ fn affinity(process: &Process) -> Result<(Option<CpuSet>, Option<CpuSet>), PlanE
     ))
 }
 
-/// A list as `0-3,7`.
 fn parse_processors(list: &str) -> Option<CpuSet> {
     let mut set = CpuSet::new();
+    for processor in members(list, CpuSet::MAX_CPU)? {
+        set.set(processor);
+    }
+    Some(set)
+}
+
+/// The members of a list as `0-3,7`; nothing if it is malformed, or one is not below the limit.
+pub(super) fn members(list: &str, limit: usize) -> Option<Vec<usize>> {
+    let mut members = Vec::new();
     for range in list.split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
         let (first, last): (usize, usize) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
-        if first > last || last >= CpuSet::MAX_CPU {
+        // More than all can only be repetitions.
+        if first > last || last >= limit || members.len() > limit {
             return None;
         }
-        (first..=last).for_each(|processor| set.set(processor));
+        members.extend(first..=last);
     }
-    Some(set)
+    Some(members)
+}
+
+pub(super) fn selinux_is_enabled() -> bool {
+    std::path::Path::new("/sys/fs/selinux/enforce").exists()
 }
 
 /// A label is refused where the host could not enforce it: it must not be ignored.
 fn label(process: &Process) -> Result<Option<Label>, PlanError> {
     let given = |label: &Option<String>| label.clone().filter(|label| !label.is_empty());
     if let Some(label) = given(process.selinux_label()) {
-        if !std::path::Path::new("/sys/fs/selinux/enforce").exists() {
+        if !selinux_is_enabled() {
             return Err(PlanError::invalid(
                 "process.selinuxLabel",
                 "SELinux is not enabled on this host",

@@ -132,6 +132,10 @@ impl Rules {
                 let reason = "the runtime writes after the filter is in force";
                 return Err(invalid(format!("{field}.names"), "write", reason));
             }
+            if syscall.names().is_empty() {
+                let reason = "a rule is about one system call at least";
+                return Err(invalid(format!("{field}.names"), "[]", reason));
+            }
             let errno = format!("{field}.errnoRet");
             let result = Return::new(&errno, syscall.action(), syscall.errno_ret())?;
             let cases = cases(&field, syscall)?;

@@ -18,6 +18,7 @@ use crate::handshake::{Channel, Message};
 use crate::launch::{self, Program};
 use crate::namespaces::{self, Forked};
 use crate::notify;
+use crate::plan::memory::{self, MemoryPolicy};
 use crate::plan::namespaces::{Kind, NamespacePlan};
 use crate::plan::process::ProcessPlan;
 use crate::plan::{PlanError, capability};
@@ -179,6 +180,7 @@ struct ExecPlan {
     /// Where the listener of the filter goes, if it has one.
     seccomp: Option<LinuxSeccomp>,
     personality: Option<oci_spec::runtime::LinuxPersonalityDomain>,
+    memory_policy: Option<MemoryPolicy>,
 }
 
 fn plan(what: &What, spec: &Spec, namespaces: &NamespacePlan) -> Result<ExecPlan, ExecError> {
@@ -211,7 +213,9 @@ fn plan(what: &What, spec: &Spec, namespaces: &NamespacePlan) -> Result<ExecPlan
         .transpose()
         .map_err(PlanError::from)?;
     let personality = linux.and_then(|linux| linux.personality().as_ref());
+    let memory_policy = linux.map(memory::plan).transpose()?.flatten();
     Ok(ExecPlan {
+        memory_policy,
         process,
         filter,
         seccomp: seccomp.cloned(),
@@ -397,7 +401,8 @@ fn enter(plan: &ExecPlan, namespaces: &NamespacePlan, wiring: Wiring) -> ! {
         }
         set_streams(plan, &wiring.stdio, &channel)?;
         launch::change_directory(&plan.process)?;
-        launch::set_attributes(&plan.process, plan.personality)?;
+        let memory_policy = plan.memory_policy.as_ref();
+        launch::set_attributes(&plan.process, plan.personality, memory_policy)?;
         let program = launch::find_program(&plan.process)?;
         channel.send(&Message::Ready)?;
         channel.await_proceed()?;
