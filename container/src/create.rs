@@ -254,12 +254,12 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
             making.publish(starter, options.pid_file.as_deref())?;
             // Only now: the process must not wait for `start` under a name that nobody knows.
             if starter == Starter::Later {
-                step(
-                    "finish the container",
-                    ours.send(&Message::Proceed {
-                        state: String::new(),
-                    }),
-                )?;
+                let proceed = Message::Proceed {
+                    state: String::new(),
+                };
+                if ours.send(&proceed).is_err() {
+                    return Err(making.explain_death());
+                }
             }
             let process = making.finish()?;
             Ok((

@@ -435,6 +435,9 @@ fn install(filter: Option<&Filter>, starter: &Channel) -> Result<(), LaunchError
             "send the listener of the seccomp filter",
             starter.send(&message),
         )?;
+        // The program must not run before there is somebody to answer for it.
+        let handed_over = starter.await_proceed();
+        step("wait for the agent of the seccomp filter", handed_over)?;
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Capability, Spec};
+use oci_spec::runtime::{Capability, Process, Spec};
 use serde_json::Value;
 
 /// A configuration larger than this is refused.
@@ -86,6 +86,9 @@ impl Config {
         let mut value: Value = serde_json::from_slice(&text)
             .map_err(|error| invalid("not JSON".to_owned(), error.to_string()))?;
         let warnings = drop_unknown_capabilities(&mut value);
+        if let Some(process) = value.get_mut("process") {
+            correct_scheduler_flags(process);
+        }
         let spec = serde_path_to_error::deserialize(&value)
             .map_err(|error| invalid(error.path().to_string(), error.inner().to_string()))?;
         Ok(Self {
@@ -121,6 +124,45 @@ pub(crate) fn drop_unknown_capabilities(config: &mut Value) -> Vec<String> {
         });
     }
     warnings
+}
+
+/// Puts the names of scheduler flags that the specification has in the form that oci-spec expects.
+fn correct_scheduler_flags(process: &mut Value) {
+    let flags = process.pointer_mut("/scheduler/flags");
+    for flag in flags.and_then(Value::as_array_mut).into_iter().flatten() {
+        let expected = match flag.as_str() {
+            Some("SCHED_FLAG_RESET_ON_FORK") => "SCHED_RESET_ON_FORK",
+            Some("SCHED_FLAG_DL_OVERRUN") => "SCHED_FLAG_D_L_OVERRUN",
+            _ => continue,
+        };
+        *flag = expected.into();
+    }
+}
+
+/// Reads a file with a `process` object, as `exec --process` takes it.
+///
+/// # Errors
+/// Those of [`SpecError`].
+pub fn load_process(path: &Path) -> Result<Process, SpecError> {
+    let text = std::fs::read(path).map_err(|source| SpecError::Read {
+        path: path.to_path_buf(),
+        source,
+    })?;
+    let invalid = |field: String, reason: String| SpecError::Invalid {
+        path: path.to_path_buf(),
+        field,
+        reason,
+    };
+    let process: Value = serde_json::from_slice(&text)
+        .map_err(|error| invalid("not JSON".to_owned(), error.to_string()))?;
+    let mut config = serde_json::json!({"process": process});
+    // What is unknown can be given to nobody; the container's own configuration was warned of.
+    drop_unknown_capabilities(&mut config);
+    correct_scheduler_flags(&mut config["process"]);
+    serde_path_to_error::deserialize(&config["process"]).map_err(|error| {
+        let field = format!("process.{}", error.path());
+        invalid(field, error.inner().to_string())
+    })
 }
 
 #[cfg(test)]

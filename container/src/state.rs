@@ -30,6 +30,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
+use crate::handshake;
 use crate::process::Process;
 
 /// The longest id, so that it fits in a file name beside a suffix.
@@ -366,7 +367,7 @@ impl Home {
         };
         let status = if self.has(INIT_SOCKET)? {
             Status::Creating
-        } else if self.has(START_SOCKET)? {
+        } else if self.has(START_SOCKET)? && self.is_awaited()? {
             Status::Created
         } else if is_frozen(record) {
             Status::Paused
@@ -374,6 +375,18 @@ impl Home {
             Status::Running
         };
         Ok((status, Some(process)))
+    }
+
+    /// Whether the first process waits for `start`. If nobody listens any more, the program runs, and
+    /// who started it died before it could take the mark away.
+    fn is_awaited(&self) -> Result<bool, StateError> {
+        match handshake::connect(&self.socket_path(START_SOCKET)) {
+            // It takes this for a starter that died.
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(self.failed("reach the first process of", error)),
+        }
     }
 
     fn has(&self, name: &str) -> Result<bool, StateError> {

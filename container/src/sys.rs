@@ -266,15 +266,15 @@ pub(crate) fn set_scheduler(mut attributes: SchedulerAttributes) -> io::Result<(
 /// # Errors
 /// The system call's.
 pub(crate) fn set_memory_policy(mode: i32, nodes: &[u64]) -> io::Result<()> {
-    // The kernel looks at one bit less than it is told.
-    let bits = if nodes.is_empty() {
-        0
+    // The kernel looks at one bit less than it is told, and takes no bits only without a pointer.
+    let (pointer, bits) = if nodes.is_empty() {
+        (std::ptr::null(), 0)
     } else {
-        nodes.len() * 64 + 1
+        (nodes.as_ptr(), nodes.len() * 64 + 1)
     };
-    // SAFETY: the slice outlives the call, and has the bits that are claimed but for the last, which
-    // the kernel does not read.
-    let result = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, nodes.as_ptr(), bits) };
+    // SAFETY: the pointer is null, or the slice outlives the call and has the bits that are claimed but
+    // for the last, which the kernel does not read.
+    let result = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, pointer, bits) };
     check(result)
 }
 

@@ -9,6 +9,7 @@ use super::{
     CgroupError, Directory,
     hierarchy::Version,
     setting::{Absent, Setting},
+    stats::V1_UNLIMITED_FROM,
 };
 
 /// The highest swappiness; above 100 swap is preferred to the page cache.
@@ -42,17 +43,35 @@ pub(super) fn plan(
         let reason = "it is between 0 and 200";
         return Err(CgroupError::invalid("memory.swappiness", value, reason));
     }
-    let swap = swap(memory)?;
+    let limit = limit_beside_swap(directory, memory);
+    let swap = swap(memory, limit)?;
     check_before_update(directory, memory)?;
     match directory.version {
-        Version::V1 => plan_v1(&directory.path, memory, swap),
+        Version::V1 => plan_v1(&directory.path, memory, swap, limit),
         Version::V2 => plan_v2(&directory.path, memory, swap),
     }
 }
 
-/// What `memory.swap` means, which is memory and swap together.
-fn swap(memory: &LinuxMemory) -> Result<Swap, CgroupError> {
+/// The limit that `memory.swap` includes: the one beside it, else the one that the group has; 0 if there
+/// is none.
+fn limit_beside_swap(directory: &Directory, memory: &LinuxMemory) -> i64 {
     let limit = memory.limit().unwrap_or(0);
+    if limit != 0 || memory.swap().is_none_or(|swap| swap <= 0) {
+        return limit;
+    }
+    let file = match directory.version {
+        Version::V1 => "memory.limit_in_bytes",
+        Version::V2 => "memory.max",
+    };
+    let current = parse_single_value(&directory.path.join(file)).ok();
+    let current = current.filter(|value| *value < V1_UNLIMITED_FROM);
+    current
+        .and_then(|value| i64::try_from(value).ok())
+        .unwrap_or(0)
+}
+
+/// What `memory.swap` means, which is memory and swap together.
+fn swap(memory: &LinuxMemory, limit: i64) -> Result<Swap, CgroupError> {
     match memory.swap().unwrap_or(0) {
         // As the other runtimes do: who takes the limit away does not expect swap to keep one.
         0 if limit == -1 => Ok(Swap::Unlimited),
@@ -93,6 +112,7 @@ fn plan_v1(
     directory: &Path,
     memory: &LinuxMemory,
     swap: Swap,
+    limit_beside_swap: i64,
 ) -> Result<Vec<Setting>, CgroupError> {
     let mut settings = Vec::new();
     let mut set = |field, file, value| settings.push(Setting::new(field, directory, file, value));
@@ -103,7 +123,7 @@ fn plan_v1(
     let both = match swap {
         Swap::Unset => 0,
         Swap::Unlimited => -1,
-        Swap::Bytes(bytes) => limit + bytes,
+        Swap::Bytes(bytes) => limit_beside_swap + bytes,
     };
     if both != 0 {
         set("memory.swap", "memory.memsw.limit_in_bytes", both);

@@ -9,7 +9,7 @@ use super::{Cgroup, CgroupError, Directory, hierarchy::Version};
 
 /// v1 says "no limit" with the highest multiple of a page that a signed number holds; nothing near
 /// it is a limit.
-const V1_UNLIMITED_FROM: u64 = 1 << 62;
+pub(super) const V1_UNLIMITED_FROM: u64 = 1 << 62;
 
 const NANOSECONDS_PER_MICROSECOND: u64 = 1000;
 

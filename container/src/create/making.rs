@@ -133,7 +133,7 @@ impl Making {
                     for (list, name) in hooks::lists(&plan.hooks).into_iter().take(2) {
                         hooks::run(list, name, &state)?;
                     }
-                    proceed()?;
+                    let _ = proceed();
                 }
                 Some(Message::Console(Some(master))) => match console_socket {
                     Some(socket) => {
@@ -169,7 +169,7 @@ impl Making {
         )
     }
 
-    fn explain_death(&self) -> CreateError {
+    pub(super) fn explain_death(&self) -> CreateError {
         let kills = self.cgroup.as_ref().map(Cgroup::oom_kills);
         if kills.is_some_and(|kills| kills.is_ok_and(|kills| kills > 0)) {
             return CreateError::Memory;

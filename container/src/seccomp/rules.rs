@@ -128,9 +128,10 @@ impl Rules {
         for (index, syscall) in seccomp.syscalls().iter().flatten().enumerate() {
             let field = format!("syscalls[{index}]");
             let notify = syscall.action() == LinuxSeccompAction::ScmpActNotify;
-            if notify && syscall.names().iter().any(|name| name == "write") {
-                let reason = "the runtime writes after the filter is in force";
-                return Err(invalid(format!("{field}.names"), "write", reason));
+            let unanswered = |name: &&String| matches!(name.as_str(), "write" | "sendmsg");
+            if let (true, Some(name)) = (notify, syscall.names().iter().find(unanswered)) {
+                let reason = "the agent hears of the listener by it, and could not answer before";
+                return Err(invalid(format!("{field}.names"), name, reason));
             }
             if syscall.names().is_empty() {
                 let reason = "a rule is about one system call at least";

@@ -25,7 +25,7 @@ use crate::plan::{PlanError, capability};
 use crate::process::Process;
 use crate::root::Root;
 use crate::seccomp::{self, Filter};
-use crate::spec::{Config, SpecError};
+use crate::spec::{Config, SpecError, load_process};
 use crate::state::{Home, Record, StateError, Status};
 use crate::sys;
 use crate::tty::{self, Terminal};
@@ -95,11 +95,6 @@ pub enum ExecError {
     Spec(#[from] SpecError),
     #[error(transparent)]
     Plan(#[from] PlanError),
-    #[error("{} is malformed", path.display())]
-    File {
-        path: PathBuf,
-        source: serde_json::Error,
-    },
     #[error("there is no capability `{name}`")]
     Capability { name: String },
     #[error(transparent)]
@@ -186,16 +181,7 @@ struct ExecPlan {
 fn plan(what: &What, spec: &Spec, namespaces: &NamespacePlan) -> Result<ExecPlan, ExecError> {
     let process = match what {
         What::Changed(changes) => changed(spec, changes)?,
-        What::File(path) => {
-            let text = std::fs::read(path).map_err(|source| SpecError::Read {
-                path: path.clone(),
-                source,
-            })?;
-            serde_json::from_slice(&text).map_err(|source| ExecError::File {
-                path: path.clone(),
-                source,
-            })?
-        }
+        What::File(path) => load_process(path)?,
     };
     let available = capability::available_in(namespaces);
     let mut process = ProcessPlan::new(&process, available)?;

@@ -100,6 +100,10 @@ pub(crate) fn await_exec(
                     step: "hand over the listener of the seccomp filter",
                     source,
                 })?;
+                // If the process is dead, that is heard next.
+                let _ = channel.send(&Message::Proceed {
+                    state: String::new(),
+                });
             }
             Some(_) => {}
             None if executing => return Ok(()),

@@ -1,6 +1,10 @@
 //! A bundle with busybox as its root file system, and the runtime to run it with; needs root and
 //! Debian's busybox-static. Everything of it is gone at the end, also when the test fails.
+//!
+//! With `HOSTD_OCI_UNDER_TEST` another runtime with runc's command line is tested, to test the tests:
+//! the texts of its refusals are then its own (docs/oci.md says where peers differ).
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::symlink;
@@ -15,13 +19,25 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-const RUNTIME: &str = env!("CARGO_BIN_EXE_hostd-oci");
+/// The runtime under test, if it is not this project's.
+fn peer() -> Option<OsString> {
+    std::env::var_os("HOSTD_OCI_UNDER_TEST")
+}
+
+/// Whether it is this project's runtime that is tested.
+pub(crate) fn is_own() -> bool {
+    peer().is_none()
+}
+
+fn runtime() -> OsString {
+    peer().unwrap_or_else(|| env!("CARGO_BIN_EXE_hostd-oci").into())
+}
 
 /// The commands of busybox that the tests use.
 const APPLETS: &[&str] = &[
-    "cat", "echo", "env", "false", "grep", "head", "hostname", "id", "ip", "kill", "ls", "mkdir",
-    "mknod", "mount", "ps", "pwd", "readlink", "sh", "sleep", "stat", "stty", "test", "touch",
-    "true", "tty", "umount", "wc",
+    "cat", "cut", "dd", "echo", "env", "false", "grep", "head", "hostname", "id", "ionice", "ip",
+    "kill", "ls", "mkdir", "mknod", "mount", "ps", "pwd", "readlink", "sh", "sleep", "stat",
+    "stty", "taskset", "test", "touch", "true", "tty", "umount", "uname", "wc",
 ];
 
 /// How long anything may take before the test gives up.
@@ -89,10 +105,41 @@ impl Bundle {
     pub(crate) fn command(&self, verb: &[&str]) -> Command {
         let config = serde_json::to_vec_pretty(&self.config).unwrap();
         fs::write(self.path().join("config.json"), config).unwrap();
-        let mut command = Command::new(RUNTIME);
+        let mut command = Command::new(runtime());
         command.arg("--root").arg(self.states()).args(verb);
         command.current_dir(self.path()).stdin(Stdio::null());
         command
+    }
+
+    /// A shell of the host in a mount and network namespace of its own, from which nothing reaches the
+    /// host. `$RUN` and `$CREATE` are this container's verbs, `$R` is the runtime, `$ID` the id.
+    pub(crate) fn script(&self, script: &str) -> Ended {
+        let words = |verb: &str| {
+            let command = self.command(&[verb]);
+            let words = std::iter::once(command.get_program()).chain(command.get_args());
+            words
+                .map(|word| word.to_string_lossy().into_owned())
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        let mut shell = Command::new("unshare");
+        shell
+            .args([
+                "--mount",
+                "--net",
+                "--propagation",
+                "private",
+                "sh",
+                "-euc",
+                script,
+            ])
+            .env("RUN", format!("{} {}", words("run"), self.id))
+            .env("CREATE", format!("{} {}", words("create"), self.id))
+            .env("R", words("").trim_end())
+            .env("ID", &self.id)
+            .current_dir(self.path())
+            .stdin(Stdio::null());
+        finish(shell)
     }
 
     /// Runs a verb on this container to its end.
@@ -116,11 +163,21 @@ impl Bundle {
 
     /// Runs the container, which must not come to be, and returns the message.
     pub(crate) fn refusal(&self) -> String {
+        self.refusal_of("")
+    }
+
+    fn refusal_of(&self, words: &str) -> String {
         let ended = self.run();
-        assert_eq!(ended.status, 1, "{ended:?}");
+        assert_ne!(ended.status, 0, "{words}: {ended:?}");
         assert_eq!(ended.stdout, "", "the program must not have run");
         self.assert_nothing_is_left();
         ended.stderr
+    }
+
+    /// Runs the container, which must not come to be for a reason with these words.
+    pub(crate) fn assert_refused(&self, words: &str) {
+        let message = self.refusal_of(words);
+        assert!(!is_own() || message.contains(words), "{words}: {message}");
     }
 
     /// Creates and starts the container in the background, its output going nowhere.
@@ -134,10 +191,15 @@ impl Bundle {
     /// Like [`Bundle::verb`], for verbs whose process outlives them: its streams are not pipes of
     /// ours.
     pub(crate) fn quiet(&self, verb: &[&str]) -> Ended {
+        self.quiet_with(verb, &[])
+    }
+
+    pub(crate) fn quiet_with(&self, verb: &[&str], arguments: &[&str]) -> Ended {
         let errors = self.path().join("errors");
         let mut command = self.command(verb);
         command
             .arg(&self.id)
+            .args(arguments)
             .stdout(Stdio::null())
             .stderr(fs::File::create(&errors).unwrap());
         let status = command.status().unwrap().code().unwrap();

@@ -3,6 +3,16 @@
 #![expect(clippy::unwrap_used, reason = "a failure here is a failed test")]
 
 mod bundle;
+mod command_line;
+mod devices;
 mod exec;
+mod hooks;
 mod isolation;
 mod lifecycle;
+mod limits;
+mod mounts;
+mod namespaces;
+mod network_devices;
+mod process;
+mod races;
+mod seccomp;

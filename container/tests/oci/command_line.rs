@@ -1,0 +1,484 @@
+//! The command line beyond the life of a container: what it says about containers, and what it refuses.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::process::Stdio;
+
+use container::cgroup::Cgroup;
+use serde_json::{Value, json};
+
+use crate::bundle::{Bundle, Ended, finish, finish_child};
+
+fn running() -> Bundle {
+    let bundle = Bundle::new("while true; do sleep 1; done");
+    bundle.start();
+    bundle
+}
+
+fn parse(ended: &Ended) -> Value {
+    assert_eq!(ended.status, 0, "{ended:?}");
+    serde_json::from_str(&ended.stdout).unwrap()
+}
+
+#[test]
+fn events_shows_once_what_the_container_uses() {
+    let bundle = running();
+    let event = parse(&bundle.verb(&["events", "--stats"], &[]));
+    assert_eq!(event["type"], "stats");
+    assert_eq!(event["id"], bundle.id.as_str());
+    let data = &event["data"];
+    assert!(
+        data["cpu"]["usage"]["total"].as_u64().unwrap() > 0,
+        "{data}"
+    );
+    assert!(
+        data["memory"]["usage"]["usage"].as_u64().unwrap() > 0,
+        "{data}"
+    );
+    assert!(
+        data["memory"]["raw"].as_object().unwrap().len() > 5,
+        "{data}"
+    );
+    assert!(data["pids"]["current"].as_u64().unwrap() >= 1, "{data}");
+}
+
+#[test]
+fn events_tells_of_the_shortage_of_memory_and_ends_with_the_container() {
+    let bundle = Bundle::new(
+        "while ! test -e /go/now; do sleep 0.01; done; \
+        dd if=/dev/zero of=/dev/null bs=200M count=1; while true; do sleep 1; done",
+    );
+    let bundle = bundle.with(|config| {
+        config["linux"]["resources"]["memory"] = json!({"limit": 33_554_432, "swap": 33_554_432});
+        let mount = json!({"destination": "/go", "source": "go", "options": ["bind"]});
+        config["mounts"].as_array_mut().unwrap().push(mount);
+    });
+    fs::create_dir(bundle.path().join("go")).unwrap();
+    bundle.start();
+    let mut command = bundle.command(&["events", "--interval", "20ms"]);
+    let mut child = command
+        .arg(&bundle.id)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut events = BufReader::new(child.stdout.take().unwrap())
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
+    assert_eq!(events.next().unwrap()["type"], "stats");
+    fs::write(bundle.path().join("go/now"), "").unwrap();
+    let shortage = events.find(|event| event["type"] == "oom").unwrap();
+    assert_eq!(shortage["id"], bundle.id.as_str());
+    assert_eq!(bundle.verb(&["kill"], &["KILL"]).status, 0);
+    assert_eq!(
+        events
+            .filter(|event| event["type"] != "stats" && event["type"] != "oom")
+            .count(),
+        0
+    );
+    assert_eq!(finish_child(child).status, 0);
+    let ended = bundle.verb(&["events"], &[]);
+    assert!(ended.stderr.contains("not running"), "{ended:?}");
+}
+
+#[test]
+fn list_and_ps_show_containers_and_processes_in_every_format() {
+    let bundle = running();
+    let list = |options: &[&str]| {
+        let mut command = bundle.command(&["list"]);
+        command.args(options);
+        finish(command)
+    };
+    assert_eq!(list(&["--quiet"]).stdout, format!("{}\n", bundle.id));
+    let state = &parse(&list(&["--format", "json"]))[0];
+    assert_eq!(state["id"], bundle.id.as_str());
+    assert_eq!(state["status"], "running");
+    assert_eq!(state["pid"], bundle.state()["pid"]);
+    let table = list(&[]).stdout;
+    let words: Vec<Vec<&str>> = table
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    assert_eq!(
+        words[0],
+        ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"]
+    );
+    assert_eq!(
+        (words[1][0], words[1][2], words[1][5]),
+        (bundle.id.as_str(), "running", "root")
+    );
+
+    let pids = parse(&bundle.verb(&["ps", "--format", "json"], &[]));
+    assert!(pids.as_array().unwrap().contains(&state["pid"]), "{pids}");
+    let table = bundle.verb(&["ps"], &[]).stdout;
+    assert!(
+        table
+            .lines()
+            .any(|line| line.contains(&format!(" {} ", state["pid"]))),
+        "{table}"
+    );
+    let table = bundle.verb(&["ps"], &["-o", "pid,comm"]).stdout;
+    assert!(table.contains(" sh\n"), "{table}");
+}
+
+#[test]
+fn state_has_what_the_specification_asks_for() {
+    let bundle = Bundle::new("exec sleep 100").with(|config| {
+        config["annotations"] = json!({"org.example.key": "value"});
+    });
+    assert_eq!(bundle.quiet(&["create"]).status, 0);
+    let state = bundle.state();
+    assert_eq!(state["ociVersion"], bundle.config["ociVersion"]);
+    assert_eq!(state["id"], bundle.id.as_str());
+    assert_eq!(state["status"], "created");
+    assert!(state["pid"].as_i64().unwrap() > 0);
+    assert_eq!(state["bundle"], bundle.path().to_str().unwrap());
+    assert_eq!(state["annotations"], json!({"org.example.key": "value"}));
+    // Changes of the file have no effect any more.
+    fs::write(bundle.path().join("config.json"), "{}").unwrap();
+    let start = std::process::Command::new(env!("CARGO_BIN_EXE_hostd-oci"))
+        .arg("--root")
+        .arg(bundle.states())
+        .args(["start", &bundle.id])
+        .status();
+    assert!(start.unwrap().success());
+    assert_eq!(bundle.state()["status"], "running");
+}
+
+#[test]
+fn verbs_without_a_container_say_so() {
+    let bundle = Bundle::new("true");
+    for (verb, arguments) in [
+        (&["state"][..], &[][..]),
+        (&["start"], &[]),
+        (&["kill"], &["TERM"]),
+        (&["delete"], &[]),
+        (&["exec"], &["true"]),
+        (&["pause"], &[]),
+        (&["resume"], &[]),
+        (&["ps"], &[]),
+        (&["events", "--stats"], &[]),
+        (&["update", "--pids-limit", "5"], &[]),
+    ] {
+        let ended = bundle.verb(verb, arguments);
+        assert_ne!(ended.status, 0, "{verb:?}: {ended:?}");
+        assert!(
+            ended.stderr.contains("does not exist"),
+            "{verb:?}: {ended:?}"
+        );
+        let mut command = bundle.command(verb);
+        command.args(arguments);
+        assert_ne!(finish(command).status, 0, "{verb:?} without an id");
+    }
+    for id in ["", "a/b", "..", "a b"] {
+        let mut command = bundle.command(&["create"]);
+        let ended = finish({
+            command.arg(id);
+            command
+        });
+        assert_ne!(ended.status, 0, "`{id}`: {ended:?}");
+    }
+}
+
+/// A flag of `update` with its value; the controller, and the file with its content on v1 and on v2.
+type Flag = (
+    [&'static str; 2],
+    &'static str,
+    [&'static str; 2],
+    [&'static str; 2],
+);
+
+const FLAGS: &[Flag] = &[
+    (
+        ["--memory", "64m"],
+        "memory",
+        ["memory.limit_in_bytes", "67108864"],
+        ["memory.max", "67108864"],
+    ),
+    (
+        ["--memory-reservation", "32m"],
+        "memory",
+        ["memory.soft_limit_in_bytes", "33554432"],
+        ["memory.low", "33554432"],
+    ),
+    (
+        ["--memory-swap", "96m"],
+        "memory",
+        ["memory.memsw.limit_in_bytes", "100663296"],
+        ["memory.swap.max", "33554432"],
+    ),
+    (
+        ["--cpu-share", "256"],
+        "cpu",
+        ["cpu.shares", "256"],
+        ["cpu.weight", "10"],
+    ),
+    (
+        ["--cpu-period", "50000"],
+        "cpu",
+        ["cpu.cfs_period_us", "50000"],
+        ["cpu.max", "max 50000"],
+    ),
+    (
+        ["--cpu-quota", "30000"],
+        "cpu",
+        ["cpu.cfs_quota_us", "30000"],
+        ["cpu.max", "30000 50000"],
+    ),
+    (
+        ["--cpu-burst", "10000"],
+        "cpu",
+        ["cpu.cfs_burst_us", "10000"],
+        ["cpu.max.burst", "10000"],
+    ),
+    (
+        ["--cpu-idle", "1"],
+        "cpu",
+        ["cpu.idle", "1"],
+        ["cpu.idle", "1"],
+    ),
+    (
+        ["--cpuset-cpus", "0"],
+        "cpuset",
+        ["cpuset.cpus", "0"],
+        ["cpuset.cpus", "0"],
+    ),
+    (
+        ["--cpuset-mems", "0"],
+        "cpuset",
+        ["cpuset.mems", "0"],
+        ["cpuset.mems", "0"],
+    ),
+    (
+        ["--pids-limit", "44"],
+        "pids",
+        ["pids.max", "44"],
+        ["pids.max", "44"],
+    ),
+];
+
+#[test]
+fn every_flag_of_update_changes_its_limit() {
+    let bundle = running();
+    for (flag, controller, v1, v2) in FLAGS {
+        let ended = bundle.verb(&["update", flag[0], flag[1]], &[]);
+        assert_eq!(ended.status, 0, "{flag:?}: {ended:?}");
+        let views = Cgroup::open(&format!("/{}", bundle.id)).unwrap().views();
+        let named = |name: &str| name.split(',').any(|part| part == *controller);
+        let (path, [file, text]) = match views.iter().find(|(name, _)| named(name)) {
+            Some((_, path)) => (path, v1),
+            None => (&views[0].1, v2),
+        };
+        let found = fs::read_to_string(path.join(file)).unwrap();
+        assert_eq!(found.trim(), *text, "{flag:?}");
+    }
+    for (flags, words) in [
+        (["--memory", "1x"], "`1x` is not a size"),
+        (
+            ["--l3-cache-schema", "L3:0=f"],
+            "Intel RDT is not supported",
+        ),
+        (["--cpuset-cpus", "4000"], "linux.resources.cpu.cpus"),
+        (["--resources", "/nowhere"], "cannot read /nowhere"),
+    ] {
+        let ended = bundle.verb(&["update", flags[0], flags[1]], &[]);
+        let refused = ended.status != 0 && ended.stderr.contains(words);
+        assert!(refused, "{flags:?}: {ended:?}");
+    }
+}
+
+#[test]
+fn update_takes_limits_from_standard_input() {
+    let bundle = running();
+    let mut command = bundle.command(&["update", "--resources", "-"]);
+    let mut child = command
+        .arg(&bundle.id)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(br#"{"pids":{"limit":33}}"#)
+        .unwrap();
+    assert_eq!(finish_child(child).status, 0);
+    let cgroup = Cgroup::open(&format!("/{}", bundle.id)).unwrap();
+    assert_eq!(cgroup.stats().unwrap().pids.limit, Some(33));
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_with_what_to_do_instead() {
+    let bundle = Bundle::new("true");
+    for (arguments, words) in [
+        (
+            &["--systemd-cgroup", "run", "x"][..],
+            "cgroup_manager = \"cgroupfs\"",
+        ),
+        (
+            &["--cgroup-manager", "systemd", "run", "x"],
+            "SystemdCgroup = false",
+        ),
+        (
+            &["checkpoint", "--image-path", "/x", "x"],
+            "checkpoint and restore are not supported",
+        ),
+        (
+            &["restore", "x"],
+            "checkpoint and restore are not supported",
+        ),
+    ] {
+        let ended = finish(bundle.command(arguments));
+        assert!(
+            ended.status == 1 && ended.stderr.contains(words),
+            "{arguments:?}: {ended:?}"
+        );
+    }
+}
+
+#[test]
+fn spec_writes_a_configuration_that_runs_and_overwrites_none() {
+    let bundle = Bundle::new("true");
+    // The bundle has one already.
+    let ended = finish(bundle.command(&["spec"]));
+    assert!(
+        ended.status == 1 && ended.stderr.contains("File exists"),
+        "{ended:?}"
+    );
+    for (directory, options) in [("plain", &[][..]), ("rootless", &["--rootless"])] {
+        let directory = bundle.path().join(directory);
+        fs::create_dir(&directory).unwrap();
+        let mut command = bundle.command(&["spec"]);
+        command.arg("--bundle").arg(&directory).args(options);
+        assert_eq!(finish(command).status, 0);
+        let text = fs::read(directory.join("config.json")).unwrap();
+        let config: Value = serde_json::from_slice(&text).unwrap();
+        assert_eq!(config["process"]["args"], json!(["sh"]));
+        let mut bundle = Bundle::new("");
+        bundle.config = config;
+        bundle.config["process"]["terminal"] = json!(false);
+        bundle.config["process"]["args"] = json!(["echo", "ran"]);
+        bundle.config["linux"]["cgroupsPath"] = json!(format!("/{}", bundle.id));
+        assert_eq!(bundle.output(), "ran\n");
+    }
+}
+
+#[test]
+fn features_are_those_of_the_configurations_that_are_taken() {
+    let bundle = Bundle::new("true");
+    let features = parse(&finish(bundle.command(&["features"])));
+    for pointer in [
+        "/linux/cgroup/v1",
+        "/linux/cgroup/v2",
+        "/linux/seccomp/enabled",
+        "/linux/mountExtensions/idmap/enabled",
+        "/linux/netDevices/enabled",
+    ] {
+        assert_eq!(features.pointer(pointer), Some(&json!(true)), "{pointer}");
+    }
+    assert_eq!(features["hooks"].as_array().unwrap().len(), 6);
+    assert_eq!(features["linux"]["namespaces"].as_array().unwrap().len(), 8);
+    let last = features["ociVersionMax"].as_str().unwrap().to_owned();
+    let bundle = Bundle::new("echo ran").with(|config| config["ociVersion"] = json!(last));
+    assert_eq!(bundle.output(), "ran\n");
+    let version = finish(bundle.command(&["--version"])).stdout;
+    assert!(version.starts_with("hostd-oci "), "{version}");
+}
+
+#[test]
+fn run_can_keep_the_container_and_detach_from_it() {
+    let bundle = Bundle::new("exit 3");
+    assert_eq!(bundle.verb(&["run", "--keep"], &[]).status, 3);
+    assert_eq!(bundle.state()["status"], "stopped");
+    assert_eq!(bundle.verb(&["delete"], &[]).status, 0);
+    let bundle = Bundle::new("exec sleep 100");
+    assert_eq!(bundle.quiet(&["run", "--detach"]).status, 0);
+    assert_eq!(bundle.state()["status"], "running");
+}
+
+#[test]
+fn exec_runs_in_a_group_below() {
+    let bundle = running();
+    let cgroup = Cgroup::open(&format!("/{}", bundle.id)).unwrap();
+    for (name, path) in cgroup.views() {
+        fs::create_dir(path.join("below")).unwrap();
+        if name == "cpuset" {
+            for file in ["cpuset.cpus", "cpuset.mems"] {
+                fs::write(path.join("below").join(file), "0").unwrap();
+            }
+        }
+    }
+    let ended = bundle.verb(
+        &["exec", "--cgroup", "/below"],
+        &["cat", "/proc/self/cgroup"],
+    );
+    assert_eq!(ended.status, 0, "{ended:?}");
+    assert!(ended.stdout.contains(":/below"), "{ended:?}");
+    for (path, words) in [
+        ("/gone", "it does not exist"),
+        ("/../x", "must not contain"),
+        ("moon:/x", "no hierarchy"),
+    ] {
+        let ended = bundle.verb(&["exec", "--cgroup", path], &["true"]);
+        assert!(
+            ended.status == 255 && ended.stderr.contains(words),
+            "{path}: {ended:?}"
+        );
+    }
+}
+
+#[test]
+fn exec_detaches_and_writes_its_pid() {
+    let bundle = running();
+    let pid_file = bundle.path().join("exec.pid");
+    let verb = ["exec", "--detach", "--pid-file", pid_file.to_str().unwrap()];
+    let ended = bundle.quiet_with(&verb, &["sleep", "100"]);
+    assert_eq!(ended.status, 0, "{ended:?}");
+    let pid: Value = fs::read_to_string(pid_file)
+        .unwrap()
+        .parse::<u32>()
+        .unwrap()
+        .into();
+    let pids = parse(&bundle.verb(&["ps", "-f", "json"], &[]));
+    assert!(pids.as_array().unwrap().contains(&pid), "{pid}: {pids}");
+}
+
+#[test]
+fn exec_refuses_what_it_cannot_give() {
+    let bundle = running();
+    for flag in ["--apparmor", "--process-label"] {
+        let enforced = std::path::Path::new("/sys/fs/selinux/enforce").exists()
+            || std::path::Path::new("/sys/kernel/security/apparmor/profiles").exists();
+        let ended = bundle.verb(&["exec", flag, "moon"], &["true"]);
+        assert!(
+            enforced || ended.stderr.contains("is not enabled on this host"),
+            "{ended:?}"
+        );
+    }
+    let ended = bundle.verb(&["exec", "--cap", "CAP_MOON"], &["true"]);
+    assert!(
+        ended.stderr.contains("there is no capability `CAP_MOON`"),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn exec_has_a_terminal_if_asked_and_waits_for_a_paused_container_if_asked() {
+    let bundle = running();
+    let ended = bundle.verb(&["exec", "--tty"], &["sh", "-c", "test -t 0 && echo tty"]);
+    assert_eq!(ended.stdout, "tty\r\n", "{ended:?}");
+    assert_eq!(bundle.verb(&["pause"], &[]).status, 0);
+    assert!(
+        bundle
+            .verb(&["exec"], &["true"])
+            .stderr
+            .contains("it is paused")
+    );
+    let mut command = bundle.command(&["exec", "--ignore-paused"]);
+    command
+        .args([&bundle.id, "echo", "later"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    assert_eq!(bundle.verb(&["resume"], &[]).status, 0);
+    assert_eq!(finish_child(child).stdout, "later\n");
+}

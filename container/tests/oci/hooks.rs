@@ -1,0 +1,153 @@
+//! Hooks: their order and time, and what a failing one stops (config.md, "POSIX-platform Hooks").
+
+use std::fs;
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use crate::bundle::{Bundle, PATIENCE};
+
+fn shell(script: &str) -> Value {
+    json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"]})
+}
+
+fn with_hooks(script: &str, hooks: Value) -> Bundle {
+    Bundle::new(script).with(|config| {
+        config["hooks"] = hooks;
+        config["root"]["readonly"] = json!(false);
+    })
+}
+
+#[test]
+fn hooks_of_one_kind_run_in_their_order() {
+    let bundle = Bundle::new("true");
+    let log = bundle.path().join("log");
+    let hook = |number: u32| shell(&format!("echo {number} >>{}", log.display()));
+    let bundle = bundle.with(|config| {
+        config["hooks"] = json!({
+            "createRuntime": [hook(1), hook(2), hook(3)],
+            "poststop": [hook(4), shell("exit 1"), hook(5)]
+        });
+    });
+    // A poststop hook that fails is reported, and changes nothing.
+    let ended = bundle.run();
+    assert_eq!(ended.status, 0, "{ended:?}");
+    assert_eq!(fs::read_to_string(&log).unwrap(), "1\n2\n3\n4\n5\n");
+    bundle.assert_nothing_is_left();
+}
+
+#[test]
+fn a_hook_has_its_arguments_its_environment_and_the_state() {
+    let bundle = Bundle::new("true");
+    let log = bundle.path().join("log");
+    let script = format!("{{ echo \"$0 $1 $A $HOME\"; cat; }} >{}", log.display());
+    let bundle = bundle.with(|config| {
+        config["annotations"] = json!({"key": "value"});
+        config["hooks"] = json!({"createRuntime": [{
+            "path": "/bin/sh", "args": ["x", "-c", script, "zero", "one"], "env": ["A=b", "PATH=/bin"]
+        }]});
+    });
+    bundle.output();
+    let text = fs::read_to_string(log).unwrap();
+    let (line, state) = text.split_once('\n').unwrap();
+    assert_eq!(line, "zero one b ");
+    let state: Value = serde_json::from_str(state).unwrap();
+    assert_eq!(state["id"], bundle.id.as_str());
+    assert_eq!(state["bundle"], bundle.path().to_str().unwrap());
+    assert_eq!(state["annotations"], json!({"key": "value"}));
+    assert!(state["pid"].as_i64().unwrap() > 1, "{state}");
+    assert!(state["ociVersion"].is_string(), "{state}");
+    assert!(
+        ["creating", "created"].contains(&state["status"].as_str().unwrap()),
+        "{state}"
+    );
+}
+
+#[test]
+fn a_hook_that_takes_longer_than_its_time_is_killed_and_stops_the_creation() {
+    for name in [
+        "prestart",
+        "createRuntime",
+        "createContainer",
+        "startContainer",
+    ] {
+        let start = Instant::now();
+        // Found on the host and in the container.
+        let hook = json!([{"path": "/bin/sleep", "args": ["sleep", "100"], "timeout": 1}]);
+        with_hooks("echo ran", json!({name: hook})).assert_refused("took longer than 1 s");
+        assert!(start.elapsed() < PATIENCE, "{name}");
+    }
+}
+
+#[test]
+fn a_hook_that_cannot_be_is_refused() {
+    for (hook, words) in [
+        (
+            json!({"path": "sleep"}),
+            "hooks.createRuntime[0].path: it must be absolute",
+        ),
+        (
+            json!({"path": "/bin/true", "timeout": 0}),
+            "hooks.createRuntime[0].timeout",
+        ),
+        (
+            json!({"path": "/bin/true", "timeout": -1}),
+            "hooks.createRuntime[0].timeout",
+        ),
+        (json!({"path": "/nowhere"}), "/nowhere"),
+    ] {
+        with_hooks("echo ran", json!({"createRuntime": [hook]})).assert_refused(words);
+    }
+}
+
+#[test]
+fn a_poststart_hook_that_fails_stops_the_container() {
+    let bundle = with_hooks("exec sleep 100", json!({"poststart": [shell("exit 3")]}));
+    assert_eq!(bundle.quiet(&["create"]).status, 0);
+    assert_ne!(bundle.quiet(&["start"]).status, 0);
+    bundle.wait_for_status("stopped");
+    assert_eq!(bundle.verb(&["delete"], &[]).status, 0);
+    bundle.assert_nothing_is_left();
+}
+
+/// In which mount and pid namespace each kind of hook runs, by what it sees as `/`.
+#[test]
+fn hooks_run_in_the_namespaces_that_are_theirs() {
+    let bundle = Bundle::new("true");
+    fs::write(bundle.rootfs().join("inside"), "").unwrap();
+    let log = bundle.rootfs().join("log");
+    let hook = |name: &str, path: &str| {
+        let script = format!(
+            "test -e /inside && place=inside || place=outside; \
+             echo {name} $place $(readlink /proc/self/ns/uts) >>{path}"
+        );
+        json!([shell(&script)])
+    };
+    let outside = log.display().to_string();
+    let bundle = bundle.with(|config| {
+        config["root"]["readonly"] = json!(false);
+        config["hooks"] = json!({
+            "createRuntime": hook("createRuntime", &outside),
+            "createContainer": hook("createContainer", &outside),
+            "startContainer": hook("startContainer", "/log"),
+            "poststop": hook("poststop", &outside),
+        });
+    });
+    bundle.output();
+    let own = fs::read_link("/proc/self/ns/uts")
+        .unwrap()
+        .display()
+        .to_string();
+    let text = fs::read_to_string(log).unwrap();
+    let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split(' ').collect()).collect();
+    for (line, (name, place, host)) in lines.iter().zip([
+        ("createRuntime", "outside", true),
+        ("createContainer", "outside", false),
+        ("startContainer", "inside", false),
+        ("poststop", "outside", true),
+    ]) {
+        assert_eq!(line[..2], [name, place], "{text}");
+        assert_eq!(line[2] == own, host, "{text}");
+    }
+    assert_eq!(lines.len(), 4, "{text}");
+}

@@ -1,0 +1,165 @@
+//! Namespaces of every kind, made or joined (config-linux.md, "Namespaces").
+
+use std::fs;
+use std::os::unix::fs::chown;
+
+use serde_json::{Value, json};
+
+use crate::bundle::Bundle;
+
+const MAPPED_UID: u32 = 100_000;
+const MAPPED_GID: u32 = 200_000;
+
+/// Gives the container a user namespace, and its root file system to the user that is root there.
+fn with_user_namespace(bundle: Bundle) -> Bundle {
+    chown(bundle.rootfs(), Some(MAPPED_UID), Some(MAPPED_GID)).unwrap();
+    bundle.with(|config| {
+        add_namespace(config, json!({"type": "user"}));
+        let map = |id: u32| json!([{"containerID": 0, "hostID": id, "size": 1000}]);
+        config["linux"]["uidMappings"] = map(MAPPED_UID);
+        config["linux"]["gidMappings"] = map(MAPPED_GID);
+    })
+}
+
+fn add_namespace(config: &mut Value, namespace: Value) {
+    let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|other| other["type"] != namespace["type"]);
+    namespaces.push(namespace);
+}
+
+fn link(pid: &Value, name: &str) -> String {
+    let link = fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap();
+    format!("{}\n", link.display())
+}
+
+#[test]
+fn clocks_and_cgroups_of_another_container_can_be_joined_and_exec_joins_them_too() {
+    let first = Bundle::new("exec sleep 100").with(|config| {
+        add_namespace(config, json!({"type": "time"}));
+        config["linux"]["timeOffsets"] = json!({"boottime": {"secs": 1_000_000_000}});
+    });
+    first.start();
+    let pid = first.state()["pid"].clone();
+    let script =
+        "readlink /proc/self/ns/time; readlink /proc/self/ns/cgroup; cut -c1-4 /proc/uptime";
+    let expected = format!("{}{}1000\n", link(&pid, "time"), link(&pid, "cgroup"));
+    let ended = first.verb(&["exec"], &["sh", "-c", script]);
+    assert_eq!(ended.stdout, expected, "{ended:?}");
+
+    let second = Bundle::new(script).with(|config| {
+        for name in ["time", "cgroup"] {
+            let path = format!("/proc/{pid}/ns/{name}");
+            add_namespace(config, json!({"type": name, "path": path}));
+        }
+    });
+    assert_eq!(second.output(), expected);
+}
+
+#[test]
+fn both_clocks_have_offsets_that_may_be_negative() {
+    let bundle = Bundle::new("cat /proc/self/timens_offsets").with(|config| {
+        add_namespace(config, json!({"type": "time"}));
+        config["linux"]["timeOffsets"] = json!({
+            "monotonic": {"secs": 7, "nanosecs": 999_999_999},
+            "boottime": {"secs": -1}
+        });
+    });
+    let output = bundle.output();
+    let lines: Vec<Vec<&str>> = output
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    assert!(
+        lines.contains(&vec!["monotonic", "7", "999999999"]),
+        "{output}"
+    );
+    assert!(lines.contains(&vec!["boottime", "-1", "0"]), "{output}");
+}
+
+#[test]
+fn a_user_namespace_can_be_joined_and_exec_is_its_root() {
+    let first = with_user_namespace(Bundle::new("exec sleep 100"));
+    first.start();
+    let pid = first.state()["pid"].clone();
+    let script = "readlink /proc/self/ns/user; id -u; id -g";
+    let expected = format!("{}0\n0\n", link(&pid, "user"));
+    let ended = first.verb(&["exec"], &["sh", "-c", script]);
+    assert_eq!(ended.stdout, expected, "{ended:?}");
+
+    let second = Bundle::new(script).with(|config| {
+        add_namespace(
+            config,
+            json!({"type": "user", "path": format!("/proc/{pid}/ns/user")}),
+        );
+    });
+    chown(second.rootfs(), Some(MAPPED_UID), Some(MAPPED_GID)).unwrap();
+    assert_eq!(second.output(), expected);
+}
+
+#[test]
+fn users_of_the_namespace_are_others_on_the_host_and_unmapped_ones_are_refused() {
+    let bundle = with_user_namespace(Bundle::new("id -u; id -G; exec sleep 100")).with(|config| {
+        config["process"]["user"] = json!({"uid": 5, "gid": 6, "additionalGids": [7]});
+    });
+    bundle.start();
+    let pid = bundle.state()["pid"].clone();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    for line in ["Uid:\t100005\t", "Gid:\t200006\t", "Groups:\t200007 "] {
+        assert!(status.contains(line), "{status}");
+    }
+    let bundle = with_user_namespace(Bundle::new("true")).with(|config| {
+        config["process"]["user"] = json!({"uid": 5000, "gid": 0});
+    });
+    bundle.assert_refused("cannot set the user id");
+}
+
+#[test]
+fn what_cannot_be_a_namespace_is_refused() {
+    let namespaces = |namespaces: Value| {
+        Bundle::new("true").with(|config| config["linux"]["namespaces"] = namespaces)
+    };
+    for (given, words) in [
+        (
+            json!([{"type": "mount"}, {"type": "network", "path": "/proc/self/ns/uts"}]),
+            "is no net namespace",
+        ),
+        (
+            json!([{"type": "mount"}, {"type": "network", "path": "/proc/self/ns/gone"}]),
+            "linux.namespaces[1].path: cannot open",
+        ),
+        (
+            json!([{"type": "mount"}, {"type": "pid"}, {"type": "pid"}]),
+            "the pid namespace is given twice",
+        ),
+        (
+            json!([{"type": "mount"}, {"type": "moon"}]),
+            "linux.namespaces[1].type",
+        ),
+    ] {
+        namespaces(given).assert_refused(words);
+    }
+}
+
+#[test]
+fn a_new_user_namespace_needs_mappings_of_some_size() {
+    let bundle = |size: u32| {
+        with_user_namespace(Bundle::new("true")).with(|config| {
+            config["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 1, "size": size}]);
+        })
+    };
+    bundle(0).assert_refused("linux.gidMappings[0].size: it must be more than 0");
+    assert_eq!(bundle(1000).run().status, 0);
+}
+
+#[test]
+fn names_need_a_namespace_for_names() {
+    for field in ["hostname", "domainname"] {
+        let bundle = Bundle::new("true").with(|config| {
+            config.as_object_mut().unwrap().remove("hostname");
+            config[field] = json!("name");
+            let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.retain(|namespace| namespace["type"] != "uts");
+        });
+        bundle.assert_refused(&format!("{field}: it needs a uts namespace"));
+    }
+}
