@@ -1,13 +1,18 @@
 //! The event loop: one thread waits for every descriptor of the machine and hands readiness to its
 //! owner.
 
+mod wakefulness;
+
+use std::hint;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::wakefulness::Wakefulness;
 use crate::exit::ExitSwitch;
 
 /// Readiness taken from the kernel in one call.
@@ -15,6 +20,13 @@ const BATCH: usize = 32;
 
 /// The source number of the exit switch, which has no owner.
 const EXIT: u32 = u32::MAX;
+
+/// How often a loop that is kept awake by some sources asks the kernel about the others.
+const OTHERS_EVERY: Duration = Duration::from_micros(20);
+
+/// As `epoll_wait` takes them, in milliseconds.
+const FOREVER: i32 = -1;
+const NOT_AT_ALL: i32 = 0;
 
 /// A counter that makes a descriptor readable. Neither end of it ever waits.
 pub fn event() -> io::Result<EventFd> {
@@ -47,6 +59,23 @@ impl Readiness {
 pub trait Source: Send + Sync {
     /// The descriptor of `token` is, or very recently was, ready.
     fn on_ready(&self, token: u32, readiness: Readiness);
+
+    /// Whether work may have come since of which no descriptor tells. If so,
+    /// [`poll`](Self::poll) is called as long as it is worth it, and then [`rest`](Self::rest).
+    fn busy(&self) -> bool {
+        false
+    }
+
+    /// Does what has come since; whether there was something.
+    fn poll(&self) -> bool {
+        false
+    }
+
+    /// From now on descriptors are to tell of all work again. Returns whether some has come in
+    /// between, in which case they do not yet.
+    fn rest(&self) -> bool {
+        false
+    }
 }
 
 /// The set of descriptors that are waited for, level-triggered. Any thread may change it.
@@ -129,37 +158,89 @@ impl EventLoop {
     /// Serves until the machine has ended.
     pub fn run(&self) -> io::Result<()> {
         let mut batch = [EpollEvent::default(); BATCH];
+        let mut wakefulness = Wakefulness::default();
+        let mut busy = Vec::new();
         while self.exit.status().is_none() {
-            let count = match self.poller.epoll.wait(-1, &mut batch) {
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-            };
-            for event in &batch[..count] {
-                self.dispatch(*event);
+            self.serve(FOREVER, &mut batch, &mut busy)?;
+            if !busy.is_empty() {
+                wakefulness.wake(Instant::now());
+                self.stay_awake(wakefulness.window(), &mut batch, &mut busy)?;
+                wakefulness.sleep(Instant::now());
+                busy.clear();
             }
         }
         Ok(())
     }
 
-    fn dispatch(&self, event: EpollEvent) {
+    /// Looks after `busy` sources until there was nothing to do for as long as `window`.
+    fn stay_awake(
+        &self,
+        window: Duration,
+        batch: &mut [EpollEvent],
+        busy: &mut Vec<Arc<dyn Source>>,
+    ) -> io::Result<()> {
+        let mut worked_at = Instant::now();
+        let mut served_at = worked_at;
+        while self.exit.status().is_none() {
+            // All of them, not up to the first.
+            let worked = busy.iter().filter(|source| source.poll()).count() > 0;
+            let now = Instant::now();
+            if now.duration_since(served_at) >= OTHERS_EVERY {
+                self.serve(NOT_AT_ALL, batch, busy)?;
+                served_at = now;
+            }
+            if worked {
+                worked_at = now;
+            } else if now.duration_since(worked_at) < window {
+                hint::spin_loop();
+            } else if busy.iter().filter(|source| source.rest()).count() == 0 {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands out readiness; sources that are worth looking after are `busy` from then on.
+    fn serve(
+        &self,
+        timeout: i32,
+        batch: &mut [EpollEvent],
+        busy: &mut Vec<Arc<dyn Source>>,
+    ) -> io::Result<()> {
+        let count = match self.poller.epoll.wait(timeout, batch) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        for event in &batch[..count] {
+            if let Some(source) = self.dispatch(*event)
+                && !busy.iter().any(|other| Arc::ptr_eq(other, source))
+            {
+                busy.push(source.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the owner if it is worth looking after.
+    fn dispatch(&self, event: EpollEvent) -> Option<&Arc<dyn Source>> {
         let [source, token] = [event.data() >> 32, event.data() & 0xffff_ffff]
             .map(|half| u32::try_from(half).expect("half of 64 bits"));
         let owner = usize::try_from(source)
             .ok()
-            .and_then(|index| self.sources.get(index));
-        if let Some(Some(owner)) = owner {
-            let closed = event
-                .event_set()
-                .intersects(EventSet::HANG_UP | EventSet::ERROR);
-            owner.on_ready(
-                token,
-                Readiness {
-                    readable: closed || event.event_set().contains(EventSet::IN),
-                    writable: closed || event.event_set().contains(EventSet::OUT),
-                },
-            );
-        }
+            .and_then(|index| self.sources.get(index))?
+            .as_ref()?;
+        let closed = event
+            .event_set()
+            .intersects(EventSet::HANG_UP | EventSet::ERROR);
+        owner.on_ready(
+            token,
+            Readiness {
+                readable: closed || event.event_set().contains(EventSet::IN),
+                writable: closed || event.event_set().contains(EventSet::OUT),
+            },
+        );
+        owner.busy().then_some(owner)
     }
 }
 
@@ -183,6 +264,70 @@ mod tests {
             self.seen.lock().unwrap().push((token, readiness));
             self.exit.end(ExitStatus::new(ExitReason::Reset));
         }
+    }
+
+    /// Expects certain calls, and answers each.
+    struct Busy {
+        event: EventFd,
+        exit: ExitSwitch,
+        left: Mutex<Vec<&'static str>>,
+    }
+
+    impl Busy {
+        fn expect(&self, step: &str) -> bool {
+            let mut left = self.left.lock().unwrap();
+            let (name, more) = left.remove(0).split_once(' ').unwrap();
+            assert_eq!(name, step);
+            if left.is_empty() {
+                self.exit.end(ExitStatus::new(ExitReason::Reset));
+            }
+            more == "more"
+        }
+    }
+
+    impl Source for Busy {
+        fn on_ready(&self, _token: u32, _readiness: Readiness) {
+            self.event.read().unwrap();
+        }
+
+        fn busy(&self) -> bool {
+            self.expect("busy")
+        }
+
+        fn poll(&self) -> bool {
+            self.expect("poll")
+        }
+
+        fn rest(&self) -> bool {
+            self.expect("rest")
+        }
+    }
+
+    #[test]
+    fn a_busy_source_is_looked_after_until_it_rests_without_more_work() {
+        let exit = ExitSwitch::new().unwrap();
+        let mut events = EventLoop::new(exit.clone()).unwrap();
+        let source = events.reserve();
+        let steps = [
+            "busy more",
+            "poll more",
+            "poll none",
+            "rest more",
+            "poll none",
+            "rest none",
+        ];
+        let owner = Arc::new(Busy {
+            event: event().unwrap(),
+            exit,
+            left: Mutex::new(steps.to_vec()),
+        });
+        owner.event.write(1).unwrap();
+        let fd = owner.event.as_raw_fd();
+        let poller = events.poller();
+        poller.add(source, 0, fd, Readiness::READABLE).unwrap();
+        events.attach(source, owner.clone());
+        events.run().unwrap();
+        assert_eq!(*owner.left.lock().unwrap(), [""; 0]);
     }
 
     #[test]

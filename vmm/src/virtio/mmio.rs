@@ -4,11 +4,11 @@
 //! and interrupts. A driver that leaves the order of section 3.1 finds its write ignored.
 
 mod access;
+mod busy;
 mod setup;
 mod state;
 
 use std::io;
-use std::sync::Mutex;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -22,7 +22,6 @@ pub use self::state::TransportState;
 use super::registers::{self as register, status};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
 use crate::control::DeviceStats;
-use crate::events::{Readiness, Source};
 use crate::layout;
 
 /// Tokens from here up are kicks of a queue; a device's own are below.
@@ -93,6 +92,8 @@ pub struct MmioTransport {
     queue_select: u32,
     interrupt_status: u32,
     config_generation: u32,
+    /// Bit N: queue N is looked after, and its driver has not been asked for kicks.
+    busy_queues: u32,
     stats: DeviceStats,
 }
 
@@ -134,6 +135,7 @@ impl MmioTransport {
             queue_select: 0,
             interrupt_status: 0,
             config_generation: 0,
+            busy_queues: 0,
             stats: DeviceStats {
                 name,
                 ..DeviceStats::default()
@@ -237,6 +239,7 @@ impl MmioTransport {
             queue.reset();
         }
         self.setups.fill(QueueSetup::default());
+        self.busy_queues = 0;
         self.status = 0;
         self.device_features_select = 0;
         self.driver_features_select = 0;
@@ -322,7 +325,12 @@ impl MmioTransport {
         }
         for (index, before) in before.into_iter().enumerate() {
             let queue = &self.queues[index];
-            if queue.ready() && queue.next_avail() != before && self.rearm(index) {
+            if !queue.ready() || queue.next_avail() == before {
+                continue;
+            }
+            if self.device.is_fast() {
+                self.look_after(index);
+            } else if self.rearm(index) {
                 self.process(index);
             }
         }
@@ -415,22 +423,6 @@ impl MmioTransport {
     fn on_kick(&mut self, index: usize) {
         self.stats.kicks = self.stats.kicks.wrapping_add(1);
         self.process(index);
-    }
-}
-
-impl Source for Mutex<MmioTransport> {
-    fn on_ready(&self, token: u32, _readiness: Readiness) {
-        let mut transport = self.lock().expect("no device panics");
-        match token.checked_sub(KICK_TOKEN) {
-            None => transport.on_device_ready(token),
-            Some(queue) => {
-                let index = usize::try_from(queue).expect("u32 fits");
-                // A kick that was taken before, or whose queue is gone, is none.
-                if transport.platform.kick(index, Kick::Take).is_ok() {
-                    transport.on_kick(index);
-                }
-            }
-        }
     }
 }
 

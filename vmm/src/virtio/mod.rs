@@ -121,6 +121,12 @@ pub trait VirtioDevice: Send {
         mem: &GuestMemoryMmap,
     ) -> Result<Signal, DeviceError>;
 
+    /// Whether drivers give the device so much to do that it is worth looking for it before the next
+    /// kick.
+    fn is_fast(&self) -> bool {
+        false
+    }
+
     /// Descriptors to poll while the device is active, each with a token of the device's own and
     /// the readiness waited for. Asked again after every call into the device.
     fn interests(&self) -> Vec<Interest> {

@@ -384,6 +384,10 @@ impl VirtioDevice for Net {
         Ok(signal(index, used))
     }
 
+    fn is_fast(&self) -> bool {
+        true
+    }
+
     fn interests(&self) -> Vec<Interest> {
         let receiving = &self.receiving;
         let readable = !receiving.buffers.is_empty() && receiving.pending.is_none();
