@@ -41,6 +41,7 @@ use crate::virtio::block::{Block, BlockError, BlockHandle, BlockOptions};
 use crate::virtio::mem::{Mem, MemHandle};
 use crate::virtio::mmio::{MmioTransport, Window};
 use crate::virtio::net::{Net, NetHandle};
+use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::tap::{Tap, TapError};
 use crate::virtio::vsock::{Vsock, VsockError, VsockHost};
@@ -130,7 +131,7 @@ impl Machine {
     pub fn build(mut plan: Plan, options: Options) -> Result<Machine, MachineError> {
         kvm::prepare_interrupts()?;
         let kvm = kvm::open(&plan.kvm)?;
-        let memory = Memory::new(&plan.memory)?;
+        let memory = Memory::new(&plan.memory, &plan.images)?;
         let vm = Arc::new(Vm::new(&kvm, memory.all)?);
         let memory = memory.boot;
         let entry = boot::load(
@@ -292,6 +293,13 @@ impl VirtioDevices {
             list.add("mem".to_owned(), mem, |list, device| {
                 list.mem = Some(device.handle());
             })?;
+        }
+        for (index, image) in plan.images.drain(..).enumerate() {
+            list.add(
+                format!("pmem{index}"),
+                Ok(Pmem::new(image.range)),
+                |_, _| (),
+            )?;
         }
         Ok(list)
     }

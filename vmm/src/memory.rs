@@ -8,8 +8,10 @@
     reason = "mappings at addresses of our choice are raw memory"
 )]
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::Arc;
 
@@ -61,6 +63,12 @@ impl MemoryPlan {
         pieces.filter(|range| !range.is_empty()).collect()
     }
 
+    /// The end of all of it.
+    pub fn end(&self) -> u64 {
+        let last = self.hotplug().or_else(|| self.boot().pop());
+        last.map_or(0, |range| range.end)
+    }
+
     /// Where memory can be plugged in, if anywhere.
     pub fn hotplug(&self) -> Option<Range<u64>> {
         let end = self.boot().last().map_or(0, |last| last.end);
@@ -71,18 +79,28 @@ impl MemoryPlan {
     }
 }
 
+/// A file that the guest sees as memory.
+#[derive(Debug)]
+pub struct Image {
+    pub file: File,
+    /// The length of the file.
+    pub bytes: u64,
+    /// Guest addresses, in whole huge pages.
+    pub range: Range<u64>,
+}
+
 /// Guest memory.
 #[derive(Clone, Debug)]
 pub struct Memory {
-    /// Everything, in the order of addresses.
+    /// Everything, images included, in the order of addresses.
     pub all: GuestMemoryMmap,
     /// What there is from the start, which is what a kernel is told about.
     pub boot: GuestMemoryMmap,
 }
 
 impl Memory {
-    /// Memory that holds nothing yet, and costs nothing until it is used.
-    pub fn new(plan: &MemoryPlan) -> Result<Memory, MemoryError> {
+    /// Memory that holds nothing yet, and costs nothing until it is used, and `images` behind it.
+    pub fn new(plan: &MemoryPlan, images: &[Image]) -> Result<Memory, MemoryError> {
         let mut boot = Vec::new();
         for range in plan.boot() {
             boot.push(region(&range, plan.huge_pages)?);
@@ -90,6 +108,9 @@ impl Memory {
         let mut all = boot.clone();
         if let Some(range) = plan.hotplug() {
             all.push(region(&range, plan.huge_pages)?);
+        }
+        for image in images {
+            all.push(image_region(image)?);
         }
         let collect = |regions| {
             GuestMemoryMmap::from_arc_regions(regions)
@@ -120,6 +141,29 @@ fn region(range: &Range<u64>, pages: HugePages) -> Result<Arc<GuestRegionMmap>, 
         }
     };
     let region = GuestRegionMmap::new(mapping, GuestAddress(range.start));
+    Ok(Arc::new(region.expect("ranges end below 2^64")))
+}
+
+/// The file, and nothing behind it. It is mapped privately, so that writes by the guest, and by its
+/// devices on its behalf, go to pages of the machine's own.
+fn image_region(image: &Image) -> Result<Arc<GuestRegionMmap>, MemoryError> {
+    let length = |bytes: u64| usize::try_from(bytes).expect("usize is 64 bits");
+    let mapping = map_aligned(
+        length(image.range.end - image.range.start),
+        libc::MADV_NOHUGEPAGE,
+    )?;
+    let start = mapping.as_ptr().cast();
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    let (read_write, fd) = (libc::PROT_READ | libc::PROT_WRITE, image.file.as_raw_fd());
+    // SAFETY: it replaces the beginning of a mapping that was just made and that nothing points into.
+    let mapped = unsafe { libc::mmap(start, length(image.bytes), read_write, flags, fd, 0) };
+    if mapped == libc::MAP_FAILED {
+        return Err(MemoryError::Map {
+            bytes: image.bytes,
+            source: io::Error::last_os_error(),
+        });
+    }
+    let region = GuestRegionMmap::new(mapping, GuestAddress(image.range.start));
     Ok(Arc::new(region.expect("ranges end below 2^64")))
 }
 
@@ -167,6 +211,8 @@ fn map_aligned(size: usize, advice: i32) -> Result<MmapRegion, MemoryError> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
     use super::*;
@@ -210,7 +256,7 @@ mod tests {
                 huge_pages,
                 ..plan(6 * GIB, GIB)
             };
-            let memory = Memory::new(&plan).unwrap();
+            let memory = Memory::new(&plan, &[]).unwrap();
             assert_eq!(
                 (memory.boot.iter().count(), memory.all.iter().count()),
                 (2, 3)
@@ -231,5 +277,33 @@ mod tests {
             let hole = memory.all.read_obj::<u8>(GuestAddress(layout::HOLE));
             assert!(hole.is_err(), "{hole:?}");
         }
+    }
+
+    #[test]
+    fn machines_read_an_image_and_write_to_memory_of_their_own() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(b"image", 0x2000).unwrap();
+        let image = |file: &File| Image {
+            file: file.try_clone().unwrap(),
+            bytes: 0x2005,
+            range: GIB..GIB + HUGE_PAGE_BYTES,
+        };
+        let (plan, at) = (plan(GIB, 0), GuestAddress(GIB + 0x2000));
+        let machines =
+            [image(&file), image(&file)].map(|image| Memory::new(&plan, &[image]).unwrap());
+        machines[0].all.write_slice(b"mine", at).unwrap();
+        let read = |memory: &Memory, at: GuestAddress| {
+            let mut bytes = [0; 6];
+            memory.all.read_slice(&mut bytes, at).unwrap();
+            bytes
+        };
+        assert_eq!(&read(&machines[0], at), b"minee\0");
+        assert_eq!(&read(&machines[1], at), b"image\0");
+        let end = GuestAddress(GIB + HUGE_PAGE_BYTES - 6);
+        assert_eq!(read(&machines[1], end), [0; 6]);
+        machines[0].boot.read_obj::<u8>(at).unwrap_err();
+        let mut bytes = [0; 5];
+        file.read_exact_at(&mut bytes, 0x2000).unwrap();
+        assert_eq!(&bytes, b"image");
     }
 }

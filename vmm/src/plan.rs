@@ -1,6 +1,8 @@
 //! From what was asked for to what will be done: every number in range, every file open, every
 //! address given. Nothing on the host is changed but for opened files.
 
+mod memory;
+
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,10 +13,10 @@ use crate::boot::{self, CmdlineError};
 use crate::descriptors::{DescriptorError, Inherited};
 use crate::devices::serial::{Bounded, Output, Patient};
 use crate::layout;
-use crate::memory::{HUGE_PAGE_BYTES, MemoryPlan};
+use crate::memory::{Image, MemoryPlan};
 use crate::spec::{
-    Balloon, Console, ConsoleTarget, Disk, DiskLimits, HugePages, Memory, Net, OneOrMany, Spec,
-    StreamDirection, Vsock,
+    Balloon, Console, ConsoleTarget, Disk, DiskLimits, Net, OneOrMany, Pmem, Spec, StreamDirection,
+    Vsock,
 };
 use crate::virtio::mmio::Window;
 use crate::virtio::vsock::HostStream;
@@ -25,6 +27,8 @@ pub const CPUS_MAX: u8 = 32;
 pub const MEMORY_MIB_MIN: u64 = 16;
 /// The most memory in MiB: 4 TiB, which 42 bits of physical address reach.
 pub const MEMORY_MIB_MAX: u64 = 4 << 20;
+/// The largest image in MiB, for the same reason.
+pub const IMAGE_MIB_MAX: u64 = 1 << 20;
 /// The most initramfs files.
 pub const INITRAMFS_FILES_MAX: usize = 16;
 /// The longest serial number of a disk.
@@ -50,10 +54,7 @@ pub enum PlanError {
     #[error("`{field}` is in use by another machine; stop that, or use a copy")]
     InUse { field: String },
     #[error("`{field}`: cannot be examined")]
-    Examine {
-        field: &'static str,
-        source: io::Error,
-    },
+    Examine { field: String, source: io::Error },
     #[error(
         "{devices} virtio devices were asked for; at most {} are possible",
         layout::VIRTIO_DEVICES_MAX
@@ -74,13 +75,14 @@ pub struct Plan {
     pub cmdline: String,
     pub cpus: u8,
     pub memory: MemoryPlan,
-    /// One for each virtio device, in the order disks, nets, vsock, rng, balloon, mem.
+    /// One for each virtio device, in the order disks, nets, vsock, rng, balloon, mem, pmem.
     pub windows: Vec<Window>,
     pub disks: Vec<DiskPlan>,
     pub nets: Vec<NetPlan>,
     pub vsock: Option<VsockPlan>,
     pub rng: bool,
     pub balloon: Option<Balloon>,
+    pub images: Vec<Image>,
     pub console: ConsolePlan,
     pub control: Option<ListenPlan>,
     pub exit_status: Option<File>,
@@ -137,7 +139,7 @@ impl Plan {
     /// Checks `spec` and opens what it names.
     pub fn new(spec: &Spec) -> Result<Plan, PlanError> {
         let cpus = in_range("/cpus/count", spec.cpus.count, 1, CPUS_MAX)?;
-        let memory = memory(&spec.memory)?;
+        let memory = memory::plan(&spec.memory)?;
         if let Some(balloon) = spec.balloon {
             let size = spec.memory.size_mib;
             in_range("/balloon/target_mib", balloon.target_mib, 0, size)?;
@@ -166,6 +168,7 @@ impl Plan {
             },
             rng: spec.rng,
             balloon: spec.balloon,
+            images: open.images(&memory, &spec.pmem)?,
             console: open.console(spec.console.as_ref())?,
             control: match &spec.control {
                 Some(path) => Some(open.listen("/control", path)?),
@@ -179,42 +182,12 @@ impl Plan {
     }
 }
 
-fn memory(spec: &Memory) -> Result<MemoryPlan, PlanError> {
-    let size = spec.size_mib;
-    in_range("/memory/size_mib", size, MEMORY_MIB_MIN, MEMORY_MIB_MAX)?;
-    let most = spec.max_mib.unwrap_or(size);
-    in_range("/memory/max_mib", most, size, MEMORY_MIB_MAX)?;
-    let later = most - size;
-    let block = HUGE_PAGE_BYTES >> 20;
-    if !later.is_multiple_of(block) {
-        let wanted = format!("{size} and a multiple of {block} more");
-        return Err(range("/memory/max_mib", most.to_string(), wanted));
-    }
-    if spec.huge_pages == HugePages::Hugetlbfs {
-        if !size.is_multiple_of(block) {
-            let wanted = format!("a multiple of {block}, with pages of hugetlbfs");
-            return Err(range("/memory/size_mib", size.to_string(), wanted));
-        }
-        if later > 0 {
-            let wanted = "absent: pages of hugetlbfs are reserved from the start";
-            return Err(range("/memory/max_mib", most.to_string(), wanted));
-        }
-    }
-    Ok(MemoryPlan {
-        boot_bytes: size << 20,
-        hotplug_bytes: later << 20,
-        huge_pages: spec.huge_pages,
-    })
-}
-
 fn windows(spec: &Spec) -> Result<Vec<Window>, PlanError> {
-    let mem = spec
-        .memory
-        .max_mib
-        .is_some_and(|most| most > spec.memory.size_mib);
+    let later = spec.memory.max_mib.unwrap_or(0);
+    let mem = later > spec.memory.size_mib;
     let optional = [spec.vsock.is_some(), spec.rng, spec.balloon.is_some(), mem];
     let optional = optional.into_iter().filter(|there| *there).count();
-    let devices = spec.disks.len() + spec.nets.len() + optional;
+    let devices = spec.disks.len() + spec.nets.len() + optional + spec.pmem.len();
     if devices > layout::VIRTIO_DEVICES_MAX {
         return Err(PlanError::Devices { devices });
     }
@@ -346,6 +319,21 @@ impl Opener {
         })
     }
 
+    /// Each behind the other, after all memory.
+    fn images(&mut self, memory: &MemoryPlan, pmem: &[Pmem]) -> Result<Vec<Image>, PlanError> {
+        let mut images: Vec<Image> = Vec::new();
+        for (index, pmem) in pmem.iter().enumerate() {
+            let field = format!("/pmem/{index}/path");
+            let file = self.file(&field, &pmem.path, Access::Read)?;
+            lock(&field, &file, true)?;
+            let start = images
+                .last()
+                .map_or_else(|| memory.end(), |image| image.range.end);
+            images.push(memory::image(&field, file, start)?);
+        }
+        Ok(images)
+    }
+
     fn net(&mut self, field: &str, net: &Net) -> Result<NetPlan, PlanError> {
         let position = field.rsplit('/').next().and_then(|last| last.parse().ok());
         let mac = match &net.mac {
@@ -436,8 +424,11 @@ impl Opener {
     }
 }
 
-fn examine(field: &'static str) -> impl Fn(io::Error) -> PlanError {
-    move |source| PlanError::Examine { field, source }
+fn examine(field: &str) -> impl Fn(io::Error) -> PlanError {
+    move |source| PlanError::Examine {
+        field: field.to_owned(),
+        source,
+    }
 }
 
 /// Keeps two machines from writing to one disk, which would destroy its file system.
@@ -481,7 +472,7 @@ mod tests {
     use super::*;
 
     /// A specification that is all right, with one field changed.
-    fn plan(pointer: &str, value: Value) -> Result<Plan, PlanError> {
+    pub(super) fn plan(pointer: &str, value: Value) -> Result<Plan, PlanError> {
         let mut kernel = tempfile::NamedTempFile::new().unwrap();
         kernel.write_all(b"kernel").unwrap();
         let mut spec = json!({
@@ -494,6 +485,7 @@ mod tests {
             "vsock": {"cid": 3, "path": "/run/vsock", "streams": []},
             "rng": true,
             "balloon": {"target_mib": 0},
+            "pmem": [],
             "console": null,
             "control": null,
         });
@@ -581,39 +573,6 @@ mod tests {
             let error = plan(pointer, value.clone()).unwrap_err().to_string();
             assert!(error.contains(want), "{value}: {error}");
         }
-    }
-
-    #[test]
-    fn memory_that_cannot_be_is_refused() {
-        let huge =
-            |size, most| json!({"size_mib": size, "max_mib": most, "huge_pages": "hugetlbfs"});
-        for (memory, want) in [
-            (
-                json!({"size_mib": 32, "max_mib": 31}),
-                "`/memory/max_mib` is 31",
-            ),
-            (
-                json!({"size_mib": 32, "max_mib": 35}),
-                "must be 32 and a multiple of 2 more",
-            ),
-            (
-                json!({"size_mib": 32, "max_mib": u64::MAX}),
-                "`/memory/max_mib`",
-            ),
-            (huge(33, json!(null)), "`/memory/size_mib` is 33"),
-            (huge(32, json!(64)), "reserved from the start"),
-        ] {
-            let error = plan("/memory", memory).unwrap_err().to_string();
-            assert!(error.contains(want), "{error}");
-        }
-        let more = plan("/memory", json!({"size_mib": 32, "max_mib": 64})).unwrap();
-        assert_eq!(
-            (more.memory.hotplug_bytes, more.windows.len()),
-            (32 << 20, 6)
-        );
-        let same = plan("/memory", json!({"size_mib": 32, "max_mib": 32})).unwrap();
-        assert_eq!((same.memory.hotplug_bytes, same.windows.len()), (0, 5));
-        plan("/memory", huge(32, json!(null))).unwrap();
     }
 
     #[test]

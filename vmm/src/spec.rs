@@ -33,6 +33,9 @@ pub struct Spec {
     /// A balloon with reports of free pages is there unless this is null.
     #[serde(default = "balloon")]
     pub balloon: Option<Balloon>,
+    /// Files that the guest sees as memory, and shares with all machines that have the same ones.
+    #[serde(default)]
+    pub pmem: Vec<Pmem>,
     /// The first serial port. Without it, what the guest writes there is dropped.
     #[serde(default)]
     pub console: Option<Console>,
@@ -184,6 +187,14 @@ pub enum StreamDirection {
     /// What the guest sends is written to the descriptor; a guest that shuts down its side is
     /// answered with a reset once all has been written.
     FromGuest,
+}
+
+/// A file as memory (virtio-pmem). What the guest writes there is its own, and gone with it.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pmem {
+    /// Must not become shorter while the machine runs.
+    pub path: PathBuf,
 }
 
 /// How the guest gives memory back.

@@ -10,8 +10,13 @@ use vmm_fuzz::{Script, run};
 
 fuzz_target!(|input: (u16, [u8; 12], Script)| {
     let (target, config, script) = input;
-    let mut balloon =
-        Balloon::new(spec::Balloon::default(), 1 << 20).expect("an event can be made");
+    let memory = MemoryPlan {
+        boot_bytes: 1 << 20,
+        hotplug_bytes: 0,
+        huge_pages: spec::HugePages::Transparent,
+    };
+    let balloon = Balloon::new(spec::Balloon::default(), &memory);
+    let mut balloon = balloon.expect("an event can be made");
     let handle = balloon.handle();
     handle.set_target(u64::from(target) << 12);
     let _ = handle.statistics();

@@ -38,6 +38,9 @@ fn disarm_all(spec: &mut Spec) {
     if let Some(Console::Target(ConsoleTarget::Path(path))) = &mut spec.console {
         disarm(path);
     }
+    for pmem in &mut spec.pmem {
+        disarm(&mut pmem.path);
+    }
     spec.control.iter_mut().for_each(disarm);
     spec.exit_status.iter_mut().for_each(disarm);
 }

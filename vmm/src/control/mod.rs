@@ -153,7 +153,7 @@ pub struct NetStats {
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceStats {
-    /// `disk0`, `net0`, `vsock`, `rng`, `balloon`, `mem`.
+    /// `disk0`, `net0`, `vsock`, `rng`, `balloon`, `mem`, `pmem0`.
     pub name: String,
     /// Times the driver kicked a queue.
     pub kicks: u64,

@@ -12,6 +12,7 @@ mod discard;
 pub mod mem;
 pub mod mmio;
 pub mod net;
+pub mod pmem;
 pub mod registers;
 pub mod rng;
 pub mod state;

@@ -149,6 +149,7 @@ pub(super) fn machine(parts: Parts, limits: &Limits) -> (Spec, Vec<Descriptor>) 
         }),
         rng: true,
         balloon: Some(Balloon::default()),
+        pmem: Vec::new(),
         console: Some(Console::Target(ConsoleTarget::Path(fds.add(
             Descriptor::Create {
                 path: console_file(&parts.run),
