@@ -154,7 +154,7 @@ mod tests {
             driver.add_buffer();
             assert!(driver.transport.rest());
             assert_eq!(driver.used(), 3);
-            assert!(!asks(&driver, 2));
+            assert!(!asks(&driver, 3));
             assert!(!driver.transport.rest());
             assert!(asks(&driver, 3));
             assert!(!driver.transport.poll());
