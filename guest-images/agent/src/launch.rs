@@ -10,7 +10,7 @@ use std::process::Command;
 
 use crate::account::{self, Account, AccountError};
 use crate::cgroup::CgroupError;
-use crate::protocol::Process;
+use crate::protocol::{NOT_EXECUTABLE, NOT_FOUND, Process};
 
 /// What an image that sets no PATH gets, as with Docker.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -18,9 +18,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 /// /etc/passwd and /etc/group are read up to here.
 const ACCOUNT_FILE_BYTES_MAX: u64 = 4 << 20;
 
-/// Exit codes of a process that never ran, as shells and Docker use them.
-pub(crate) const NOT_FOUND: u8 = 127;
-pub(crate) const NOT_EXECUTABLE: u8 = 126;
+/// The exit code of a process that never ran for another reason than its program, as Docker uses it.
 pub(crate) const FAILED: u8 = 125;
 
 #[derive(Debug, thiserror::Error)]

@@ -25,6 +25,11 @@ pub const LINE_BYTES_MAX: usize = 256 * 1024;
 /// The most data that one frame carries, before base64.
 pub const FRAME_DATA_BYTES_MAX: usize = 64 * 1024;
 
+/// The exit codes, and those of an exec's error, of a program that does not exist and of one that
+/// cannot be executed: a shell's.
+pub const NOT_FOUND: u8 = 127;
+pub const NOT_EXECUTABLE: u8 = 126;
+
 /// Where the initramfs holds the agent's [`Config`] as JSON.
 pub const CONFIG_PATH: &str = "/hostd/config.json";
 

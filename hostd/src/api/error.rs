@@ -7,7 +7,7 @@ use axum::extract::rejection::QueryRejection;
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 
-use super::types::Problem;
+use super::types::{InstanceState, Problem};
 use crate::driver::{self, DriverError};
 use crate::instance::{InstanceError, SupplyError};
 use crate::store::StoreError;
@@ -151,8 +151,11 @@ impl From<InstanceError> for ApiError {
                     error
                 }
             }
-            InstanceError::NotRunning(_) => {
-                Self::new(StatusCode::CONFLICT, "not_running", detail).hint("start it first")
+            InstanceError::NotRunning(state) => {
+                Self::new(StatusCode::CONFLICT, "not_running", detail).hint(match state {
+                    InstanceState::Paused => "resume it first",
+                    _ => "start it first",
+                })
             }
             InstanceError::Field(field) => field.into(),
             InstanceError::Stale { .. } => {
@@ -192,6 +195,14 @@ fn from_driver(error: &DriverError) -> ApiError {
         DriverError::Workload { .. } => {
             ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "start_failed", detail)
                 .hint("see its log, and check the command and the working directory")
+        }
+        DriverError::NoSuchProgram { .. } => {
+            ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "no_such_program", detail)
+                .hint("check the command and its PATH")
+        }
+        DriverError::NotExecutable { .. } => {
+            ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "not_executable", detail)
+                .hint("check that it is a program for this host, and its permissions")
         }
         DriverError::Unavailable { hint, .. } => {
             ApiError::new(StatusCode::NOT_IMPLEMENTED, "unavailable", detail).hint(*hint)

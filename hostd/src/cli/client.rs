@@ -1,6 +1,7 @@
 //! HTTP over hostd's socket. One connection for each request: the socket is local, and so no call can
 //! wait behind another.
 
+use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -44,7 +45,7 @@ pub(super) const EMPTY: Option<&()> = None;
 #[derive(Clone, Debug)]
 pub(super) struct Client {
     pub(super) socket: PathBuf,
-    /// How long to wait for a hostd that does not listen yet.
+    /// How long to wait for a hostd that does not listen yet, or has just gone.
     pub(super) patience: Duration,
 }
 
@@ -115,16 +116,7 @@ impl Client {
                 source,
             })?;
 
-        let stream = TokioIo::new(self.connect().await?);
-        let (mut sender, connection) = http1::handshake(stream)
-            .await
-            .map_err(CliError::Connection)?;
-        // It ends with the response's body, or with the process.
-        tokio::spawn(connection);
-        let response = sender
-            .send_request(request)
-            .await
-            .map_err(CliError::Connection)?;
+        let response = self.exchange(request).await?;
         if response.status().is_success() {
             return Ok(response);
         }
@@ -135,6 +127,29 @@ impl Client {
             .await
             .map_err(CliError::Connection)?;
         Err(refusal(status, &body.to_bytes()))
+    }
+
+    /// Answers with the head of the response. A hostd that is killed takes connections with it that
+    /// it has not answered: a question is then asked again as long as a hostd is waited for. A
+    /// request that changes something may have been carried out, and is not sent twice.
+    async fn exchange(
+        &self,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Response<Incoming>, CliError> {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            let stream = TokioIo::new(self.connect(deadline).await?);
+            match attempt(stream, request.clone()).await {
+                Err(error)
+                    if request.method().is_safe()
+                        && broke(&error)
+                        && Instant::now() < deadline =>
+                {
+                    sleep(RETRY_INTERVAL).await;
+                }
+                result => return result.map_err(CliError::Connection),
+            }
+        }
     }
 
     /// A response that comes line by line.
@@ -161,7 +176,8 @@ impl Client {
         let config = WebSocketConfig::default()
             .max_message_size(Some(LINE_BYTES_MAX))
             .max_frame_size(Some(LINE_BYTES_MAX));
-        let stream = self.connect().await?;
+        let deadline = Instant::now() + self.patience;
+        let stream = self.connect(deadline).await?;
         let address = format!("ws://hostd{path}");
         match client_async_with_config(address, stream, Some(config)).await {
             Ok((socket, _)) => Ok(socket),
@@ -173,8 +189,7 @@ impl Client {
         }
     }
 
-    async fn connect(&self) -> Result<UnixStream, CliError> {
-        let deadline = Instant::now() + self.patience;
+    async fn connect(&self, deadline: Instant) -> Result<UnixStream, CliError> {
         loop {
             match UnixStream::connect(&self.socket).await {
                 Ok(stream) => return Ok(stream),
@@ -190,6 +205,29 @@ impl Client {
             }
         }
     }
+}
+
+async fn attempt(
+    stream: TokioIo<UnixStream>,
+    request: Request<Full<Bytes>>,
+) -> hyper::Result<Response<Incoming>> {
+    let (mut sender, connection) = http1::handshake(stream).await?;
+    // It ends with the response's body, or with the process.
+    tokio::spawn(connection);
+    sender.send_request(request).await
+}
+
+/// Whether the other side went away, as opposed to having answered nonsense.
+fn broke(error: &hyper::Error) -> bool {
+    let source = error.source().and_then(<dyn Error>::downcast_ref);
+    error.is_incomplete_message()
+        || error.is_canceled()
+        || source.is_some_and(|source: &io::Error| {
+            matches!(
+                source.kind(),
+                io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+            )
+        })
 }
 
 fn is_not_up_yet(error: &io::Error) -> bool {

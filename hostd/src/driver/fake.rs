@@ -119,7 +119,7 @@ impl FakeHost {
             .and_then(|command| command.first().cloned())
             .unwrap_or_default();
         if word == "absent" {
-            return Err(DriverError::Workload {
+            return Err(DriverError::NoSuchProgram {
                 message: "executable file `absent` not found".to_owned(),
             });
         }

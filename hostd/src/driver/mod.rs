@@ -17,7 +17,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use agent::protocol::Frame;
+use agent::protocol::{self, Frame};
 use futures::future::BoxFuture;
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
@@ -204,9 +204,14 @@ pub enum DriverError {
     /// The spec asks for what the image or the host does not have.
     #[error("the instance cannot be started as it was asked for")]
     Field(#[source] FieldError),
-    /// The workload could not be run: no such program, not executable, no such directory.
+    /// The workload could not be run: no such directory, no such device.
     #[error("the workload could not be started: {message}")]
     Workload { message: String },
+    #[error("the workload could not be started: {message}")]
+    NoSuchProgram { message: String },
+    /// It has no permission to be executed, or is no program.
+    #[error("the workload could not be started: {message}")]
+    NotExecutable { message: String },
     /// The host lacks something that every instance of this kind needs.
     #[error("this host cannot run it: {message}")]
     Unavailable { message: String, hint: &'static str },
@@ -221,6 +226,15 @@ pub enum DriverError {
 }
 
 impl DriverError {
+    /// For a workload that could not be run, by the code that a shell would give.
+    fn of_workload(code: Option<u8>, message: String) -> Self {
+        match code {
+            Some(protocol::NOT_FOUND) => Self::NoSuchProgram { message },
+            Some(protocol::NOT_EXECUTABLE) => Self::NotExecutable { message },
+            _ => Self::Workload { message },
+        }
+    }
+
     /// For `map_err`: an input or output error while doing `action`.
     pub fn io(action: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let action = action.into();

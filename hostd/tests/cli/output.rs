@@ -258,7 +258,7 @@ fn doctor_works_without_hostd() {
 }
 
 #[test]
-fn with_patience_a_hostd_that_comes_up_later_is_found() {
+fn with_patience_a_hostd_that_comes_up_later_or_again_is_found() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
     let child = Command::new(env!("CARGO_BIN_EXE_hostctl"))
@@ -272,6 +272,11 @@ fn with_patience_a_hostd_that_comes_up_later_is_found() {
     let listener = UnixListener::bind(&path).unwrap();
     let server = thread::spawn(move || {
         use std::io::{Read, Write};
+        // A hostd that is killed drops what it has accepted, with the request unread or read.
+        drop(listener.accept().unwrap());
+        let (mut stream, _) = listener.accept().unwrap();
+        assert_ne!(stream.read(&mut [0; 1024]).unwrap(), 0);
+        drop(stream);
         let (mut stream, _) = listener.accept().unwrap();
         let mut request = [0; 1024];
         let length = stream.read(&mut request).unwrap();

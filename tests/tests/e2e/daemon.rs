@@ -4,10 +4,15 @@ use tests::{Host, Kind};
 
 use crate::KindTest;
 use crate::lifecycle::await_log;
-use crate::process::start_script;
+use crate::process::{start_idle, start_script};
 
-pub(crate) const TESTS: &[(&str, KindTest)] =
-    &[("a_killed_daemon_finds_every_instance_again", kill_daemon)];
+pub(crate) const TESTS: &[(&str, KindTest)] = &[
+    ("a_killed_daemon_finds_every_instance_again", kill_daemon),
+    (
+        "a_killed_daemon_finds_a_paused_instance_paused",
+        kill_daemon_while_paused,
+    ),
+];
 
 fn kill_daemon(host: &Host, kind: Kind) {
     let name = format!("alive-{}", kind.name());
@@ -26,4 +31,18 @@ fn kill_daemon(host: &Host, kind: Kind) {
     host.hostctl(&["wait", &name]).exits(4);
     assert_eq!(host.hostctl(&["logs", &name]).ok(), "started\nwoken\n");
     host.hostctl(&["rm", &name]).ok();
+}
+
+fn kill_daemon_while_paused(host: &Host, kind: Kind) {
+    let name = format!("asleep-{}", kind.name());
+    start_idle(host, kind, &name, &[]);
+    host.hostctl(&["pause", &name]).ok();
+    host.kill_and_restart_daemon();
+    let state = || host.hostctl(&["inspect", "--json", &name]).json()["state"].clone();
+    assert_eq!(state(), "paused");
+    host.hostctl(&["resume", &name]).ok();
+    assert_eq!(state(), "running");
+    let said = host.hostctl(&["exec", &name, "echo", "awake"]).ok();
+    assert_eq!(said, "awake\n");
+    host.hostctl(&["rm", "--force", &name]).ok();
 }

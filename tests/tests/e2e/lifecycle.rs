@@ -10,14 +10,12 @@ use crate::process::{start_idle, start_script};
 pub(crate) const TESTS: &[(&str, KindTest)] = &[
     ("the_states_follow_the_verbs", states),
     ("a_stop_lets_the_workload_finish", graceful_stop),
+    ("a_paused_instance_does_no_work", pause),
+    ("a_paused_instance_can_be_stopped", stop_paused),
     ("logs_keep_what_the_workload_said", logs),
     ("removal_leaves_nothing_behind", removal),
     ("a_stopped_instance_starts_again_with_its_files", restart),
 ];
-
-/// The freezer does not stop a VMM on every kernel, so a VM cannot be paused yet.
-pub(crate) const CONTAINER_TESTS: &[(&str, KindTest)] =
-    &[("a_paused_instance_does_no_work", pause)];
 
 fn state(host: &Host, name: &str) -> String {
     let instance = host.hostctl(&["inspect", "--json", name]).json();
@@ -106,6 +104,24 @@ fn pause(host: &Host, kind: Kind) {
     host.hostctl(&["resume", &name]).ok();
     assert_eq!(state(host, &name), "running");
     host.hostctl(&["rm", "--force", &name]).ok();
+}
+
+fn stop_paused(host: &Host, kind: Kind) {
+    let name = format!("stop-paused-{}", kind.name());
+    let script = "trap 'exit 5' TERM; echo ready; while :; do sleep 0.1; done";
+    start_script(host, kind, &name, &[], script);
+    await_log(host, &name, "ready");
+    host.hostctl(&["pause", &name]).ok();
+    let refused = host.hostctl(&["exec", &name, "true"]).exits(125);
+    assert!(refused.stderr.contains("paused"), "{}", refused.stderr);
+    host.hostctl(&["stop", &name]).ok();
+    let instance = host.hostctl(&["inspect", "--json", &name]).json();
+    assert_eq!(instance["exit"]["code"], 5, "{instance:#}");
+    host.hostctl(&["start", &name]).ok();
+    host.hostctl(&["pause", &name]).ok();
+    host.hostctl(&["kill", &name]).ok();
+    host.hostctl(&["wait", &name]).exits(137);
+    host.hostctl(&["rm", &name]).ok();
 }
 
 fn logs(host: &Host, kind: Kind) {

@@ -30,10 +30,6 @@ const KIND_TESTS: &[(&str, &[(&str, KindTest)])] = &[
     ("network", network::TESTS),
 ];
 
-/// What only containers can do.
-const CONTAINER_TESTS: &[(&str, &[(&str, KindTest)])] =
-    &[("lifecycle", lifecycle::CONTAINER_TESTS)];
-
 /// Those that take the daemon away from under everybody else, and so have it to themselves.
 const LONE_TESTS: &[(&str, &[(&str, KindTest)])] = &[("daemon", daemon::TESTS)];
 
@@ -56,7 +52,6 @@ fn main() -> ExitCode {
         }
     }
     trials.extend(kind_trials(&host, &kinds(), KIND_TESTS));
-    trials.extend(kind_trials(&host, &[Kind::Container], CONTAINER_TESTS));
     let together = libtest_mimic::run(&arguments, trials);
     arguments.test_threads = Some(1);
     let alone = libtest_mimic::run(&arguments, kind_trials(&host, &kinds(), LONE_TESTS));

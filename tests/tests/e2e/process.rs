@@ -12,6 +12,10 @@ pub(crate) const TESTS: &[(&str, KindTest)] = &[
         "a_run_gives_output_and_exit_status_of_its_command",
         run_gives_output_and_status,
     ),
+    (
+        "a_program_that_cannot_run_is_told_as_a_shell_would",
+        cannot_run,
+    ),
     ("only_a_vm_has_a_kernel_of_its_own", kernels),
     ("exec_runs_a_second_process_in_the_same_instance", exec),
     (
@@ -53,6 +57,14 @@ fn run_gives_output_and_status(host: &Host, kind: Kind) {
         "{output:?}"
     );
     assert_eq!(output.status.code(), Some(3));
+}
+
+fn cannot_run(host: &Host, kind: Kind) {
+    for (program, code) in [("no-such-program", 127), ("/etc/passwd", 126)] {
+        let run = ["run", "--rm", "--isolation", kind.name(), "busybox"];
+        let output = host.hostctl(&[&run[..], &[program]].concat()).exits(code);
+        assert!(output.stderr.contains(program), "{}", output.stderr);
+    }
 }
 
 fn kernels(host: &Host, kind: Kind) {
@@ -99,7 +111,7 @@ fn exec(host: &Host, kind: Kind) {
     exec(&["sh", "-c", "kill -9 $$"]).exits(137);
     let missing = exec(&["no-such-program"]).exits(127);
     assert!(
-        missing.stderr.contains("no-such-program"),
+        missing.stderr.matches("no-such-program").count() == 1,
         "{}",
         missing.stderr
     );

@@ -367,7 +367,7 @@ async fn a_workload_that_cannot_run_is_the_callers_fault_and_leaves_nothing_runn
     let (status, problem) = daemon.ask("POST", "/v1/instances?start=true", &spec).await;
     assert_eq!(
         (status, &problem["code"]),
-        (422, &json!("start_failed")),
+        (422, &json!("no_such_program")),
         "{problem}"
     );
     let (_, instance) = daemon.get("/v1/instances/a").await;

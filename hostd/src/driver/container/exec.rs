@@ -42,6 +42,11 @@ const END_OF_TRANSMISSION: u8 = 4;
 
 type Input = Box<dyn AsyncWrite + Send + Unpin>;
 type Output = Box<dyn AsyncRead + Send + Unpin>;
+/// How the runtime's own complaints begin.
+const RUNTIME_PREFIX: &[u8] = b"hostd-oci: ";
+/// Of the runtime's complaints, what is held back until it is known whether the process runs.
+const RUNTIME_WORDS_BYTES_MAX: usize = 16 * 1024;
+
 type ToFrame = fn(String) -> Frame;
 
 /// The files of one exec; they go with it.
@@ -233,7 +238,9 @@ impl Streams {
     ) {
         let pumps: Vec<JoinHandle<()>> = std::mem::take(&mut self.outputs)
             .into_iter()
-            .map(|(stream, frame)| tokio::spawn(pump(stream, from.clone(), frame)))
+            .map(|(stream, frame)| {
+                tokio::spawn(pump(stream, from.clone(), frame, files.pid.clone()))
+            })
             .collect();
         let mut talking = true;
         let status = loop {
@@ -384,19 +391,40 @@ fn signal(pid: Pid, number: Signal) {
 
 /// Reads a stream to its end. One whose listener has gone is closed, which the process notices
 /// when it writes.
-async fn pump(mut stream: Output, from: mpsc::Sender<Frame>, frame: ToFrame) {
+///
+/// The runtime has the same streams until the process runs, which the file `started` says. What it
+/// complains of if the process never does is in the session's last frame, and not told here too.
+async fn pump(mut stream: Output, from: mpsc::Sender<Frame>, frame: ToFrame, started: PathBuf) {
     let mut buffer = vec![0; FRAME_DATA_BYTES_MAX];
+    let mut held = Vec::new();
     loop {
         let read = tokio::select! {
             read = stream.read(&mut buffer) => read,
             () = from.closed() => return,
         };
         // A terminal whose other side is closed reads as an error.
-        let Ok(count @ 1..) = read else { return };
-        let data = BASE64_STANDARD.encode(&buffer[..count]);
-        if from.send(frame(data)).await.is_err() {
-            return;
+        let Ok(count @ 1..) = read else { break };
+        let first = held.is_empty();
+        let holds = if first { &buffer[..count] } else { &held }.starts_with(RUNTIME_PREFIX)
+            && held.len() + count <= RUNTIME_WORDS_BYTES_MAX
+            && !started.exists();
+        if holds {
+            held.extend_from_slice(&buffer[..count]);
+            continue;
         }
+        for data in [std::mem::take(&mut held).as_slice(), &buffer[..count]] {
+            if !data.is_empty()
+                && from
+                    .send(frame(BASE64_STANDARD.encode(data)))
+                    .await
+                    .is_err()
+            {
+                return;
+            }
+        }
+    }
+    if !held.is_empty() && started.exists() {
+        let _ = from.send(frame(BASE64_STANDARD.encode(&held))).await;
     }
 }
 

@@ -17,7 +17,9 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
-use vmm::control::{ExitStatus, Request as MachineRequest};
+use vmm::control::{
+    ExitStatus, MachineState, Request as MachineRequest, Response as MachineResponse,
+};
 use vmm::spec::Spec;
 
 use self::machine::Parts;
@@ -161,8 +163,8 @@ impl VmDriver {
             }
             Control::Signal(signal) => self.signal(record, signal).await,
             Control::Kill => engine.kill(record).await,
-            Control::Pause => engine.freeze(record).await,
-            Control::Resume => engine.thaw(record).await,
+            Control::Pause => self.ask_machine(record, &MachineRequest::Pause {}).await,
+            Control::Resume => self.resume(record).await,
             Control::Apply(limits) => self.apply(record, &limits).await,
         }
     }
@@ -183,6 +185,49 @@ impl VmDriver {
         guest::ask(&machine::agent_socket(&run), request).await
     }
 
+    async fn ask_machine(
+        &self,
+        record: &Record,
+        request: &MachineRequest,
+    ) -> Result<(), DriverError> {
+        let run = self.engine.paths.instance_run(&record.instance.name);
+        control::ask(&machine::control_socket(&run), request)
+            .await
+            .map(|_| ())
+    }
+
+    /// Whether the machine's processors are held. The machine is asked, and not its control group,
+    /// which is never frozen: KVM of Linux before 6.14 keeps a kernel thread in it that does not
+    /// freeze, and a machine whose processors are held does nothing that a freezer could stop.
+    async fn is_paused(&self, record: &Record) -> Result<bool, DriverError> {
+        let run = self.engine.paths.instance_run(&record.instance.name);
+        let state = control::ask(&machine::control_socket(&run), &MachineRequest::State {}).await?;
+        Ok(matches!(
+            state,
+            MachineResponse::State {
+                state: MachineState::Paused,
+                ..
+            }
+        ))
+    }
+
+    /// Lets the machine go on, and tells the guest what could not be told while it was paused.
+    async fn resume(&self, record: &Record) -> Result<(), DriverError> {
+        self.ask_machine(record, &MachineRequest::Resume {}).await?;
+        let request = GuestRequest::SetPidsMax {
+            max: record.instance.spec.limits.pids.max,
+        };
+        // It runs on in any case.
+        if let Err(error) = self.ask_guest(record, &request).await {
+            tracing::warn!(
+                name = record.instance.name,
+                error = chain(&error),
+                "the guest was resumed and did not take its limit of processes"
+            );
+        }
+        Ok(())
+    }
+
     async fn apply(&self, record: &Record, limits: &Limits) -> Result<(), DriverError> {
         let run = self.engine.paths.instance_run(&record.instance.name);
         let text = fs::read(machine::machine_file(&run))
@@ -195,7 +240,11 @@ impl VmDriver {
             disk: machine::WRITABLE_DISK,
             limits: machine::disk_limits(&limits.disk),
         };
-        control::ask(&machine::control_socket(&run), &request).await?;
+        self.ask_machine(record, &request).await?;
+        // A paused guest is told when it is resumed.
+        if record.instance.state == InstanceState::Paused {
+            return Ok(());
+        }
         let request = GuestRequest::SetPidsMax {
             max: limits.pids.max,
         };
@@ -244,7 +293,8 @@ impl Driver for VmDriver {
         async move {
             let run = self.engine.paths.instance_run(&record.instance.name);
             Ok(match self.engine.recover(record, ready(run)).await? {
-                Recovered::Live(running) => {
+                Recovered::Live(mut running) => {
+                    running.paused = self.is_paused(record).await?;
                     Recovered::Live(with_exit_status(running, &self.engine, record))
                 }
                 ended @ Recovered::Ended(_) => ended,
@@ -370,16 +420,19 @@ fn ready(run: std::path::PathBuf) -> BoxFuture<'static, Result<(), DriverError>>
 
 /// Why a guest did not come up: what its VMM says, or else its console.
 fn explain(run: &Path, error: &DriverError) -> DriverError {
-    let status = exit_status(run).and_then(|status| status.error);
+    let status = exit_status(run);
+    let code = status.as_ref().and_then(|status| status.code);
     let console = fs::read(machine::console_file(run)).unwrap_or_default();
     let quoted = &console[console.len().saturating_sub(CONSOLE_QUOTED_BYTES)..];
     let quoted = String::from_utf8_lossy(quoted);
-    let message = match status {
-        Some(status) => status,
+    let message = match status.and_then(|status| status.error) {
+        Some(error) => error,
+        // A word before the workload runs is about why it does not.
+        None if code.is_some() && !quoted.trim().is_empty() => quoted.trim().to_owned(),
         None if quoted.trim().is_empty() => chain(error),
         None => format!("{}; its console ends: {}", chain(error), quoted.trim()),
     };
-    DriverError::Workload { message }
+    DriverError::of_workload(code, message)
 }
 
 fn exit_status(run: &Path) -> Option<ExitStatus> {

@@ -74,6 +74,10 @@ impl Task {
         }
         self.save_or_log(None).await;
         if state == InstanceState::Stopping {
+            // Whoever was stopping it may not have got as far as to let it go on.
+            if paused {
+                self.act(Control::Resume).await;
+            }
             self.stop(None).await;
         }
     }
