@@ -152,10 +152,12 @@ impl From<InstanceError> for ApiError {
                 }
             }
             InstanceError::NotRunning(state) => {
-                Self::new(StatusCode::CONFLICT, "not_running", detail).hint(match state {
-                    InstanceState::Paused => "resume it first",
-                    _ => "start it first",
-                })
+                let hint = if state == InstanceState::Paused {
+                    "resume it first"
+                } else {
+                    "start it first"
+                };
+                Self::new(StatusCode::CONFLICT, "not_running", detail).hint(hint)
             }
             InstanceError::Field(field) => field.into(),
             InstanceError::Stale { .. } => {

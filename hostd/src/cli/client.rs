@@ -141,9 +141,7 @@ impl Client {
             let stream = TokioIo::new(self.connect(deadline).await?);
             match attempt(stream, request.clone()).await {
                 Err(error)
-                    if request.method().is_safe()
-                        && broke(&error)
-                        && Instant::now() < deadline =>
+                    if request.method().is_safe() && broke(&error) && Instant::now() < deadline =>
                 {
                     sleep(RETRY_INTERVAL).await;
                 }

@@ -143,11 +143,13 @@ impl Task {
             Some(live) => (live.ready.as_mut(), Some(&mut live.ended)),
             None => (None, None),
         };
+        let settled = ready.is_none();
         tokio::select! {
-            // A workload that was ready and ended at once has been both, in this order.
+            // Whether a workload was ready is settled before its end counts: what never was ready has
+            // failed to start, and the driver says why.
             biased;
             result = or_never(ready) => Wake::Ready(result),
-            ended = or_never(ended) => Wake::Ended(ended),
+            ended = or_never(ended), if settled => Wake::Ended(ended),
             letter = self.letters.recv() => Wake::Letter(letter),
             () = at(self.stop_due) => Wake::StopDue,
             () = at(self.restart_due) => Wake::RestartDue,

@@ -103,15 +103,8 @@ async fn start_attached(context: &Context, name: &str, stdin: bool) -> Result<So
     }
 }
 
-/// Whether the workload was tried and could not run.
-fn was_tried(error: &CliError) -> bool {
-    ["start_failed", "no_such_program", "not_executable"]
-        .iter()
-        .any(|code| error.has_code(code))
-}
-
-/// An instance that is refused its start is of no use, and is removed. One that was started and
-/// failed stays, since its log may tell why, unless it was to be removed when it stops.
+/// An instance that is refused its start, or has no program to run, is of no use and is removed. One
+/// that was started and failed stays, since its log may tell why, unless it was to be removed when it stops.
 async fn or_remove<T>(
     context: &Context,
     created: &Instance,
@@ -119,7 +112,7 @@ async fn or_remove<T>(
 ) -> Result<T, CliError> {
     let result = start.await;
     if let Err(error) = &result
-        && (created.spec.auto_remove || error.is_refusal() && !was_tried(error))
+        && (created.spec.auto_remove || error.is_refusal() && !error.has_code("start_failed"))
     {
         // The first error is the one to tell; hostd may have removed it already.
         let _ = context

@@ -10,6 +10,7 @@ use std::fs;
 use std::future;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use agent::initramfs;
 use agent::protocol::{self, Request as GuestRequest};
@@ -17,6 +18,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
+use tokio::time;
 use vmm::control::{
     ExitStatus, MachineState, Request as MachineRequest, Response as MachineResponse,
 };
@@ -25,6 +27,7 @@ use vmm::spec::Spec;
 use self::machine::Parts;
 use super::confined::{Engine, Launch, Phases, blocking};
 use super::container::from_image;
+use super::monitor::Monitor;
 use super::workload::{Workload, stop_signal};
 use super::{
     Channel, Control, Driver, DriverError, Ended, Extent, Recovered, Running, Session, chain,
@@ -41,6 +44,8 @@ const MEMORY_DEFAULT_BYTES: u64 = 512 * MIB;
 const DISK_DEFAULT_BYTES: u64 = 10 << 30;
 /// What a VMM takes beside its guest's memory: itself, the tables that map the guest, buffers.
 const VMM_OVERHEAD_BYTES: u64 = 64 * MIB;
+/// A machine that has hung up ends within milliseconds; then its monitor takes its container down.
+const END_DEADLINE: Duration = Duration::from_secs(5);
 /// Of the console, what an error message quotes.
 const CONSOLE_QUOTED_BYTES: usize = 400;
 
@@ -412,7 +417,12 @@ fn ready(run: std::path::PathBuf) -> BoxFuture<'static, Result<(), DriverError>>
     async move {
         match control::wait_ready(&machine::control_socket(&run)).await {
             Ok(()) => Ok(()),
-            Err(error) => Err(explain(&run, &error)),
+            Err(error) => {
+                // Its last act is to write down why it ended. One that hangs is explained as it is.
+                let ended = Monitor::of(run.clone()).ended();
+                let _ = time::timeout(END_DEADLINE, ended).await;
+                Err(explain(&run, &error))
+            }
         }
     }
     .boxed()
