@@ -158,7 +158,7 @@ impl Machine {
         }
         x86_64::configure(&kvm, &fds, &memory, entry)?;
         seccomp::prepare_allocator();
-        let filters = Filters::new(options)?;
+        let filters = Filters::new(options);
         let enter = filters.vcpus(&parts.exit);
         let buses = Arc::new(parts.buses);
         let vcpus = Arc::new(Vcpus::start(fds, &buses, &parts.exit, &enter)?);
@@ -211,17 +211,12 @@ struct Filters {
 }
 
 impl Filters {
-    fn new(options: Options) -> Result<Self, SeccompError> {
-        let filter = |thread| {
-            if options.no_seccomp {
-                return Ok(None);
-            }
-            Filter::new(thread).map(Some)
-        };
-        Ok(Self {
-            event_loop: filter(Thread::EventLoop)?,
-            vcpu: filter(Thread::Vcpu)?,
-        })
+    fn new(options: Options) -> Self {
+        let filter = |thread| (!options.no_seccomp).then(|| Filter::new(thread));
+        Self {
+            event_loop: filter(Thread::EventLoop),
+            vcpu: filter(Thread::Vcpu),
+        }
     }
 
     fn lock_event_loop(&self) -> Result<(), SeccompError> {

@@ -8,14 +8,12 @@
     reason = "the handler of SIGSYS reads its context and may only make bare system calls"
 )]
 
+mod program;
+
 use std::cell::Cell;
-use std::collections::BTreeMap;
 
 use libc::c_long;
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-    SeccompFilter, SeccompRule, TargetArch,
-};
+use seccompiler::BpfProgram;
 use vmm_sys_util::signal::register_signal_handler;
 
 use crate::control::ExitStatus;
@@ -23,8 +21,6 @@ use crate::control::ExitStatus;
 /// The walls cannot be put up.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
-    #[error("a system call filter cannot be compiled")]
-    Compile(#[source] BackendError),
     #[error("a system call filter cannot be installed")]
     Install(#[source] seccompiler::Error),
     #[error("violations of the system call filter cannot be caught")]
@@ -245,22 +241,12 @@ pub struct Filter {
 
 impl Filter {
     /// The filter of `thread`.
-    pub fn new(thread: Thread) -> Result<Self, SeccompError> {
-        let mut rules: BTreeMap<c_long, Vec<SeccompRule>> = BTreeMap::new();
-        for rule in thread.rules().into_iter().flatten() {
-            let conditions = conditions(rule).map_err(SeccompError::Compile)?;
-            rules.entry(rule.call).or_default().extend(conditions);
+    pub fn new(thread: Thread) -> Self {
+        let rules = thread.rules().into_iter().flatten();
+        Self {
+            thread,
+            program: program::compile(rules.map(|rule| (rule.call, &rule.when))),
         }
-        let filter = SeccompFilter::new(
-            rules,
-            SeccompAction::Trap,
-            SeccompAction::Allow,
-            TargetArch::x86_64,
-        );
-        let program = filter
-            .and_then(BpfProgram::try_from)
-            .map_err(SeccompError::Compile)?;
-        Ok(Self { thread, program })
     }
 
     /// Confines the calling thread, for ever.
@@ -278,27 +264,6 @@ impl Filter {
 pub fn prepare_allocator() {
     // SAFETY: sets a number of the allocator, which takes its own lock.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
-}
-
-/// A rule in the compiler's words: any of the results permits the call, and none does so always.
-fn conditions(rule: &Rule) -> Result<Vec<SeccompRule>, BackendError> {
-    let condition = |argument, operator, value| {
-        let length = SeccompCmpArgLen::Dword;
-        SeccompRule::new(vec![SeccompCondition::new(
-            argument, length, operator, value,
-        )?])
-    };
-    match rule.when {
-        Always => Ok(Vec::new()),
-        OneOf(argument, values) => values
-            .iter()
-            .map(|value| condition(argument, SeccompCmpOp::Eq, *value))
-            .collect(),
-        Without(argument, bits) => {
-            let operator = SeccompCmpOp::MaskedEq(bits);
-            Ok(vec![condition(argument, operator, 0)?])
-        }
-    }
 }
 
 thread_local! {
@@ -353,9 +318,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn filters_compile_and_every_rule_has_a_reason() {
+    fn every_rule_has_a_reason() {
         for thread in [Thread::EventLoop, Thread::Vcpu] {
-            Filter::new(thread).unwrap();
             for rule in thread.rules().into_iter().flatten() {
                 assert!(rule.reason.len() > 4, "system call {}", rule.call);
             }
@@ -368,7 +332,7 @@ mod tests {
     #[test]
     fn a_violation_ends_the_process_and_names_the_call_and_the_thread() {
         if env::var_os(VIOLATOR).is_some() {
-            Filter::new(Thread::Vcpu).unwrap().install().unwrap();
+            Filter::new(Thread::Vcpu).install().unwrap();
             nix::unistd::getppid();
             unreachable!("the filter let it pass");
         }
