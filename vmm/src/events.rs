@@ -1,6 +1,7 @@
-//! The event loop: one thread waits for every descriptor of the machine and hands readiness to its
-//! owner.
+//! Event loops: a thread waits for descriptors and hands readiness to their owners. The machine has
+//! one, and a branch of it for each device that may keep a thread busy.
 
+mod branch;
 mod wakefulness;
 
 use std::hint;
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::branch::Branches;
 use self::wakefulness::Wakefulness;
 use crate::exit::ExitSwitch;
 
@@ -119,6 +121,7 @@ impl Poller {
 pub struct EventLoop {
     poller: Arc<Poller>,
     sources: Vec<Option<Arc<dyn Source>>>,
+    branches: Branches,
     exit: ExitSwitch,
 }
 
@@ -134,6 +137,7 @@ impl EventLoop {
         Ok(Self {
             poller: Arc::new(poller),
             sources: Vec::new(),
+            branches: Branches::default(),
             exit,
         })
     }
@@ -155,8 +159,14 @@ impl EventLoop {
         self.sources[index] = Some(owner);
     }
 
-    /// Serves until the machine has ended.
-    pub fn run(&self) -> io::Result<()> {
+    /// Serves until the machine and all branches have ended.
+    pub fn run(&mut self) -> io::Result<()> {
+        let result = self.serve_all();
+        self.branches.join();
+        result
+    }
+
+    fn serve_all(&self) -> io::Result<()> {
         let mut batch = [EpollEvent::default(); BATCH];
         let mut wakefulness = Wakefulness::default();
         let mut busy = Vec::new();

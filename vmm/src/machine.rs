@@ -159,7 +159,12 @@ impl Machine {
         x86_64::configure(&kvm, &fds, &memory, entry)?;
         seccomp::prepare_allocator();
         let filters = Filters::new(options);
-        let enter = filters.vcpus(&parts.exit);
+        let enter = Filters::enter(&filters.device, &parts.exit);
+        parts
+            .events
+            .start_branches(&enter)
+            .map_err(host("start a device's thread"))?;
+        let enter = Filters::enter(&filters.vcpu, &parts.exit);
         let buses = Arc::new(parts.buses);
         let vcpus = Arc::new(Vcpus::start(fds, &buses, &parts.exit, &enter)?);
         if let Some(listen) = plan.control {
@@ -189,7 +194,7 @@ impl Machine {
     }
 
     /// Runs the machine to its end, and says why it ended.
-    pub fn run(self) -> ExitStatus {
+    pub fn run(mut self) -> ExitStatus {
         // From here on there are guests, and no way back out of the filters.
         match self.filters.lock_event_loop() {
             Ok(()) => self.vcpus.resume(),
@@ -208,6 +213,7 @@ impl Machine {
 struct Filters {
     event_loop: Option<Filter>,
     vcpu: Option<Filter>,
+    device: Option<Filter>,
 }
 
 impl Filters {
@@ -216,6 +222,7 @@ impl Filters {
         Self {
             event_loop: filter(Thread::EventLoop),
             vcpu: filter(Thread::Vcpu),
+            device: filter(Thread::Device),
         }
     }
 
@@ -223,9 +230,9 @@ impl Filters {
         self.event_loop.as_ref().map_or(Ok(()), Filter::install)
     }
 
-    /// What each processor's thread does first.
-    fn vcpus(&self, exit: &ExitSwitch) -> Arc<dyn Fn() + Send + Sync> {
-        let (filter, exit) = (self.vcpu.clone(), exit.clone());
+    /// What a thread that `filter` is for does first.
+    fn enter(filter: &Option<Filter>, exit: &ExitSwitch) -> Arc<dyn Fn() + Send + Sync> {
+        let (filter, exit) = (filter.clone(), exit.clone());
         Arc::new(move || {
             if let Some(Err(error)) = filter.as_ref().map(Filter::install) {
                 exit.fail(&error);
@@ -446,10 +453,16 @@ impl Parts {
         window: Window,
     ) -> Result<(), MachineError> {
         let line = self.line(window.gsi)?;
-        let source = self.events.reserve();
+        let events = if device.is_fast() {
+            let branch = self.events.branch(&name);
+            branch.map_err(host("make an event loop"))?
+        } else {
+            &mut self.events
+        };
+        let source = events.reserve();
         let platform = DevicePlatform::new(
             self.vm.clone(),
-            self.events.poller(),
+            events.poller(),
             self.exit.clone(),
             window,
             source,
@@ -459,7 +472,7 @@ impl Parts {
         let transport = MmioTransport::new(name.clone(), device, memory, Box::new(platform))
             .map_err(|source| MachineError::Queues { name, source })?;
         let transport = Arc::new(Mutex::new(transport));
-        self.events.attach(source, transport.clone());
+        events.attach(source, transport.clone());
         self.transports.push(transport.clone());
         let registers = window.address..window.address + layout::VIRTIO_BYTES;
         self.buses.memory.insert(registers, transport);

@@ -30,10 +30,12 @@ pub enum SeccompError {
 /// A kind of thread.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Thread {
-    /// Serves the host's descriptors.
+    /// Serves the host's other descriptors.
     EventLoop,
     /// Runs guest code, and what guests do to registers.
     Vcpu,
+    /// Serves one disk or network device.
+    Device,
 }
 
 impl Thread {
@@ -41,6 +43,7 @@ impl Thread {
         match self {
             Thread::EventLoop => "the event loop",
             Thread::Vcpu => "a virtual processor",
+            Thread::Device => "a device",
         }
     }
 
@@ -48,6 +51,7 @@ impl Thread {
         match self {
             Thread::EventLoop => [SHARED, EVENT_LOOP],
             Thread::Vcpu => [SHARED, VCPU],
+            Thread::Device => [SHARED, &[]],
         }
     }
 }
@@ -319,7 +323,7 @@ mod tests {
 
     #[test]
     fn every_rule_has_a_reason() {
-        for thread in [Thread::EventLoop, Thread::Vcpu] {
+        for thread in [Thread::EventLoop, Thread::Vcpu, Thread::Device] {
             for rule in thread.rules().into_iter().flatten() {
                 assert!(rule.reason.len() > 4, "system call {}", rule.call);
             }

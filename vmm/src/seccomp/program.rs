@@ -180,7 +180,7 @@ mod tests {
 
     #[test]
     fn a_program_permits_what_its_rules_do_and_nothing_else() {
-        for thread in [Thread::EventLoop, Thread::Vcpu] {
+        for thread in [Thread::EventLoop, Thread::Vcpu, Thread::Device] {
             let rules: Vec<&Rule> = thread.rules().into_iter().flatten().collect();
             let program = compile(rules.iter().map(|rule| (rule.call, &rule.when)));
             let mut values = vec![0, 1, 4, 7, 0xffff_ffff];

@@ -350,6 +350,18 @@ fn a_device_may_be_used_and_reset_again_and_again() {
 }
 
 #[test]
+fn a_disk_is_free_as_soon_as_its_machine_is_gone() {
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(1 << 20).unwrap();
+    for _ in 0..20 {
+        let mut machine = Machine::new(guest().exit(0));
+        machine.spec["disks"] = json!([{"path": disk.path()}]);
+        let ended = machine.run();
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+    }
+}
+
+#[test]
 fn a_client_that_does_not_read_is_not_read_from() {
     let running = Machine::new(guest()).start();
     let mut deaf = running.control();

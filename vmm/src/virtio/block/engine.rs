@@ -1,10 +1,17 @@
-//! How operations reach the disk's file: through io_uring, or one at a time where the host does not
-//! let us have a ring.
+//! How operations reach the disk's file: through io_uring, or by calls that do them at once.
+//!
+//! The ring does everything where it does it best, which is reads above all: those of cached data
+//! end within the call that submits them, many at a time, and the others wait in the kernel. Writes
+//! to a regular file go to the page cache, and most file systems cannot promise the ring that this
+//! will not wait, so the ring hands each to a thread of the kernel; a plain call takes half as long.
+//! It may wait, for a disk that does not keep up; then only this disk's thread does. Where the host
+//! does not let us have a ring, calls do all.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, RawFd};
+use std::sync::Arc;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
@@ -18,104 +25,101 @@ pub(crate) struct Completed {
     pub(crate) status: Status,
 }
 
-/// One of the two ways.
+/// Both ways, and the choice between them.
 #[derive(Debug)]
-pub(crate) enum Engine {
-    Ring(Box<Ring>),
-    Synchronous(Synchronous),
+pub(crate) struct Engine {
+    calls: Calls,
+    ring: Option<Box<Ring>>,
+    /// Writes go to the page cache.
+    cached_writes: bool,
 }
 
 impl Engine {
-    /// An engine with room for `depth` operations at a time: a ring, or the synchronous one where
-    /// io_uring is disabled, filtered or unknown.
+    /// An engine with room for `depth` operations at a time, without a ring where io_uring is
+    /// disabled, filtered or unknown.
     pub(crate) fn new(file: File, depth: u16) -> Engine {
-        match Ring::new(file, depth) {
-            Ok(ring) => Engine::Ring(Box::new(ring)),
-            Err(file) => Engine::Synchronous(Synchronous::new(file)),
+        let mut engine = Engine::without_ring(file);
+        let ring = Ring::new(engine.calls.file.clone(), depth);
+        engine.ring = ring.ok().map(Box::new);
+        engine
+    }
+
+    /// An engine that does each operation at once.
+    pub(crate) fn without_ring(file: File) -> Engine {
+        Engine {
+            cached_writes: file.metadata().is_ok_and(|metadata| metadata.is_file()),
+            calls: Calls {
+                file: Arc::new(file),
+                completed: VecDeque::new(),
+            },
+            ring: None,
         }
     }
 
     /// Takes on an operation. It is begun by the next [`submit`](Self::submit) at the latest.
     pub(crate) fn start(&mut self, operation: Operation) {
-        match self {
-            Engine::Ring(ring) => ring.start(operation),
-            Engine::Synchronous(synchronous) => synchronous.start(operation),
+        let cached_write = self.cached_writes && operation.kind == Kind::Write { stable: false };
+        match &mut self.ring {
+            Some(ring) if !cached_write => ring.start(operation),
+            _ => self.calls.start(operation),
         }
     }
 
     /// Hands what was started to the kernel.
     pub(crate) fn submit(&mut self) -> io::Result<()> {
-        match self {
-            Engine::Ring(ring) => ring.submit(),
-            Engine::Synchronous(_) => Ok(()),
-        }
+        self.ring.as_mut().map_or(Ok(()), |ring| ring.submit())
     }
 
     /// An operation that has ended since. None means none yet; what was left of operations that
     /// were cut short has then been started again and waits for [`submit`](Self::submit).
     pub(crate) fn completed(&mut self) -> Option<Completed> {
-        match self {
-            Engine::Ring(ring) => ring.completed(),
-            Engine::Synchronous(synchronous) => synchronous.completed.pop_front(),
-        }
+        let done = self.calls.completed.pop_front();
+        done.or_else(|| self.ring.as_mut()?.completed())
     }
 
     /// Operations that were started and not yet returned by [`completed`](Self::completed).
     pub(crate) fn in_flight(&self) -> usize {
-        match self {
-            Engine::Ring(ring) => ring.in_flight(),
-            Engine::Synchronous(synchronous) => synchronous.completed.len(),
-        }
+        let ring = self.ring.as_ref().map_or(0, |ring| ring.in_flight());
+        self.calls.completed.len() + ring
     }
 
     /// Whether there is something for [`submit`](Self::submit) to do.
     pub(crate) fn has_unsubmitted(&mut self) -> bool {
-        match self {
-            Engine::Ring(ring) => ring.has_unsubmitted(),
-            Engine::Synchronous(_) => false,
-        }
+        self.ring
+            .as_mut()
+            .is_some_and(|ring| ring.has_unsubmitted())
     }
 
     /// A descriptor that is readable when operations have completed.
     pub(crate) fn fd(&self) -> Option<RawFd> {
-        match self {
-            Engine::Ring(ring) => Some(ring.fd()),
-            Engine::Synchronous(_) => None,
-        }
+        self.ring.as_ref().map(|ring| ring.fd())
     }
 
     /// Waits until an operation has ended, if any is in flight.
     pub(crate) fn wait(&mut self) -> io::Result<()> {
-        match self {
-            Engine::Ring(ring) => ring.wait(),
-            Engine::Synchronous(_) => Ok(()),
+        match &mut self.ring {
+            Some(ring) if self.calls.completed.is_empty() => ring.wait(),
+            _ => Ok(()),
         }
     }
 
     /// Waits for all operations and forgets them.
     pub(crate) fn drain(&mut self) {
-        match self {
-            Engine::Ring(ring) => ring.drain(),
-            Engine::Synchronous(synchronous) => synchronous.completed.clear(),
+        self.calls.completed.clear();
+        if let Some(ring) = &mut self.ring {
+            ring.drain();
         }
     }
 }
 
 /// Does each operation in full when it is started.
 #[derive(Debug)]
-pub(crate) struct Synchronous {
-    file: File,
+struct Calls {
+    file: Arc<File>,
     completed: VecDeque<Completed>,
 }
 
-impl Synchronous {
-    pub(crate) fn new(file: File) -> Synchronous {
-        Synchronous {
-            file,
-            completed: VecDeque::new(),
-        }
-    }
-
+impl Calls {
     fn start(&mut self, mut operation: Operation) {
         let status = loop {
             let result = self.perform(&operation);

@@ -14,9 +14,10 @@ use std::fs::File;
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 
 use io_uring::squeue::Entry;
-use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, opcode};
 
 use super::engine::Completed;
@@ -25,16 +26,15 @@ use super::request::{Kind, Operation, Progress};
 /// How often in a row the kernel may refuse a submission for want of resources.
 const BUSY_RETRIES_MAX: u32 = 1000;
 
-/// The disk's file is the only one registered with the ring.
-const FILE: Fixed = Fixed(0);
-
 /// A ring, and what is in flight in it.
 pub(crate) struct Ring {
     ring: IoUring,
     /// One per operation that can be in flight, fixed in number; the index is the user data.
     slots: Vec<Slot>,
     free: Vec<u16>,
-    _file: File,
+    /// Not registered with the ring: the kernel takes its time to undo that when the process is
+    /// gone, and the file would stay locked.
+    file: Arc<File>,
 }
 
 #[derive(Default)]
@@ -56,25 +56,18 @@ impl fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// Sets up a ring for `depth` operations on `file`, or gives the file back.
-    pub(crate) fn new(file: File, depth: u16) -> Result<Ring, File> {
-        let Ok(ring) = build(depth) else {
-            return Err(file);
-        };
+    /// Sets up a ring for `depth` operations on `file`.
+    pub(crate) fn new(file: Arc<File>, depth: u16) -> io::Result<Ring> {
+        let ring = build(depth)?;
         // Buffers and iovecs must be the kernel's once submitted (Linux 5.5).
-        if !ring.params().is_feature_submit_stable()
-            || ring
-                .submitter()
-                .register_files(&[file.as_raw_fd()])
-                .is_err()
-        {
-            return Err(file);
+        if !ring.params().is_feature_submit_stable() {
+            return Err(io::ErrorKind::Unsupported.into());
         }
         Ok(Ring {
             ring,
             slots: (0..depth).map(|_| Slot::default()).collect(),
             free: (0..depth).rev().collect(),
-            _file: file,
+            file,
         })
     }
 
@@ -104,7 +97,9 @@ impl Ring {
 
     /// Puts (what is left of) the operation in `slot` into the submission queue.
     fn push(&mut self, slot: u16) {
-        let entry = self.slots[usize::from(slot)].entry().user_data(slot.into());
+        let file = Fd(self.file.as_raw_fd());
+        let place = &mut self.slots[usize::from(slot)];
+        let entry = place.entry(file).user_data(slot.into());
         // SAFETY: the slot holds the operation, and so the memory, until its completion.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         // Each slot has one entry in flight at most, and there are as many entries as slots.
@@ -186,7 +181,7 @@ impl Drop for Ring {
 
 impl Slot {
     /// The operation as the kernel takes it.
-    fn entry(&mut self) -> Entry {
+    fn entry(&mut self, file: Fd) -> Entry {
         let operation = self
             .operation
             .as_ref()
@@ -195,12 +190,12 @@ impl Slot {
         let list = operation.io_list();
         match (operation.kind, list.iovecs()) {
             (Kind::Read, [one]) => {
-                opcode::Read::new(FILE, one.iov_base.cast(), byte_count(one.iov_len))
+                opcode::Read::new(file, one.iov_base.cast(), byte_count(one.iov_len))
                     .offset(position)
                     .build()
             }
             (Kind::Write { .. }, [one]) => {
-                opcode::Write::new(FILE, one.iov_base.cast(), byte_count(one.iov_len))
+                opcode::Write::new(file, one.iov_base.cast(), byte_count(one.iov_len))
                     .offset(position)
                     .rw_flags(operation.write_flags())
                     .build()
@@ -210,18 +205,18 @@ impl Slot {
                 self.iovecs.extend_from_slice(many);
                 let (start, count) = (self.iovecs.as_ptr(), byte_count(self.iovecs.len()));
                 if operation.kind == Kind::Read {
-                    opcode::Readv::new(FILE, start, count)
+                    opcode::Readv::new(file, start, count)
                         .offset(position)
                         .build()
                 } else {
-                    opcode::Writev::new(FILE, start, count)
+                    opcode::Writev::new(file, start, count)
                         .offset(position)
                         .rw_flags(operation.write_flags())
                         .build()
                 }
             }
-            (Kind::Flush, _) => opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
-            (Kind::Zero { .. }, _) => opcode::Fallocate::new(FILE, operation.bytes as u64)
+            (Kind::Flush, _) => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
+            (Kind::Zero { .. }, _) => opcode::Fallocate::new(file, operation.bytes as u64)
                 .offset(position)
                 .mode(operation.allocation_mode())
                 .build(),
