@@ -174,21 +174,23 @@ impl EventLoop {
             self.serve(FOREVER, &mut batch, &mut busy)?;
             if !busy.is_empty() {
                 wakefulness.wake(Instant::now());
-                self.stay_awake(wakefulness.window(), &mut batch, &mut busy)?;
-                wakefulness.sleep(Instant::now());
+                let found = self.stay_awake(wakefulness.window(), &mut batch, &mut busy)?;
+                wakefulness.sleep(Instant::now(), found);
                 busy.clear();
             }
         }
         Ok(())
     }
 
-    /// Looks after `busy` sources until there was nothing to do for as long as `window`.
+    /// Looks after `busy` sources until there was nothing to do for as long as `window`. Returns
+    /// whether there was something before that.
     fn stay_awake(
         &self,
         window: Duration,
         batch: &mut [EpollEvent],
         busy: &mut Vec<Arc<dyn Source>>,
-    ) -> io::Result<()> {
+    ) -> io::Result<bool> {
+        let mut found = false;
         let mut worked_at = Instant::now();
         let mut served_at = worked_at;
         while self.exit.status().is_none() {
@@ -200,6 +202,7 @@ impl EventLoop {
                 served_at = now;
             }
             if worked {
+                found = true;
                 worked_at = now;
             } else if now.duration_since(worked_at) < window {
                 hint::spin_loop();
@@ -207,7 +210,7 @@ impl EventLoop {
                 break;
             }
         }
-        Ok(())
+        Ok(found)
     }
 
     /// Hands out readiness; sources that are worth looking after are `busy` from then on.
