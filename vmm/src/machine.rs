@@ -120,6 +120,7 @@ pub struct Machine {
     events: EventLoop,
     exit: ExitSwitch,
     filters: Filters,
+    missing_features: Vec<&'static str>,
     /// Put back to what it was when the machine is gone.
     _terminal: Option<RawTerminal>,
 }
@@ -156,7 +157,7 @@ impl Machine {
         for id in 0..plan.cpus {
             fds.push(vm.create_vcpu(id)?);
         }
-        x86_64::configure(&kvm, &fds, &memory, entry)?;
+        x86_64::configure(&kvm, &fds, &memory, entry, plan.cpu_template)?;
         seccomp::prepare_allocator();
         let filters = Filters::new(options);
         let enter = Filters::enter(&filters.device, &parts.exit);
@@ -189,8 +190,14 @@ impl Machine {
             events: parts.events,
             exit: parts.exit,
             filters,
+            missing_features: x86_64::missing_features(&kvm, plan.cpu_template)?,
             _terminal: terminal,
         })
+    }
+
+    /// What the host lacks of the processor that was asked for.
+    pub fn missing_features(&self) -> &[&'static str] {
+        &self.missing_features
     }
 
     /// Runs the machine to its end, and says why it ended.

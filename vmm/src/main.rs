@@ -81,7 +81,13 @@ fn run(arguments: &Arguments, start: Start) -> anyhow::Result<u8> {
         no_seccomp: arguments.no_seccomp,
     };
     let status = match Machine::build(plan, options) {
-        Ok(machine) => machine.run(),
+        Ok(machine) => {
+            let missing = machine.missing_features().join(", ");
+            if !missing.is_empty() {
+                eprintln!("hostd-vmm: warning: the host lacks features of the template: {missing}");
+            }
+            machine.run()
+        }
         Err(error) => ExitStatus {
             error: Some(format!("cannot be started: {}", chain(&error))),
             ..ExitStatus::new(ExitReason::Error)

@@ -15,8 +15,8 @@ use crate::devices::serial::{Bounded, Output, Patient};
 use crate::layout;
 use crate::memory::{Image, MemoryPlan};
 use crate::spec::{
-    Balloon, Console, ConsoleTarget, Disk, DiskLimits, Net, OneOrMany, Pmem, Spec, StreamDirection,
-    Vsock,
+    Balloon, Console, ConsoleTarget, CpuTemplate, Disk, DiskLimits, Net, OneOrMany, Pmem, Spec,
+    StreamDirection, Vsock,
 };
 use crate::virtio::mmio::Window;
 use crate::virtio::vsock::HostStream;
@@ -74,6 +74,7 @@ pub struct Plan {
     /// With the devices' addresses.
     pub cmdline: String,
     pub cpus: u8,
+    pub cpu_template: CpuTemplate,
     pub memory: MemoryPlan,
     /// One for each virtio device, in the order disks, nets, vsock, rng, balloon, mem, pmem.
     pub windows: Vec<Window>,
@@ -158,6 +159,7 @@ impl Plan {
             })?,
             cmdline,
             cpus,
+            cpu_template: spec.cpus.template,
             memory,
             windows,
             disks: open.each("/disks", &spec.disks, Opener::disk)?,

@@ -72,12 +72,33 @@ pub enum OneOrMany {
 pub struct Cpus {
     /// 1 to 32.
     pub count: u8,
+    /// What guests see of the host's processor.
+    #[serde(default)]
+    pub template: CpuTemplate,
 }
 
 impl Default for Cpus {
     fn default() -> Self {
-        Self { count: 1 }
+        Self {
+            count: 1,
+            template: CpuTemplate::Host,
+        }
     }
+}
+
+/// A set of processor features. What the host does not have of it is left out with a warning.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub enum CpuTemplate {
+    /// All that KVM offers on this host.
+    #[default]
+    #[serde(rename = "host")]
+    Host,
+    /// Every server since about 2009: up to SSE4.2 and POPCNT.
+    #[serde(rename = "x86-64-v2")]
+    V2,
+    /// Every server since about 2015: AVX2, BMI2, FMA, AES, SMEP and SMAP as well.
+    #[serde(rename = "x86-64-v3")]
+    V3,
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]

@@ -91,3 +91,23 @@ fn every_processor_can_be_started() {
         assert_eq!(ended.code, Some(count.into()), "{ended:?}");
     }
 }
+
+#[test]
+fn a_guest_sees_the_processor_that_was_asked_for() {
+    let with = |template: &str| {
+        // How far the basic leaves go.
+        let mut machine = Machine::new(guest().print_cpuid_eax(0).exit(0));
+        machine.spec["cpus"] = json!({"count": 2, "template": template});
+        machine.run()
+    };
+    for template in ["x86-64-v2", "x86-64-v3"] {
+        let ended = with(template);
+        // What this host lacks, if anything, is only a warning.
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        assert_eq!(ended.console, [0xd, 0, 0, 0]);
+    }
+    assert_eq!(with("host").stderr, "");
+    let ended = with("pentium");
+    assert_eq!(ended.code, Some(125));
+    assert!(ended.stderr.contains("x86-64-v2"), "{ended:?}");
+}

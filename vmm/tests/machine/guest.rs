@@ -81,6 +81,13 @@ impl Guest {
             .print_eax()
     }
 
+    /// Writes the first register of what the processor says of itself to the serial port.
+    pub(crate) fn print_cpuid_eax(self, leaf: u32) -> Self {
+        // mov eax, leaf; xor ecx, ecx; cpuid
+        self.then(&[&[0xb8], &leaf.to_le_bytes(), &[0x31, 0xc9, 0x0f, 0xa2]])
+            .print_eax()
+    }
+
     /// Starts all other processors, each of which counts itself at `counter`, below 64 KiB, and
     /// stops; and waits until there are `others`.
     pub(crate) fn start_others(self, counter: u16, others: u8) -> Self {

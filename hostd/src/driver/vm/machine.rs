@@ -113,6 +113,7 @@ pub(super) fn machine(parts: Parts, limits: &Limits) -> (Spec, Vec<Descriptor>) 
         },
         cpus: Cpus {
             count: limits::vcpu_count(limits),
+            ..Cpus::default()
         },
         memory: Memory {
             size_mib: memory / MIB,

@@ -5,11 +5,14 @@ mod cpuid;
 mod msrs;
 mod registers;
 mod reset_vector;
+mod template;
 
 use kvm_ioctls::{Kvm, VcpuFd};
 use vm_memory::GuestMemoryMmap;
 
 pub use registers::Entry;
+
+use crate::spec::CpuTemplate;
 
 /// What went wrong while a processor was set up.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +33,17 @@ fn refused(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> ArchError {
     move |source| ArchError::Kvm { action, source }
 }
 
+/// What the host's processor, or its KVM, lacks of `template`, by names as in /proc/cpuinfo.
+pub fn missing_features(kvm: &Kvm, template: CpuTemplate) -> Result<Vec<&'static str>, ArchError> {
+    if template == CpuTemplate::Host {
+        return Ok(Vec::new());
+    }
+    let supported = kvm
+        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .map_err(refused("tell the processor features"))?;
+    Ok(template::apply(template, &supported).missing)
+}
+
 /// Makes `vcpus` ready: all have the same features, the first starts at `entry`, and the others
 /// wait for its start-up message.
 pub fn configure(
@@ -37,10 +51,12 @@ pub fn configure(
     vcpus: &[VcpuFd],
     memory: &GuestMemoryMmap,
     entry: Entry,
+    template: CpuTemplate,
 ) -> Result<(), ArchError> {
     let supported = kvm
         .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .map_err(refused("tell the processor features"))?;
+    let supported = template::apply(template, &supported).features;
     let count = u8::try_from(vcpus.len()).expect("the plan allows 32");
     for (id, vcpu) in (0..).zip(vcpus) {
         let features = cpuid::normalise(&supported, id, count);
