@@ -54,55 +54,111 @@ pub(super) fn compile<'a>(rules: impl Iterator<Item = (c_long, &'a When)>) -> Pr
     program
 }
 
+/// So many calls share the instructions that end the program, which jumps must reach.
+const BLOCK_CALLS_MAX: usize = 32;
+
 /// Finds the call among `calls`, which are in order. Ends in all cases.
 fn search(calls: &[Call<'_>]) -> Program {
+    if calls.len() <= BLOCK_CALLS_MAX {
+        return block(calls);
+    }
     let (lower, higher) = calls.split_at(calls.len() / 2);
-    let [(number, whens)] = higher else {
-        let Some((first, _)) = higher.first() else {
-            return vec![plain(RETURN, TRAP)];
-        };
-        let below = search(lower);
-        let skip = u32::try_from(below.len()).expect("programs are short");
-        let mut program = vec![branch(JUMP_IF_NOT_LESS, *first, 0, 1), plain(JUMP, skip)];
-        program.extend(below);
-        program.extend(search(higher));
-        return program;
-    };
-    let found = arguments(whens);
-    let mut program = vec![branch(JUMP_IF_EQUAL, *number, 0, found.len())];
-    program.extend(found);
-    // What is left is at most one call.
-    program.extend(search(lower));
+    let below = search(lower);
+    let skip = u32::try_from(below.len()).expect("programs are short");
+    let mut program = vec![
+        branch(JUMP_IF_NOT_LESS, higher[0].0, 0, 1),
+        plain(JUMP, skip),
+    ];
+    program.extend(below);
+    program.extend(search(higher));
     program
 }
 
-/// Decides about a call of which any of `whens` permits some. Ends in all cases.
-fn arguments(whens: &[&When]) -> Program {
+/// Where a conditional jump leads.
+#[derive(Clone, Copy)]
+enum Goal {
+    /// So many instructions further.
+    Skip(usize),
+    Trap,
+    Allow,
+}
+
+use Goal::{Allow, Skip, Trap};
+
+/// A load, or a conditional jump: code, operand, and the two goals.
+type Step = (u16, u32, Goal, Goal);
+
+/// A few calls, and behind them the two ends.
+fn block(calls: &[Call<'_>]) -> Program {
+    let mut steps = Vec::new();
+    tree(calls, &mut steps);
+    let length = steps.len();
     let mut program = Program::new();
-    for when in whens {
+    for (at, (code, operand, then, otherwise)) in steps.into_iter().enumerate() {
+        let left = length - at - 1;
+        let distance = |goal| match goal {
+            Skip(count) => count,
+            Trap => left,
+            Allow => left + 1,
+        };
+        program.push(branch(code, operand, distance(then), distance(otherwise)));
+    }
+    program.extend([plain(RETURN, TRAP), plain(RETURN, ALLOW)]);
+    program
+}
+
+fn tree(calls: &[Call<'_>], steps: &mut Vec<Step>) {
+    match calls {
+        [] => {}
+        [(number, whens)] if whens.iter().any(|when| matches!(when, When::Always)) => {
+            steps.push((JUMP_IF_EQUAL, *number, Allow, Trap));
+        }
+        [(number, whens)] => {
+            steps.push((JUMP_IF_EQUAL, *number, Skip(0), Trap));
+            arguments(whens, steps);
+        }
+        _ => {
+            let (lower, higher) = calls.split_at(calls.len() / 2);
+            let mut below = Vec::new();
+            tree(lower, &mut below);
+            let first = higher[0].0;
+            steps.push((JUMP_IF_NOT_LESS, first, Skip(below.len()), Skip(0)));
+            steps.extend(below);
+            tree(higher, steps);
+        }
+    }
+}
+
+/// Decides about a call of which any of `whens` permits some.
+fn arguments(whens: &[&When], steps: &mut Vec<Step>) {
+    for (index, when) in whens.iter().enumerate() {
+        let otherwise = if index + 1 == whens.len() {
+            Trap
+        } else {
+            Skip(0)
+        };
         match when {
             When::Always => {}
             When::OneOf(argument, values) => {
-                program.push(load_argument(*argument));
+                steps.push(load_argument(*argument));
                 for (index, value) in values.iter().enumerate() {
-                    let skip = values.len() - index;
-                    program.push(branch(JUMP_IF_EQUAL, lower_half(*value), skip, 0));
+                    let last = index + 1 == values.len();
+                    let otherwise = if last { otherwise } else { Skip(0) };
+                    steps.push((JUMP_IF_EQUAL, lower_half(*value), Allow, otherwise));
                 }
-                program.push(plain(JUMP, 1));
             }
             When::Without(argument, bits) => {
-                program.push(load_argument(*argument));
-                program.push(branch(JUMP_IF_ANY_BIT, lower_half(*bits), 1, 0));
+                steps.push(load_argument(*argument));
+                // Any bit: on to the next rule, or to the end.
+                let bits = lower_half(*bits);
+                steps.push((JUMP_IF_ANY_BIT, bits, otherwise, Allow));
             }
         }
-        program.push(plain(RETURN, ALLOW));
     }
-    program.push(plain(RETURN, TRAP));
-    program
 }
 
-fn load_argument(index: u8) -> sock_filter {
-    plain(LOAD, ARGUMENTS_AT + 8 * u32::from(index))
+fn load_argument(index: u8) -> Step {
+    (LOAD, ARGUMENTS_AT + 8 * u32::from(index), Skip(0), Skip(0))
 }
 
 fn lower_half(value: u64) -> u32 {
@@ -200,6 +256,7 @@ mod tests {
                 }
             }
             assert_eq!(run(&program, 0x4000_0003, 0, [0; 6]).0, KILL);
+            assert!(program.len() < 3 * rules.len() + 64, "{}", program.len());
         }
     }
 
