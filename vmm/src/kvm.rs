@@ -12,6 +12,8 @@
     reason = "KVM takes raw addresses, and a signal handler has to reach its thread's processor"
 )]
 
+mod extended;
+
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -22,15 +24,18 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap,
-    kvm_irq_routing_entry, kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_LOG_DIRTY_PAGES,
+    KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+pub use self::extended::{extended_state, set_extended_state};
 use crate::devices::ioapic::{Message, Routes};
+use crate::dirty;
 use crate::exit::ExitSwitch;
 use crate::layout;
 
@@ -99,8 +104,9 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A machine with `memory` and with local APICs, but no processor yet.
-    pub fn new(kvm: &Kvm, memory: GuestMemoryMmap) -> Result<Self, KvmError> {
+    /// A machine with `memory` and with local APICs, but no processor yet. The kernel remembers
+    /// what guests write if `track_dirty`, for which it maps guests' memory in small pages.
+    pub fn new(kvm: &Kvm, memory: GuestMemoryMmap, track_dirty: bool) -> Result<Self, KvmError> {
         let found = kvm.get_api_version();
         if u32::try_from(found) != Ok(KVM_API_VERSION) {
             return Err(KvmError::Version { found });
@@ -114,7 +120,13 @@ impl Vm {
         fd.set_tss_address(layout::TSS)
             .map_err(refused("place the task state segment"))?;
         let vm = Self { fd, memory };
-        vm.map_memory()?;
+        if track_dirty {
+            dirty::track(vm.memory.iter().map(|region| {
+                let start = region.as_ptr();
+                (start.addr(), region.size())
+            }));
+        }
+        vm.map_memory(track_dirty)?;
         vm.fd
             .enable_cap(&kvm_enable_cap {
                 cap: KVM_CAP_SPLIT_IRQCHIP,
@@ -130,14 +142,19 @@ impl Vm {
         &self.memory
     }
 
-    fn map_memory(&self) -> Result<(), KvmError> {
+    fn map_memory(&self, track_dirty: bool) -> Result<(), KvmError> {
+        let flags = if track_dirty {
+            KVM_MEM_LOG_DIRTY_PAGES
+        } else {
+            0
+        };
         for (slot, region) in (0..).zip(self.memory.iter()) {
             let start = region
                 .get_host_address(MemoryRegionAddress(0))
                 .expect("a region is not empty");
             let description = kvm_userspace_memory_region {
                 slot,
-                flags: 0,
+                flags,
                 guest_phys_addr: vm_memory::Address::raw_value(&region.start_addr()),
                 memory_size: region.len(),
                 userspace_addr: start.expose_provenance() as u64,
@@ -149,6 +166,31 @@ impl Vm {
                 .map_err(refused("map memory"))?;
         }
         Ok(())
+    }
+
+    /// What guests have written of region `index` of the memory since the last call: a bit for each
+    /// page of 4 KiB. Only if the machine was made to track that.
+    pub fn take_dirty(&self, index: usize, bytes: usize) -> Result<Vec<u64>, KvmError> {
+        let slot = u32::try_from(index).expect("a few regions");
+        self.fd
+            .get_dirty_log(slot, bytes)
+            .map_err(refused("tell which memory was written"))
+    }
+
+    /// The guest's clock, in nanoseconds.
+    pub fn clock(&self) -> Result<u64, KvmError> {
+        let clock = self.fd.get_clock().map_err(refused("tell the clock"))?;
+        Ok(clock.clock)
+    }
+
+    /// Sets the guest's clock.
+    pub fn set_clock(&self, nanoseconds: u64) -> Result<(), KvmError> {
+        self.fd
+            .set_clock(&kvm_clock_data {
+                clock: nanoseconds,
+                ..Default::default()
+            })
+            .map_err(refused("set the clock"))
     }
 
     /// A processor with local APIC number `id`, switched off if it is not the first.

@@ -4,7 +4,8 @@
 //! ```text
 //! 0x0000_0500  descriptor table, boot parameters, page tables, command line
 //! 0x0009_fc00  end of conventional memory
-//! 0x000e_0000  ACPI tables; the last 16 bytes below the kernel are the reset vector
+//! 0x000e_0000  ACPI tables; at 0x000f_f000 the number of the machine's generation; the last 16
+//!              bytes below the kernel are the reset vector
 //! 0x0010_0000  kernel; the initramfs ends where low memory ends
 //! 0xc000_0000  end of low memory; boot timer
 //! 0xd000_0000  virtio windows
@@ -39,7 +40,9 @@ pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// The ACPI tables, root pointer first, in the area that guests without boot parameters search.
 pub const ACPI: u64 = 0xe_0000;
 /// The ACPI tables end before this.
-pub const ACPI_END: u64 = RESET_VECTOR;
+pub const ACPI_END: u64 = GENERATION;
+/// The 16 bytes that tell a guest whether it is still the same machine.
+pub const GENERATION: u64 = 0xf_f000;
 /// Where a processor without a kernel would start, in the last bytes of the first MiB.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Memory that a kernel may be loaded to starts here.
@@ -67,6 +70,9 @@ pub const TSS: usize = 0xfffb_d000;
 
 /// Pins of the I/O APIC, and so interrupt lines of the machine.
 pub const PINS: u32 = 24;
+/// The line that tells of a new generation: the second serial port's, by tradition, which there is
+/// none of.
+pub const GENERATION_GSI: u32 = 3;
 /// The serial port's line, by tradition.
 pub const SERIAL_GSI: u32 = 4;
 /// The line of power button presses: between the serial port's and the devices'.

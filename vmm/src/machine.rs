@@ -1,48 +1,47 @@
 //! The machine: the list of its parts, put together in the order that the kernel likes best, and
 //! run.
 
-use std::collections::BTreeMap;
+mod bare;
+mod parts;
+
 use std::io;
-use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
+use kvm_ioctls::VcpuFd;
 use nix::errno::Errno;
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::arch::x86_64::{self, ArchError, acpi};
-use crate::boot::{self, BootError};
-use crate::bus::BusDevice;
+use self::bare::Bare;
+use self::parts::Parts;
+use crate::arch::x86_64::state::Saver;
+use crate::arch::x86_64::{ArchError, acpi};
+use crate::boot::BootError;
 use crate::control::ExitStatus;
 use crate::control::controls::Controls;
 use crate::control::memory::MemoryControls;
 use crate::control::server::Server;
-use crate::devices::boot_timer::{BootTimer, Start};
-use crate::devices::guest_status::{GuestStatus, Readiness as GuestReadiness};
-use crate::devices::ioapic::IoApic;
-use crate::devices::keyboard::KeyboardController;
-use crate::devices::power::PowerRegisters;
-use crate::devices::serial::SerialPort;
-use crate::events::{EventLoop, event};
+use crate::devices::boot_timer::Start;
+use crate::devices::generation::{self, GenerationError};
+use crate::events::EventLoop;
 use crate::exit::ExitSwitch;
-use crate::guest_status;
-use crate::kvm::{self, KernelRoutes, KvmError, Vm};
+use crate::kvm::{self, KvmError, Vm};
 use crate::layout;
 use crate::listen::Listener;
 use crate::memory::{Memory, MemoryError};
-use crate::plan::{ConsolePlan, DiskPlan, ListenPlan, NetPlan, Plan, TapPlan, VsockPlan};
-use crate::platform::DevicePlatform;
+use crate::plan::{DiskPlan, ListenPlan, NetPlan, Origin, Plan, TapPlan, VsockPlan};
 use crate::seccomp::{self, Filter, SeccompError, Thread};
-use crate::signals::{self, SignalError};
+use crate::signals::SignalError;
+use crate::snapshot::memory::{MemoryFileError, Region};
+use crate::snapshot::take::Snapshotter;
 use crate::terminal::RawTerminal;
-use crate::vcpu::{Buses, VcpuError, Vcpus};
+use crate::vcpu::{VcpuError, Vcpus};
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::block::{Block, BlockError, BlockHandle, BlockOptions};
 use crate::virtio::mem::{Mem, MemHandle};
-use crate::virtio::mmio::{MmioTransport, Window};
 use crate::virtio::net::{Net, NetHandle};
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
+use crate::virtio::state::StateError;
 use crate::virtio::tap::{Tap, TapError};
 use crate::virtio::vsock::{Vsock, VsockError, VsockHost};
 
@@ -76,6 +75,12 @@ pub enum MachineError {
         name: String,
         source: virtio_queue::Error,
     },
+    #[error("{part} cannot become what was saved")]
+    Restore { part: String, source: StateError },
+    #[error("the guest's memory cannot become what was saved")]
+    RestoreMemory(#[from] MemoryFileError),
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error(transparent)]
@@ -113,6 +118,11 @@ fn host(action: &'static str) -> impl Fn(io::Error) -> MachineError {
     move |source| MachineError::Host { action, source }
 }
 
+fn unrestorable(part: impl Into<String>) -> impl FnOnce(StateError) -> MachineError {
+    let part = part.into();
+    move |source| MachineError::Restore { part, source }
+}
+
 /// A machine that is ready to run.
 pub struct Machine {
     // Field order is drop order: processors stop before what they use goes.
@@ -121,6 +131,8 @@ pub struct Machine {
     exit: ExitSwitch,
     filters: Filters,
     missing_features: Vec<&'static str>,
+    /// It waits for somebody to resume it.
+    paused: bool,
     /// Put back to what it was when the machine is gone.
     _terminal: Option<RawTerminal>,
 }
@@ -132,43 +144,49 @@ impl Machine {
     pub fn build(mut plan: Plan, options: Options) -> Result<Machine, MachineError> {
         kvm::prepare_interrupts()?;
         let kvm = kvm::open(&plan.kvm)?;
-        let memory = Memory::new(&plan.memory, &plan.images)?;
-        let vm = Arc::new(Vm::new(&kvm, memory.all)?);
-        let memory = memory.boot;
-        let entry = boot::load(
-            &memory,
-            &mut plan.kernel,
-            &mut plan.initramfs,
-            &plan.cmdline,
-        )?;
-        acpi::write(&memory, plan.cpus, &plan.windows)?;
-
+        let Memory { all, boot } = memory(&plan)?;
+        generation::renew(&all)?;
+        let vm = Arc::new(Vm::new(&kvm, all, plan.spec.memory.track_dirty)?);
         let virtio = VirtioDevices::new(&mut plan)?;
         let mut parts = Parts::new(vm.clone())?;
-        let terminal = parts.add_serial_port(plan.console)?;
+        let saved_port = plan.saved().map(|state| state.devices.serial.clone());
+        let (serial, terminal) = parts.add_serial_port(plan.console, saved_port.as_ref())?;
         let power_button = parts.add_power()?;
+        let generation = parts.line(layout::GENERATION_GSI)?;
         parts.add_boot_timer(options.boot_timer);
-        for ((name, device), window) in virtio.devices.into_iter().zip(&plan.windows) {
-            parts.add_virtio(name, device, *window)?;
-        }
-        parts.finish();
+        parts.add_all_virtio(virtio.devices, &plan.windows)?;
+        let io_apic = parts.finish();
 
-        let mut fds = Vec::new();
-        for id in 0..plan.cpus {
-            fds.push(vm.create_vcpu(id)?);
-        }
-        x86_64::configure(&kvm, &fds, &memory, entry, plan.cpu_template)?;
+        let fds = (0..plan.cpus).map(|id| vm.create_vcpu(id));
+        let fds: Vec<_> = fds.collect::<Result<_, _>>()?;
+        let bare = Bare {
+            kvm: &kvm,
+            vm: &vm,
+            boot_memory: &boot,
+            vcpus: &fds,
+            template: plan.cpu_template,
+            windows: &plan.windows,
+            parts: &parts,
+            io_apic: &io_apic,
+            generation: &generation,
+        };
+        let begun = bare.begin(plan.origin)?;
         seccomp::prepare_allocator();
         let filters = Filters::new(options);
-        let enter = Filters::enter(&filters.device, &parts.exit);
-        parts
-            .events
-            .start_branches(&enter)
-            .map_err(host("start a device's thread"))?;
-        let enter = Filters::enter(&filters.vcpu, &parts.exit);
-        let buses = Arc::new(parts.buses);
-        let vcpus = Arc::new(Vcpus::start(fds, &buses, &parts.exit, &enter)?);
+        let vcpus = start_threads(fds, &mut parts, &filters)?;
         if let Some(listen) = plan.control {
+            let snapshotter = Snapshotter {
+                vm,
+                vcpus: vcpus.clone(),
+                saver: Saver::new(&kvm, begun.features)?,
+                io_apic,
+                serial,
+                readiness: parts.readiness.clone(),
+                transports: parts.transports.clone(),
+                windows: plan.windows,
+                spec: plan.spec,
+                last: Mutex::new(begun.from),
+            };
             let controls = Controls {
                 vcpus: vcpus.clone(),
                 exit: parts.exit.clone(),
@@ -182,6 +200,7 @@ impl Machine {
                     balloon: virtio.balloon,
                     mem: virtio.mem,
                 },
+                snapshotter: Some(snapshotter),
             };
             serve(&mut parts.events, control_listener(listen)?, controls)?;
         }
@@ -190,7 +209,8 @@ impl Machine {
             events: parts.events,
             exit: parts.exit,
             filters,
-            missing_features: x86_64::missing_features(&kvm, plan.cpu_template)?,
+            missing_features: begun.missing_features,
+            paused: begun.paused,
             _terminal: terminal,
         })
     }
@@ -204,6 +224,7 @@ impl Machine {
     pub fn run(mut self) -> ExitStatus {
         // From here on there are guests, and no way back out of the filters.
         match self.filters.lock_event_loop() {
+            Ok(()) if self.paused => {}
             Ok(()) => self.vcpus.resume(),
             Err(error) => self.exit.fail(&error),
         }
@@ -246,6 +267,23 @@ impl Filters {
             }
         })
     }
+}
+
+/// Starts the devices' threads, and the processors', which wait.
+fn start_threads(
+    vcpus: Vec<VcpuFd>,
+    parts: &mut Parts,
+    filters: &Filters,
+) -> Result<Arc<Vcpus>, MachineError> {
+    let enter = Filters::enter(&filters.device, &parts.exit);
+    parts
+        .events
+        .start_branches(&enter)
+        .map_err(host("start a device's thread"))?;
+    let enter = Filters::enter(&filters.vcpu, &parts.exit);
+    let buses = Arc::new(std::mem::take(&mut parts.buses));
+    let vcpus = Vcpus::start(vcpus, &buses, &parts.exit, &enter)?;
+    Ok(Arc::new(vcpus))
 }
 
 /// Puts the control socket on the event loop.
@@ -367,129 +405,19 @@ fn control_listener(plan: ListenPlan) -> Result<Listener, MachineError> {
     }
 }
 
-/// The machine while it is put together.
-struct Parts {
-    vm: Arc<Vm>,
-    exit: ExitSwitch,
-    readiness: GuestReadiness,
-    events: EventLoop,
-    buses: Buses,
-    /// The devices' ends of the interrupt lines.
-    lines: BTreeMap<u32, EventFd>,
-    transports: Vec<Arc<Mutex<MmioTransport>>>,
-}
-
-impl Parts {
-    fn new(vm: Arc<Vm>) -> Result<Self, MachineError> {
-        let exit = ExitSwitch::new().map_err(host("make an event"))?;
-        let mut events = EventLoop::new(exit.clone()).map_err(host("make an event loop"))?;
-        signals::end_machine(&mut events, &exit)?;
-        Ok(Self {
-            vm,
-            events,
-            exit,
-            readiness: GuestReadiness::new().map_err(host("make an event"))?,
-            buses: Buses::default(),
-            lines: BTreeMap::new(),
-            transports: Vec::new(),
-        })
-    }
-
-    /// A new interrupt line: the device's end of it.
-    fn line(&mut self, gsi: u32) -> Result<EventFd, MachineError> {
-        let ours = event().map_err(host("make an interrupt line"))?;
-        let line = ours.try_clone().map_err(host("make an interrupt line"))?;
-        self.lines.insert(gsi, ours);
-        Ok(line)
-    }
-
-    fn add_port(&mut self, ports: Range<u64>, device: impl BusDevice + 'static) {
-        self.buses.ports.insert(ports, Arc::new(Mutex::new(device)));
-    }
-
-    fn add_page(&mut self, address: u64, device: impl BusDevice + 'static) {
-        let pages = address..address + layout::PAGE_BYTES;
-        self.buses
-            .memory
-            .insert(pages, Arc::new(Mutex::new(device)));
-    }
-
-    fn add_serial_port(
-        &mut self,
-        console: ConsolePlan,
-    ) -> Result<Option<RawTerminal>, MachineError> {
-        let line = self.line(layout::SERIAL_GSI)?;
-        let mut port = SerialPort::new(line, console.output);
-        let source = self.events.reserve();
-        let mut terminal = None;
-        if let Some(input) = console.input {
-            terminal = RawTerminal::new(&input).map_err(host("set the terminal up"))?;
-            port.connect(input, self.events.poller(), source)
-                .map_err(host("wait for input"))?;
-        }
-        let port = Arc::new(Mutex::new(port));
-        self.events.attach(source, port.clone());
-        let ports = layout::SERIAL_PORT..layout::SERIAL_PORT + layout::SERIAL_PORTS;
-        self.buses.ports.insert(ports, port);
-        Ok(terminal)
-    }
-
-    /// All ways in which a guest ends or is asked to end. Returns the power button's line.
-    fn add_power(&mut self) -> Result<EventFd, MachineError> {
-        let power_button = self.line(layout::POWER_BUTTON_GSI)?;
-        let exit = self.exit.clone();
-        let ports = layout::POWER_PORT..layout::POWER_PORT + layout::POWER_PORTS;
-        self.add_port(ports, PowerRegisters::new(exit.clone()));
-        let ports = layout::KEYBOARD_PORT..layout::KEYBOARD_PORT + 1;
-        self.add_port(ports, KeyboardController::new(exit.clone()));
-        let ports = u64::from(guest_status::PORT)..u64::from(guest_status::PORT) + 4;
-        self.add_port(ports, GuestStatus::new(exit, self.readiness.clone()));
-        Ok(power_button)
-    }
-
-    fn add_boot_timer(&mut self, start: Option<Start>) {
-        if let Some(start) = start {
-            self.add_page(layout::BOOT_TIMER, BootTimer::new(start));
-        }
-    }
-
-    fn add_virtio(
-        &mut self,
-        name: String,
-        device: Box<dyn VirtioDevice>,
-        window: Window,
-    ) -> Result<(), MachineError> {
-        let line = self.line(window.gsi)?;
-        let events = if device.is_fast() {
-            let branch = self.events.branch(&name);
-            branch.map_err(host("make an event loop"))?
-        } else {
-            &mut self.events
-        };
-        let source = events.reserve();
-        let platform = DevicePlatform::new(
-            self.vm.clone(),
-            events.poller(),
-            self.exit.clone(),
-            window,
-            source,
-            line,
-        );
-        let memory = self.vm.memory().clone();
-        let transport = MmioTransport::new(name.clone(), device, memory, Box::new(platform))
-            .map_err(|source| MachineError::Queues { name, source })?;
-        let transport = Arc::new(Mutex::new(transport));
-        events.attach(source, transport.clone());
-        self.transports.push(transport.clone());
-        let registers = window.address..window.address + layout::VIRTIO_BYTES;
-        self.buses.memory.insert(registers, transport);
-        Ok(())
-    }
-
-    /// Joins all lines to the I/O APIC: the last part.
-    fn finish(&mut self) {
-        let lines = std::mem::take(&mut self.lines);
-        let routes = KernelRoutes::new(self.vm.clone(), lines, self.exit.clone());
-        self.add_page(layout::IOAPIC, IoApic::new(routes));
-    }
+/// The guest's memory: empty, or that of a snapshot.
+fn memory(plan: &Plan) -> Result<Memory, MachineError> {
+    let Origin::Snapshot(snapshot) = &plan.origin else {
+        return Ok(Memory::new(&plan.memory, &plan.images)?);
+    };
+    let mut ranges = plan.memory.boot();
+    ranges.extend(plan.memory.hotplug());
+    // What the guest has written to an image is its own, so all of it is in the snapshot.
+    ranges.extend(plan.images.iter().map(|image| image.range.clone()));
+    let regions: Vec<_> = ranges.into_iter().map(Region::from).collect();
+    let all = snapshot.loaded.map_memory(&regions)?;
+    Ok(Memory {
+        boot: all.clone(),
+        all,
+    })
 }

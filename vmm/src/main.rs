@@ -2,17 +2,22 @@
 
 use std::fs::OpenOptions;
 use std::io::Read;
-use std::path::PathBuf;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{ArgGroup, Parser};
+use serde::de::DeserializeOwned;
 use vmm::control::{ExitReason, ExitStatus};
 use vmm::descriptors::Inherited;
 use vmm::devices::boot_timer::Start;
 use vmm::exit::chain;
 use vmm::machine::{Machine, Options};
 use vmm::plan::Plan;
+use vmm::snapshot::client;
+use vmm::snapshot::file::Kind;
+use vmm::snapshot::restore::{Restore, SnapshotFiles};
 use vmm::spec::Spec;
 
 /// The longest specification, in bytes.
@@ -24,10 +29,35 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// was killed, and 125 if the machine failed.
 #[derive(Debug, Parser)]
 #[command(version)]
+#[command(group(ArgGroup::new("mode").required(true).multiple(true)))]
 struct Arguments {
-    /// The machine, as JSON: a file, fd:N, or - for standard input
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    /// The machine, as JSON: a file, fd:N, or - for standard input; with --restore, what of it is
+    /// to be another
+    #[arg(long, value_name = "FILE", group = "mode")]
+    config: Option<PathBuf>,
+
+    /// Go on from a snapshot, and differences on top of it, oldest first; without a folder, those
+    /// that --config names
+    #[arg(long, value_name = "FOLDER", num_args = 0.., group = "mode")]
+    restore: Option<Vec<PathBuf>>,
+
+    /// Take a snapshot of the machine behind --control into a new folder
+    #[arg(
+        long,
+        value_name = "FOLDER",
+        group = "mode",
+        requires = "control",
+        conflicts_with_all = ["config", "restore", "check"]
+    )]
+    snapshot: Option<PathBuf>,
+
+    /// With --snapshot: the machine's control socket
+    #[arg(long, value_name = "SOCKET", requires = "snapshot")]
+    control: Option<PathBuf>,
+
+    /// With --snapshot: only what was written since the last one
+    #[arg(long, requires = "snapshot")]
+    diff: bool,
 
     /// Say on standard error how long the guest took until it wrote byte 123 to address 0xc0000000
     #[arg(long)]
@@ -67,8 +97,10 @@ fn end_on_panic() {
 
 #[expect(clippy::print_stderr, reason = "the user's error message")]
 fn run(arguments: &Arguments, start: Start) -> anyhow::Result<u8> {
-    let spec = read_spec(arguments).context("the configuration is not usable")?;
-    let mut plan = Plan::new(&spec).context("the configuration is not usable")?;
+    if let (Some(folder), Some(control)) = (&arguments.snapshot, &arguments.control) {
+        return snapshot(folder, control, arguments.diff);
+    }
+    let mut plan = plan(arguments).context("the configuration is not usable")?;
     if arguments.check {
         return Ok(0);
     }
@@ -102,8 +134,38 @@ fn run(arguments: &Arguments, start: Start) -> anyhow::Result<u8> {
     Ok(status.process_code())
 }
 
-fn read_spec(arguments: &Arguments) -> anyhow::Result<Spec> {
-    let path = &arguments.config;
+#[expect(clippy::print_stdout, reason = "the user's answer")]
+fn snapshot(folder: &Path, control: &Path, diff: bool) -> anyhow::Result<u8> {
+    let machine = UnixStream::connect(control)
+        .with_context(|| format!("cannot reach a machine at {}", control.display()))?;
+    let kind = if diff { Kind::Diff } else { Kind::Full };
+    let report = client::snapshot(&machine, folder, kind)
+        .with_context(|| format!("there is no snapshot in {}", folder.display()))?;
+    println!("{}", serde_json::to_string(&report)?);
+    Ok(0)
+}
+
+fn plan(arguments: &Arguments) -> anyhow::Result<Plan> {
+    let config = arguments.config.as_deref();
+    let Some(folders) = &arguments.restore else {
+        let path = config.context("--config names no machine")?;
+        return Ok(Plan::new(&read::<Spec>(path)?)?);
+    };
+    let mut restore = match config {
+        Some(path) => read(path)?,
+        None => Restore::default(),
+    };
+    let folders = folders.iter();
+    let named: Vec<_> = folders
+        .map(|folder| SnapshotFiles::of_folder(folder))
+        .collect();
+    if !named.is_empty() {
+        restore.snapshots = named;
+    }
+    Ok(Plan::restore(&restore)?)
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
     let mut text = String::new();
     let read = if path.as_os_str() == "-" {
         std::io::stdin()

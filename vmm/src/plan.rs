@@ -2,22 +2,24 @@
 //! address given. Nothing on the host is changed but for opened files.
 
 mod memory;
+mod opener;
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use self::opener::{Access, Opener};
 use crate::boot::{self, CmdlineError};
-use crate::descriptors::{DescriptorError, Inherited};
-use crate::devices::serial::{Bounded, Output, Patient};
+use crate::descriptors::DescriptorError;
+use crate::devices::serial::Output;
 use crate::layout;
 use crate::memory::{Image, MemoryPlan};
-use crate::spec::{
-    Balloon, Console, ConsoleTarget, CpuTemplate, Disk, DiskLimits, Net, OneOrMany, Pmem, Spec,
-    StreamDirection, Vsock,
-};
+use crate::snapshot::load::{LoadError, Loaded, OpenFiles, load};
+use crate::snapshot::restore::{ClockPolicy, OverrideError, Restore};
+use crate::snapshot::state::State;
+use crate::spec::{Balloon, CpuTemplate, DiskLimits, OneOrMany, Spec};
 use crate::virtio::mmio::Window;
 use crate::virtio::vsock::HostStream;
 
@@ -62,17 +64,19 @@ pub enum PlanError {
     Devices { devices: usize },
     #[error(transparent)]
     Cmdline(#[from] CmdlineError),
+    #[error("`/snapshots`")]
+    Snapshots(#[source] LoadError),
+    #[error(transparent)]
+    Override(#[from] OverrideError),
 }
 
 /// A machine as it will be.
 #[derive(Debug)]
 pub struct Plan {
+    /// What was asked for.
+    pub spec: Spec,
     pub kvm: File,
-    pub kernel: File,
-    /// In the order in which they are laid end to end.
-    pub initramfs: Vec<File>,
-    /// With the devices' addresses.
-    pub cmdline: String,
+    pub origin: Origin,
     pub cpus: u8,
     pub cpu_template: CpuTemplate,
     pub memory: MemoryPlan,
@@ -87,6 +91,32 @@ pub struct Plan {
     pub console: ConsolePlan,
     pub control: Option<ListenPlan>,
     pub exit_status: Option<File>,
+}
+
+/// Where the machine comes from.
+#[derive(Debug)]
+pub enum Origin {
+    Kernel(KernelPlan),
+    Snapshot(SnapshotPlan),
+}
+
+/// A machine that boots.
+#[derive(Debug)]
+pub struct KernelPlan {
+    pub kernel: File,
+    /// In the order in which they are laid end to end.
+    pub initramfs: Vec<File>,
+    /// With the devices' addresses.
+    pub cmdline: String,
+}
+
+/// A machine that goes on.
+#[derive(Debug)]
+pub struct SnapshotPlan {
+    pub loaded: Loaded,
+    pub clock: ClockPolicy,
+    /// It waits to be resumed.
+    pub paused: bool,
 }
 
 /// A disk, open and, if it can be written, locked against other machines.
@@ -139,29 +169,63 @@ pub struct ConsolePlan {
 impl Plan {
     /// Checks `spec` and opens what it names.
     pub fn new(spec: &Spec) -> Result<Plan, PlanError> {
+        let cmdline = boot::cmdline(&spec.boot.cmdline, &windows(spec)?)?;
+        let initramfs = initramfs_paths(spec)?;
+        let mut open = Opener::default();
+        let origin = Origin::Kernel(KernelPlan {
+            kernel: open.file("/boot/kernel", &spec.boot.kernel, Access::Read)?,
+            initramfs: open.each("/boot/initramfs", &initramfs, |open, field, path| {
+                open.file(field, path, Access::Read)
+            })?,
+            cmdline,
+        });
+        Plan::with_origin(spec, origin, open)
+    }
+
+    /// Reads the snapshots that `restore` names, and opens what the machine in them needs.
+    pub fn restore(restore: &Restore) -> Result<Plan, PlanError> {
+        let mut open = Opener::default();
+        let files = open.each("/snapshots", &restore.snapshots, |open, field, files| {
+            let mut file = |name, path| open.file(&format!("{field}/{name}"), path, Access::Read);
+            Ok(OpenFiles {
+                state: file("state", &files.state)?,
+                memory: file("memory", &files.memory)?,
+            })
+        })?;
+        let loaded = load(files).map_err(PlanError::Snapshots)?;
+        let spec = restore.apply(loaded.state.machine.clone())?;
+        let origin = Origin::Snapshot(SnapshotPlan {
+            loaded,
+            clock: restore.clock,
+            paused: restore.paused,
+        });
+        Plan::with_origin(&spec, origin, open)
+    }
+
+    /// The state that the machine is to go on from.
+    pub fn saved(&self) -> Option<&State> {
+        match &self.origin {
+            Origin::Kernel(_) => None,
+            Origin::Snapshot(snapshot) => Some(&snapshot.loaded.state),
+        }
+    }
+
+    fn with_origin(spec: &Spec, origin: Origin, mut open: Opener) -> Result<Plan, PlanError> {
         let cpus = in_range("/cpus/count", spec.cpus.count, 1, CPUS_MAX)?;
         let memory = memory::plan(&spec.memory)?;
         if let Some(balloon) = spec.balloon {
             let size = spec.memory.size_mib;
             in_range("/balloon/target_mib", balloon.target_mib, 0, size)?;
         }
-        let windows = windows(spec)?;
-        let cmdline = boot::cmdline(&spec.boot.cmdline, &windows)?;
-        let initramfs = initramfs_paths(spec)?;
-
-        let mut open = Opener::default();
         let kvm = spec.kvm.as_deref().unwrap_or_else(|| Path::new("/dev/kvm"));
         Ok(Plan {
+            spec: spec.clone(),
             kvm: open.file("/kvm", kvm, Access::Device)?,
-            kernel: open.file("/boot/kernel", &spec.boot.kernel, Access::Read)?,
-            initramfs: open.each("/boot/initramfs", &initramfs, |open, field, path| {
-                open.file(field, path, Access::Read)
-            })?,
-            cmdline,
+            origin,
             cpus,
             cpu_template: spec.cpus.template,
             memory,
-            windows,
+            windows: windows(spec)?,
             disks: open.each("/disks", &spec.disks, Opener::disk)?,
             nets: open.each("/nets", &spec.nets, Opener::net)?,
             vsock: match &spec.vsock {
@@ -230,241 +294,6 @@ fn range(field: &str, found: String, wanted: impl Into<String>) -> PlanError {
     }
 }
 
-/// What a file is opened for.
-#[derive(Clone, Copy)]
-enum Access {
-    Read,
-    ReadWrite,
-    Device,
-    /// To be written anew.
-    Create,
-    /// To be written at its end.
-    Append,
-}
-
-impl Access {
-    fn options(self) -> OpenOptions {
-        let mut options = OpenOptions::new();
-        match self {
-            Access::Read => options.read(true),
-            Access::ReadWrite | Access::Device => options.read(true).write(true),
-            Access::Create => options.write(true).create(true).truncate(true),
-            Access::Append => options.append(true).create(true),
-        };
-        options
-    }
-
-    fn remedy(self) -> &'static str {
-        match self {
-            Access::Read => "name a file that this user may read",
-            Access::ReadWrite => "name a file that this user may read and write, or set read_only",
-            Access::Device => {
-                "load kvm_intel or kvm_amd, and let this user read and write the device"
-            }
-            Access::Create | Access::Append => "name a file that this user may write",
-        }
-    }
-}
-
-/// Opens files for fields.
-#[derive(Default)]
-struct Opener {
-    inherited: Inherited,
-}
-
-impl Opener {
-    fn file(&mut self, field: &str, path: &Path, access: Access) -> Result<File, PlanError> {
-        self.inherited
-            .open(path, &access.options())
-            .map_err(|source| PlanError::File {
-                field: field.to_owned(),
-                remedy: access.remedy(),
-                source,
-            })
-    }
-
-    fn each<S, P>(
-        &mut self,
-        field: &str,
-        specs: &[S],
-        plan: impl Fn(&mut Self, &str, &S) -> Result<P, PlanError>,
-    ) -> Result<Vec<P>, PlanError> {
-        let mut plans = Vec::new();
-        for (index, spec) in specs.iter().enumerate() {
-            plans.push(plan(self, &format!("{field}/{index}"), spec)?);
-        }
-        Ok(plans)
-    }
-
-    fn disk(&mut self, field: &str, disk: &Disk) -> Result<DiskPlan, PlanError> {
-        if let Some(serial) = &disk.serial
-            && serial.len() > SERIAL_BYTES_MAX
-        {
-            let field = format!("{field}/serial");
-            let found = format!("{} bytes long", serial.len());
-            let wanted = format!("at most {SERIAL_BYTES_MAX}");
-            return Err(range(&field, found, wanted));
-        }
-        let access = if disk.read_only {
-            Access::Read
-        } else {
-            Access::ReadWrite
-        };
-        let path = format!("{field}/path");
-        let file = self.file(&path, &disk.path, access)?;
-        lock(&path, &file, disk.read_only)?;
-        Ok(DiskPlan {
-            file,
-            read_only: disk.read_only,
-            serial: disk.serial.clone(),
-            limits: disk.limits,
-        })
-    }
-
-    /// Each behind the other, after all memory.
-    fn images(&mut self, memory: &MemoryPlan, pmem: &[Pmem]) -> Result<Vec<Image>, PlanError> {
-        let mut images: Vec<Image> = Vec::new();
-        for (index, pmem) in pmem.iter().enumerate() {
-            let field = format!("/pmem/{index}/path");
-            let file = self.file(&field, &pmem.path, Access::Read)?;
-            lock(&field, &file, true)?;
-            let start = images
-                .last()
-                .map_or_else(|| memory.end(), |image| image.range.end);
-            images.push(memory::image(&field, file, start)?);
-        }
-        Ok(images)
-    }
-
-    fn net(&mut self, field: &str, net: &Net) -> Result<NetPlan, PlanError> {
-        let position = field.rsplit('/').next().and_then(|last| last.parse().ok());
-        let mac = match &net.mac {
-            None => [2, 0, 0, 0, 0, position.unwrap_or(0) + 1],
-            Some(text) => parse_mac(text).ok_or_else(|| {
-                let field = format!("{field}/mac");
-                let wanted = "six bytes in hexadecimal such as 02:00:00:00:00:01, not a group's";
-                range(&field, format!("{text:?}"), wanted)
-            })?,
-        };
-        let field = format!("{field}/tap");
-        let open = self.descriptor(&field, Path::new(&net.tap))?;
-        let tap = match open {
-            Some(descriptor) => TapPlan::Open(descriptor),
-            None if (1..16).contains(&net.tap.len()) && !net.tap.contains('/') => {
-                TapPlan::Name(net.tap.clone())
-            }
-            None => {
-                let wanted = "the name of an interface, 1 to 15 bytes, or fd:N";
-                return Err(range(&field, format!("{:?}", net.tap), wanted));
-            }
-        };
-        Ok(NetPlan { tap, mac })
-    }
-
-    fn vsock(&mut self, vsock: &Vsock) -> Result<VsockPlan, PlanError> {
-        // The highest number means "any".
-        let cid = in_range("/vsock/cid", vsock.cid, CID_MIN, u32::MAX - 1)?;
-        let listen = self.listen("/vsock/path", &vsock.path)?;
-        let streams = self.each("/vsock/streams", &vsock.streams, |open, field, stream| {
-            let access = match stream.direction {
-                StreamDirection::ToGuest => Access::Read,
-                StreamDirection::FromGuest => Access::Append,
-            };
-            Ok(HostStream {
-                port: stream.port,
-                file: open.file(&format!("{field}/path"), &stream.path, access)?,
-                direction: stream.direction,
-            })
-        })?;
-        Ok(VsockPlan {
-            cid,
-            listen,
-            streams,
-        })
-    }
-
-    fn listen(&mut self, field: &str, path: &Path) -> Result<ListenPlan, PlanError> {
-        Ok(match self.descriptor(field, path)? {
-            Some(descriptor) => ListenPlan::Open(descriptor.into()),
-            None => ListenPlan::Path(path.to_owned()),
-        })
-    }
-
-    fn descriptor(&mut self, field: &str, path: &Path) -> Result<Option<OwnedFd>, PlanError> {
-        self.inherited
-            .descriptor(path)
-            .map_err(|source| PlanError::File {
-                field: field.to_owned(),
-                remedy: "name a descriptor that was handed to this process",
-                source,
-            })
-    }
-
-    fn console(&mut self, console: Option<&Console>) -> Result<ConsolePlan, PlanError> {
-        let (output, input) = match console {
-            None => (Output::Discard, None),
-            Some(Console::Target(ConsoleTarget::Path(path))) => {
-                let file = self.file("/console/path", path, Access::Append)?;
-                let bounded = Bounded::new(file).map_err(examine("/console/path"))?;
-                (Output::File(bounded), None)
-            }
-            Some(Console::Name(name)) if name == "stdio" => {
-                let examine = examine("/console");
-                let output = io::stdout().as_fd().try_clone_to_owned();
-                let input = io::stdin().as_fd().try_clone_to_owned();
-                (
-                    Output::Stream(Patient::new(output.map_err(&examine)?.into())),
-                    Some(input.map_err(&examine)?.into()),
-                )
-            }
-            Some(Console::Name(name)) => {
-                let wanted = r#"{"path": FILE} or "stdio""#;
-                return Err(range("/console", format!("{name:?}"), wanted));
-            }
-        };
-        Ok(ConsolePlan { output, input })
-    }
-}
-
-fn examine(field: &str) -> impl Fn(io::Error) -> PlanError {
-    move |source| PlanError::Examine {
-        field: field.to_owned(),
-        source,
-    }
-}
-
-/// Keeps two machines from writing to one disk, which would destroy its file system.
-fn lock(field: &str, file: &File, shared: bool) -> Result<(), PlanError> {
-    let locked = if shared {
-        file.try_lock_shared()
-    } else {
-        file.try_lock()
-    };
-    match locked {
-        Err(TryLockError::WouldBlock) => Err(PlanError::InUse {
-            field: field.to_owned(),
-        }),
-        // A file system without locks leaves the care to its user.
-        Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
-    }
-}
-
-/// A station's address: six bytes, not a group's.
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2)?;
-        // A number may have a sign, an address may not.
-        if !part.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-            return None;
-        }
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    let group = mac[0] & 1 != 0;
-    (parts.next().is_none() && !group && mac != [0; 6]).then_some(mac)
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -500,7 +329,10 @@ mod tests {
         let plan = plan("/rng", json!(true)).unwrap();
         assert_eq!(plan.windows, [0, 1, 2, 3, 4].map(Window::nth));
         assert_eq!(plan.nets[0].mac, [2, 0, 0, 0, 0, 1]);
-        assert_eq!(plan.cmdline.matches("virtio_mmio.device=").count(), 5);
+        let Origin::Kernel(kernel) = &plan.origin else {
+            panic!("it boots");
+        };
+        assert_eq!(kernel.cmdline.matches("virtio_mmio.device=").count(), 5);
     }
 
     #[test]

@@ -91,6 +91,20 @@ const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
 const KVM_IRQFD: u64 = 0x4020_ae76;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
+const KVM_GET_DIRTY_LOG: u64 = 0x4010_ae42;
+const KVM_GET_CLOCK: u64 = 0x8030_ae7c;
+const KVM_GET_REGS: u64 = 0x8090_ae81;
+const KVM_GET_SREGS: u64 = 0x8138_ae83;
+const KVM_GET_MSRS: u64 = 0xc008_ae88;
+const KVM_GET_LAPIC: u64 = 0x8400_ae8e;
+const KVM_GET_CPUID2: u64 = 0xc008_ae91;
+const KVM_GET_MP_STATE: u64 = 0x8004_ae98;
+const KVM_GET_VCPU_EVENTS: u64 = 0x8040_ae9f;
+const KVM_GET_DEBUGREGS: u64 = 0x8080_aea1;
+const KVM_GET_TSC_KHZ: u64 = 0xaea3;
+const KVM_GET_XSAVE: u64 = 0x9000_aea4;
+const KVM_GET_XCRS: u64 = 0x8188_aea6;
+const KVM_GET_XSAVE2: u64 = 0x9000_aecf;
 /// What a tap may leave to its user.
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 /// `tcsetattr` at once, which looks afterwards at what has come of it.
@@ -224,6 +238,37 @@ const EVENT_LOOP: &[Rule] = &[
         "clients that do not block; the terminal at the end",
     ),
     rule(
+        libc::SYS_ioctl,
+        OneOf(
+            1,
+            &[
+                KVM_GET_REGS,
+                KVM_GET_SREGS,
+                KVM_GET_MSRS,
+                KVM_GET_LAPIC,
+                KVM_GET_CPUID2,
+                KVM_GET_MP_STATE,
+                KVM_GET_VCPU_EVENTS,
+                KVM_GET_DEBUGREGS,
+                KVM_GET_TSC_KHZ,
+                KVM_GET_XSAVE,
+                KVM_GET_XSAVE2,
+                KVM_GET_XCRS,
+            ],
+        ),
+        "processors in a snapshot, which does not change them",
+    ),
+    rule(
+        libc::SYS_ioctl,
+        OneOf(1, &[KVM_GET_CLOCK, KVM_GET_DIRTY_LOG]),
+        "clock and memory in a snapshot",
+    ),
+    rule(
+        libc::SYS_ftruncate,
+        Always,
+        "the length of a snapshot's files",
+    ),
+    rule(
         libc::SYS_accept4,
         Always,
         "clients of the control socket and of vsock",
@@ -233,7 +278,11 @@ const EVENT_LOOP: &[Rule] = &[
         Always,
         "sockets that were made, at the end",
     ),
-    rule(libc::SYS_lseek, Always, "the exit status"),
+    rule(
+        libc::SYS_lseek,
+        Always,
+        "holes in a snapshot's memory, the exit status",
+    ),
 ];
 
 /// A compiled filter.

@@ -112,6 +112,9 @@ pub struct Memory {
     pub max_mib: Option<u64>,
     #[serde(default)]
     pub huge_pages: HugePages,
+    /// Track what the guest writes, which diff snapshots need, and which makes its memory slower.
+    #[serde(default)]
+    pub track_dirty: bool,
 }
 
 impl Default for Memory {
@@ -120,6 +123,7 @@ impl Default for Memory {
             size_mib: 128,
             max_mib: None,
             huge_pages: HugePages::default(),
+            track_dirty: false,
         }
     }
 }

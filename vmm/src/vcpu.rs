@@ -119,7 +119,7 @@ impl Gate {
 pub struct Vcpus {
     gate: Arc<Gate>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    count: usize,
+    fds: Vec<Arc<Mutex<VcpuFd>>>,
     exits: Vec<Arc<AtomicU64>>,
 }
 
@@ -141,10 +141,13 @@ impl Vcpus {
         let mut all = Self {
             gate,
             threads: Mutex::default(),
-            count: vcpus.len(),
+            fds: vcpus
+                .into_iter()
+                .map(|fd| Arc::new(Mutex::new(fd)))
+                .collect(),
             exits: Vec::new(),
         };
-        for (id, fd) in (0..).zip(vcpus) {
+        for (id, fd) in (0..).zip(all.fds.clone()) {
             let vcpu = Vcpu {
                 id,
                 fd,
@@ -181,7 +184,7 @@ impl Vcpus {
             .gate
             .changed
             .wait_while(state, |state| {
-                state.order == Order::Park && state.still < self.count
+                state.order == Order::Park && state.still < self.fds.len()
             })
             .expect("nothing panics in here");
     }
@@ -189,6 +192,15 @@ impl Vcpus {
     /// Whether they are to wait.
     pub fn paused(&self) -> bool {
         self.gate.order() == Order::Park
+    }
+
+    /// Looks at each of them, by number. None runs: they are paused, or were never resumed.
+    pub fn inspect<T, E>(
+        &self,
+        look: impl Fn(usize, &VcpuFd) -> Result<T, E>,
+    ) -> Result<Vec<T>, E> {
+        let fds = self.fds.iter().enumerate();
+        fds.map(|(id, fd)| look(id, &lock(fd))).collect()
     }
 
     /// For each, how often it came out of guest mode.
@@ -226,9 +238,14 @@ impl Drop for Vcpus {
     }
 }
 
+/// A processor is its thread's as long as it runs, and anybody's while that is parked.
+fn lock(fd: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    fd.lock().expect("a panic ends the process")
+}
+
 struct Vcpu {
     id: u8,
-    fd: VcpuFd,
+    fd: Arc<Mutex<VcpuFd>>,
     buses: Arc<Buses>,
     exit: ExitSwitch,
     gate: Arc<Gate>,
@@ -236,8 +253,8 @@ struct Vcpu {
 }
 
 impl Vcpu {
-    fn live(mut self) {
-        kvm::accept_interrupts(&mut self.fd);
+    fn live(self) {
+        kvm::accept_interrupts(&mut lock(&self.fd));
         let mut state = State::Parked;
         loop {
             state = match state {
@@ -250,27 +267,35 @@ impl Vcpu {
         self.gate.leave();
     }
 
-    fn parked(&mut self) -> State {
+    fn parked(&self) -> State {
         let order = self.gate.park();
         if order == Order::Run {
             // Keeps the guest's watchdog from taking the pause for a hang. A guest that does not
             // use KVM's clock has no such watchdog, and makes this fail.
-            let _ = self.fd.kvmclock_ctrl();
+            let _ = lock(&self.fd).kvmclock_ctrl();
         }
         order.into()
     }
 
-    /// Runs guest code until it needs something of us.
-    fn running(&mut self) -> State {
-        self.run_once().unwrap_or_else(|error| {
-            self.exit.fail(&error);
-            State::Finished
-        })
+    /// Runs guest code until there is another order, or the end.
+    fn running(&self) -> State {
+        let mut fd = lock(&self.fd);
+        loop {
+            match self.run_once(&mut fd) {
+                Ok(State::Running) => {}
+                Ok(state) => return state,
+                Err(error) => {
+                    self.exit.fail(&error);
+                    return State::Finished;
+                }
+            }
+        }
     }
 
-    fn run_once(&mut self) -> Result<State, VcpuError> {
+    /// Runs guest code until it needs something of us.
+    fn run_once(&self, fd: &mut VcpuFd) -> Result<State, VcpuError> {
         self.exits.fetch_add(1, Ordering::Relaxed);
-        match self.fd.run() {
+        match fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => self.buses.ports.read(port.into(), data),
             Ok(VcpuExit::IoOut(port, data)) => self.buses.ports.write(port.into(), data),
             Ok(VcpuExit::MmioRead(address, data)) => self.buses.memory.read(address, data),
@@ -283,7 +308,7 @@ impl Vcpu {
             Ok(VcpuExit::InternalError) => {
                 return Err(VcpuError::Kvm {
                     id: self.id,
-                    suberror: kvm::internal_error(&mut self.fd),
+                    suberror: kvm::internal_error(fd),
                 });
             }
             Ok(other) => {
@@ -294,7 +319,7 @@ impl Vcpu {
             }
             Err(error) if error.errno() == libc::EINTR => {
                 // Cleared before the order is read: whoever gives one interrupts after.
-                self.fd.set_kvm_immediate_exit(0);
+                fd.set_kvm_immediate_exit(0);
                 return Ok(self.gate.order().into());
             }
             // A processor that is still switched off was woken.

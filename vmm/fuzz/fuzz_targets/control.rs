@@ -36,6 +36,7 @@ fn server(listener: UnixListener) -> (Server, EventLoop) {
         transports: Vec::new(),
         disks: Vec::new(),
         nets: Vec::new(),
+        snapshotter: None,
         memory: MemoryControls {
             boot_bytes: 32 << 20,
             balloon: None,

@@ -1,5 +1,7 @@
 //! The parts of a machine that requests move.
 
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -10,7 +12,9 @@ use super::{
     Stats,
 };
 use crate::devices::guest_status::Readiness;
-use crate::exit::ExitSwitch;
+use crate::exit::{ExitSwitch, chain};
+use crate::snapshot::file::Kind;
+use crate::snapshot::take::{Snapshotter, TakeError};
 use crate::spec::DiskLimits;
 use crate::vcpu::Vcpus;
 use crate::virtio::block::BlockHandle;
@@ -28,6 +32,8 @@ pub struct Controls {
     pub disks: Vec<BlockHandle>,
     pub nets: Vec<NetHandle>,
     pub memory: MemoryControls,
+    /// Absent where there is nothing behind the controls.
+    pub snapshotter: Option<Snapshotter>,
 }
 
 opaque_debug!(Controls);
@@ -41,8 +47,8 @@ pub enum Answer {
 }
 
 impl Controls {
-    /// Does what `request` asks.
-    pub fn answer(&self, request: &Request) -> Answer {
+    /// Does what `request` asks, with the `descriptors` that came with it or before.
+    pub fn answer(&self, request: &Request, descriptors: &mut Vec<OwnedFd>) -> Answer {
         let done = Response::Done {};
         Answer::Now(match request {
             Request::WaitReady {} if !self.readiness.get() => return Answer::WhenReady,
@@ -67,6 +73,7 @@ impl Controls {
             Request::SetDiskLimits { disk, limits } => self.set_disk_limits(*disk, *limits),
             Request::Memory { size_mib } => self.memory.resize(*size_mib),
             Request::Balloon { target_mib } => self.memory.inflate(*target_mib),
+            Request::Snapshot { kind } => self.snapshot(*kind, descriptors),
             Request::Kill {} => {
                 self.exit.end(ExitStatus::new(ExitReason::Killed));
                 done
@@ -83,6 +90,27 @@ impl Controls {
         Response::State {
             state,
             ready: self.readiness.get(),
+        }
+    }
+
+    fn snapshot(&self, kind: Kind, descriptors: &mut Vec<OwnedFd>) -> Response {
+        let mut files = descriptors.drain(..).map(File::from);
+        let (Some(mut state), Some(mut memory)) = (files.next(), files.next()) else {
+            return Response::Error {
+                message: "send two descriptors with the request: the state file's and the memory \
+                          file's; `hostd-vmm --snapshot` does"
+                    .to_owned(),
+            };
+        };
+        let taken = match &self.snapshotter {
+            Some(snapshotter) => snapshotter.take(kind, &mut state, &mut memory),
+            None => Err(TakeError::Nothing),
+        };
+        match taken {
+            Ok(snapshot) => Response::Snapshot { snapshot },
+            Err(error) => Response::Error {
+                message: chain(&error),
+            },
         }
     }
 

@@ -11,6 +11,7 @@ pub mod server;
 use serde::{Deserialize, Serialize};
 
 pub use self::memory::{BalloonStats, GuestMemory, MemoryStats};
+use crate::snapshot::file::Kind;
 use crate::spec::DiskLimits;
 
 /// The most bytes of guest output that a console file takes; what comes after is dropped.
@@ -18,6 +19,9 @@ pub const CONSOLE_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 /// The longest request line, newline included.
 pub const REQUEST_BYTES_MAX: usize = 64 * 1024;
+
+/// The most descriptors that a client can have sent for requests to come; more are closed.
+pub const DESCRIPTORS_MAX: usize = 2;
 
 /// The most clients at a time; one more is closed at once.
 pub const CLIENTS_MAX: usize = 16;
@@ -61,6 +65,13 @@ pub enum Request {
         /// At most the memory that the guest has.
         target_mib: u64,
     },
+    /// Writes a snapshot of the paused machine to two files, whose descriptors (SCM_RIGHTS) have
+    /// come with this request or before: the state file's, then the memory file's, both empty and
+    /// open for writing. `snapshot::client` does that. Answered with [`Response::Snapshot`].
+    Snapshot {
+        /// All memory, or what was written since the last snapshot.
+        kind: Kind,
+    },
     /// Ends the machine at once, as pulling the plug does.
     Kill {},
 }
@@ -83,11 +94,31 @@ pub enum Response {
         /// Counters since the start.
         stats: Stats,
     },
+    /// A snapshot is in its files. Whoever opened them makes it durable (fsync).
+    Snapshot {
+        /// What it is.
+        snapshot: SnapshotReport,
+    },
     /// It was not done, and nothing has changed.
     Error {
         /// For people.
         message: String,
     },
+}
+
+/// A snapshot that was taken.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotReport {
+    /// 32 hexadecimal digits.
+    pub id: String,
+    /// The snapshot that a difference lies over.
+    pub parent: Option<String>,
+    pub kind: Kind,
+    /// The size of the state file.
+    pub state_bytes: u64,
+    /// What of the memory file is not a hole.
+    pub memory_bytes: u64,
 }
 
 /// Whether virtual processors run.

@@ -4,13 +4,16 @@
 //! of memory.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
 use super::controls::{Answer, Controls};
-use super::{CLIENTS_MAX, REQUEST_BYTES_MAX, Response};
+use super::{CLIENTS_MAX, DESCRIPTORS_MAX, REQUEST_BYTES_MAX, Response};
 use crate::events::{Poller, Readiness, Source};
 use crate::listen::Listener;
 
@@ -42,6 +45,8 @@ struct Clients {
 struct Client {
     stream: UnixStream,
     input: Vec<u8>,
+    /// For requests to come.
+    descriptors: Vec<OwnedFd>,
     output: Vec<u8>,
     /// An answer is owed when the guest is ready.
     waiting: bool,
@@ -96,6 +101,7 @@ impl Server {
         let client = Client {
             stream,
             input: Vec::new(),
+            descriptors: Vec::new(),
             output: Vec::new(),
             waiting: false,
             finished: false,
@@ -197,12 +203,25 @@ impl Client {
     fn read(&mut self) -> io::Result<()> {
         let mut bytes = [0; 4096];
         let room = (REQUEST_BYTES_MAX - self.input.len()).min(bytes.len());
-        match self.stream.read(&mut bytes[..room]) {
-            Ok(0) => self.finished = true,
-            Ok(count) => self.input.extend(&bytes[..count]),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let mut place = [IoSliceMut::new(&mut bytes[..room])];
+        let count = match recvmsg(&self.stream, &mut place, &mut ancillary, flags) {
+            Ok(received) => received.bytes,
+            Err(rustix::io::Errno::AGAIN) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                let room = DESCRIPTORS_MAX - self.descriptors.len();
+                self.descriptors.extend(descriptors.take(room));
+            }
         }
+        if count == 0 {
+            self.finished = true;
+        }
+        self.input.extend(&bytes[..count]);
         Ok(())
     }
 
@@ -214,7 +233,7 @@ impl Client {
 
     fn answer(&mut self, controls: &Controls, line: &[u8]) {
         let answer = match serde_json::from_slice(line) {
-            Ok(request) => controls.answer(&request),
+            Ok(request) => controls.answer(&request, &mut self.descriptors),
             Err(error) => Answer::Now(Response::Error {
                 message: format!("not a request: {error}"),
             }),

@@ -45,7 +45,8 @@ impl Readiness {
         let _ = self.wake.read();
     }
 
-    fn set(&self) {
+    /// The guest is ready, or was when it was saved.
+    pub fn set(&self) {
         if !self.ready.swap(true, Ordering::AcqRel) {
             // The counter cannot be full: it is written once.
             let _ = self.wake.write(1);

@@ -7,8 +7,11 @@
 //! Every line of this machine is edge-triggered, and so is every message, whatever the guest asks:
 //! there is no level to end, and no end of interrupt to wait for.
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
 use crate::layout::PINS;
+use crate::virtio::state::{StateError, expect};
 
 /// What a pin sends: an MSI's address and data (Intel SDM volume 3, section 11.11).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -34,12 +37,25 @@ const REGISTER_REDIRECTION: u8 = 0x10;
 /// Version 0x11, and the number of the last pin.
 const VERSION: u32 = 0x11 | (PINS - 1) << 16;
 
+/// The bits of the chip's number in its register.
+const ID: u32 = 0x0f00_0000;
+
 const VECTOR: u64 = 0xff;
 const DELIVERY_MODE: u64 = 0x700;
 const DESTINATION_MODE: u64 = 1 << 11;
 const MASKED: u64 = 1 << 16;
 /// Delivery status and remote IRR, which the guest cannot write.
 const READ_ONLY: u64 = 1 << 12 | 1 << 14;
+
+/// The chip in a snapshot.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct IoApicState {
+    pub id: u32,
+    pub select: u8,
+    /// One for each pin.
+    pub redirections: Vec<u64>,
+}
 
 /// The chip. All pins are masked at first.
 pub struct IoApic<R> {
@@ -62,6 +78,32 @@ impl<R: Routes> IoApic<R> {
         }
     }
 
+    /// What [`restore`](Self::restore) takes.
+    pub fn save(&self) -> IoApicState {
+        IoApicState {
+            id: self.id,
+            select: self.select,
+            redirections: self.redirections.to_vec(),
+        }
+    }
+
+    /// A new chip becomes the one that was saved. From here on interrupts reach processors, whose
+    /// local APICs must be what they will be.
+    pub fn restore(&mut self, state: &IoApicState) -> Result<(), StateError> {
+        let pins = state.redirections.len();
+        expect("number of pins", &pins, &self.redirections.len())?;
+        self.id = state.id & ID;
+        self.select = state.select;
+        for ((pin, new), redirection) in (0..).zip(&state.redirections).zip(&mut self.redirections)
+        {
+            *redirection = new & !READ_ONLY;
+            if message(*new).is_some() {
+                self.routes.set(pin, message(*new));
+            }
+        }
+        Ok(())
+    }
+
     fn register(&self) -> u32 {
         match self.select {
             REGISTER_ID => self.id,
@@ -75,7 +117,7 @@ impl<R: Routes> IoApic<R> {
 
     fn set_register(&mut self, value: u32) {
         if self.select == REGISTER_ID {
-            self.id = value & 0x0f00_0000;
+            self.id = value & ID;
         } else if let Some((pin, shift)) = self.selected_redirection() {
             let old = self.redirections[pin];
             let new = old & !(0xffff_ffff << shift) | u64::from(value) << shift;
@@ -179,6 +221,24 @@ mod tests {
             ]
         );
         assert_eq!(get(&mut chip, 0x1b), 0x0100_0000);
+    }
+
+    #[test]
+    fn a_restored_chip_has_the_registers_and_the_messages_of_the_saved_one() {
+        let mut chip = IoApic::new(Wires::default());
+        set(&mut chip, 0, 0x0300_0000);
+        set(&mut chip, 0x1b, 0x0100_0000);
+        set(&mut chip, 0x1a, 0x0000_0931);
+        set(&mut chip, 0x12, 0x0001_0932);
+        let state = chip.save();
+
+        let mut other = IoApic::new(Wires::default());
+        other.restore(&state).unwrap();
+        assert_eq!(other.save(), state);
+        assert_eq!(other.routes.0, chip.routes.0[..1]);
+        let mut short = state;
+        short.redirections.pop();
+        other.restore(&short).unwrap_err();
     }
 
     #[test]

@@ -10,13 +10,16 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
-use vm_superio::serial::{NoEvents, Serial};
+use vm_superio::serial::{NoEvents, Serial, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 use crate::control::CONSOLE_BYTES_MAX;
 use crate::events::{Poller, Readiness, Source};
+use crate::snapshot::hex::Bytes;
+use crate::virtio::state::StateError;
 
 /// How long a byte waits for a reader that does not read, in milliseconds. After one such wait
 /// bytes are dropped until there is room again.
@@ -122,6 +125,22 @@ impl Trigger for Line {
     }
 }
 
+/// The port in a snapshot: its registers, and what it has received.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialPortState {
+    pub baud_divisor_low: u8,
+    pub baud_divisor_high: u8,
+    pub interrupt_enable: u8,
+    pub interrupt_identification: u8,
+    pub line_control: u8,
+    pub line_status: u8,
+    pub modem_control: u8,
+    pub modem_status: u8,
+    pub scratch: u8,
+    pub received: Bytes,
+}
+
 /// The port.
 pub struct SerialPort {
     uart: Serial<Line, NoEvents, Output>,
@@ -144,6 +163,53 @@ impl SerialPort {
         Self {
             uart: Serial::new(Line(interrupt), output),
             input: None,
+        }
+    }
+
+    /// A port as it was saved; what it still owes the guest in interrupts is raised.
+    pub fn restored(
+        interrupt: EventFd,
+        output: Output,
+        state: &SerialPortState,
+    ) -> Result<Self, StateError> {
+        let registers = SerialState {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.received.0.clone(),
+        };
+        let uart = Serial::from_state(&registers, Line(interrupt), NoEvents, output);
+        let too_much = |_| StateError::Mismatch {
+            what: "input",
+            found: format!("{} bytes", state.received.0.len()),
+            wanted: "what the receiver has room for".to_owned(),
+        };
+        Ok(Self {
+            uart: uart.map_err(too_much)?,
+            input: None,
+        })
+    }
+
+    /// What [`restored`](Self::restored) takes.
+    pub fn save(&self) -> SerialPortState {
+        let registers = self.uart.state();
+        SerialPortState {
+            baud_divisor_low: registers.baud_divisor_low,
+            baud_divisor_high: registers.baud_divisor_high,
+            interrupt_enable: registers.interrupt_enable,
+            interrupt_identification: registers.interrupt_identification,
+            line_control: registers.line_control,
+            line_status: registers.line_status,
+            modem_control: registers.modem_control,
+            modem_status: registers.modem_status,
+            scratch: registers.scratch,
+            received: Bytes(registers.in_buffer),
         }
     }
 

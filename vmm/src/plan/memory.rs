@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 
-use super::{IMAGE_MIB_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, PlanError, examine, in_range, range};
+use super::opener::examine;
+use super::{IMAGE_MIB_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, PlanError, in_range, range};
 use crate::memory::{HUGE_PAGE_BYTES, Image, MemoryPlan};
 use crate::spec::{HugePages, Memory};
 

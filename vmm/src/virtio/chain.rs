@@ -25,6 +25,7 @@ use vm_memory::{
 
 use super::DeviceError;
 use super::discard::discard;
+use crate::dirty;
 
 /// The most pieces a chain may have. Drivers stay within the queue size (virtio 1.2, 2.7.5.3.1);
 /// an indirect table could hold 65535. With a few iovecs of our own it fits the kernel's limit of
@@ -176,6 +177,7 @@ impl Chain {
         let mut done = 0;
         for piece in ranges(&self.pieces[self.readable_pieces..], offset, bytes.len()) {
             piece.as_slice().copy_from(&bytes[done..done + piece.len]);
+            dirty::mark(piece.start, piece.len);
             done += piece.len;
         }
         done
@@ -199,6 +201,9 @@ impl Chain {
         memory: &GuestMemoryMmap,
         written: usize,
     ) -> Result<(), DeviceError> {
+        for piece in ranges(&self.pieces[self.readable_pieces..], 0, written) {
+            dirty::mark(piece.start, piece.len);
+        }
         let written = u32::try_from(written).unwrap_or(u32::MAX);
         queue
             .add_used(memory, self.head, written)
@@ -299,7 +304,7 @@ impl<'a> IoList<'a> {
         // SAFETY: each range is memory that lives as long as `self`, and that Rust does not look at
         // but through volatile copies, or that `self` borrows mutably.
         let result = unsafe { libc::readv(fd.as_raw_fd(), self.entries.as_ptr(), self.count()) };
-        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+        self.filled(result)
     }
 
     /// `writev`.
@@ -315,7 +320,7 @@ impl<'a> IoList<'a> {
         // SAFETY: as in `read_from`.
         let result =
             unsafe { libc::preadv(fd.as_raw_fd(), self.entries.as_ptr(), self.count(), offset) };
-        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+        self.filled(result)
     }
 
     /// `pwritev2`, `offset` bytes into the file, with RWF flags.
@@ -347,7 +352,19 @@ impl<'a> IoList<'a> {
         let flags = libc::MSG_DONTWAIT;
         // SAFETY: as in `read_from`; the header is complete.
         let result = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
-        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+        self.filled(result)
+    }
+
+    /// What a call that reads into the ranges has returned.
+    fn filled(&self, result: isize) -> io::Result<usize> {
+        let bytes = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
+        let mut left = bytes;
+        for entry in &self.entries {
+            let part = left.min(entry.iov_len);
+            dirty::mark(entry.iov_base.cast_const().cast(), part);
+            left -= part;
+        }
+        Ok(bytes)
     }
 
     fn message(&self) -> libc::msghdr {

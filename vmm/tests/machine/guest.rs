@@ -120,6 +120,26 @@ impl Guest {
             .then(&[&[0xff, 0xce, 0x0f, 0x85], &back.to_le_bytes()])
     }
 
+    /// Does `body` for ever.
+    pub(crate) fn forever(self, body: &Guest) -> Self {
+        // jmp back to the body, from behind this jump.
+        let back = -i32::try_from(body.code.len() + 5).unwrap();
+        self.then(&[&body.code, &[0xe9], &back.to_le_bytes()])
+    }
+
+    /// Adds one to 32 bits of memory.
+    pub(crate) fn increment(self, address: u32) -> Self {
+        self.then(&[&[0xb9], &address.to_le_bytes(), &[0xff, 0x01]])
+    }
+
+    /// Waits until 16 bits of memory have this value.
+    pub(crate) fn wait_for(self, address: u32, value: u16) -> Self {
+        // cmp word [rcx], value; jne back to cmp.
+        let (address, value) = (address.to_le_bytes(), value.to_le_bytes());
+        self.then(&[&[0xb9], &address])
+            .then(&[&[0x66, 0x81, 0x39], &value, &[0x75, 0xf9]])
+    }
+
     /// Writes text to the serial port.
     pub(crate) fn print(self, text: &str) -> Self {
         let port = u16::try_from(layout::SERIAL_PORT).unwrap();

@@ -2,8 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod boot;
+mod damaged;
 mod guest;
 mod runner;
+mod snapshot;
 
 use std::io::{Read, Write};
 

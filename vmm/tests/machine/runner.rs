@@ -1,17 +1,21 @@
 //! Runs `hostd-vmm` in a folder of its own, and ends it whatever becomes of the test.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use vmm::control::{ExitStatus, Request, Response};
+use vmm::control::{ExitStatus, Request, Response, SnapshotReport};
+use vmm::snapshot::client::{self, ClientError};
+use vmm::snapshot::file::Kind;
+use vmm::snapshot::restore::SnapshotFiles;
 
 use crate::guest::Guest;
 
@@ -66,6 +70,27 @@ impl Machine {
             folder,
             spec,
             arguments: Vec::new(),
+            shell: String::new(),
+            terminal: None,
+            jail: false,
+        }
+    }
+
+    /// What becomes of snapshots, the oldest first.
+    pub(crate) fn restored(snapshots: &[&Path]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let files = |folder: &&Path| SnapshotFiles::of_folder(folder);
+        let spec = json!({
+            "snapshots": snapshots.iter().map(files).collect::<Vec<_>>(),
+            "console": {"path": path("console")},
+            "control": path("control"),
+            "exit_status": path("status"),
+        });
+        Self {
+            folder,
+            spec,
+            arguments: vec!["--restore".to_owned()],
             shell: String::new(),
             terminal: None,
             jail: false,
@@ -132,15 +157,32 @@ impl Running {
 
     /// A client of the control socket.
     pub(crate) fn control(&self) -> Client {
+        Client::new(self.connect())
+    }
+
+    /// Takes a snapshot into a new folder beside the machine's files.
+    pub(crate) fn snapshot(&self, name: &str, kind: Kind) -> Result<Snapshot, ClientError> {
+        let folder = self.machine.path(name);
+        let report = client::snapshot(&self.connect(), &folder, kind)?;
+        Ok(Snapshot { folder, report })
+    }
+
+    fn connect(&self) -> UnixStream {
         let path = self.machine.path("control");
         let start = Instant::now();
         loop {
             match UnixStream::connect(&path) {
-                Ok(stream) => return Client::new(stream),
+                Ok(stream) => return stream,
                 Err(error) if start.elapsed() > PATIENCE => panic!("no control socket: {error}"),
                 Err(_) => std::thread::yield_now(),
             }
         }
+    }
+
+    /// Ends it. What it left in its folder stays.
+    pub(crate) fn end(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 
     /// Waits until it has ended by itself.
@@ -176,6 +218,28 @@ impl Drop for Running {
         // It may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A snapshot that was taken. Its files go with the machine's.
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    pub(crate) folder: PathBuf,
+    pub(crate) report: SnapshotReport,
+}
+
+impl Snapshot {
+    /// What memory was there.
+    pub(crate) fn memory<const N: usize>(&self, address: u64) -> [u8; N] {
+        let file = File::open(self.folder.join("memory")).unwrap();
+        let mut bytes = [0; N];
+        file.read_exact_at(&mut bytes, address).unwrap();
+        bytes
+    }
+
+    /// A number in memory.
+    pub(crate) fn long(&self, address: u32) -> u32 {
+        u32::from_le_bytes(self.memory(address.into()))
     }
 }
 

@@ -30,6 +30,8 @@ const NO_CLOCK: u16 = 1 << 5;
 
 /// A notification of a power button: it was pressed.
 const PRESSED: u8 = 0x80;
+/// A notification of the generation's device: the number is another one.
+const RENEWED: u8 = 0x80;
 
 /// The tables do not fit.
 #[derive(Debug, thiserror::Error)]
@@ -124,6 +126,8 @@ fn dsdt(windows: &[Window]) -> impl Aml {
     let mut body = Vec::new();
     serial_port(&mut body);
     power_button(&mut body);
+    generation(&mut body);
+    events(&mut body);
     for (index, window) in windows.iter().enumerate() {
         virtio_device(&mut body, index, window);
     }
@@ -160,27 +164,55 @@ fn serial_port(sink: &mut dyn AmlSink) {
     );
 }
 
-/// A button, and the generic event device (ACPI 6.5, section 5.6.9) that tells of its press.
 fn power_button(sink: &mut dyn AmlSink) {
     device(
         sink,
         "PWRB",
         &[name("_HID", &EISAName::new("PNP0C0C")), name("_UID", &ZERO)],
     );
-    let resources = ResourceTemplate::new(vec![&interrupt(layout::POWER_BUTTON_GSI)]).to_vec();
-    let button = Path::new("PWRB");
-    let notify = Notify::new(&button, &PRESSED);
-    let (line, argument) = (layout::POWER_BUTTON_GSI, Arg(0));
-    let ours = Equal::new(&argument, &line);
-    let event = If::new(&ours, vec![&notify]);
+}
+
+/// Microsoft's "Virtual Machine Generation ID", version 1: where the number is. Linux goes by the
+/// hardware's name before 6.10, others by the compatible one.
+fn generation(sink: &mut dyn AmlSink) {
+    let low = u32::try_from(layout::GENERATION).expect("below 4 GiB");
+    device(
+        sink,
+        "VGEN",
+        &[
+            name("_HID", &"VMGENCTR"),
+            name("_CID", &"VM_Gen_Counter"),
+            name("_DDN", &"VM_Gen_Counter"),
+            name("_UID", &ZERO),
+            name("ADDR", &Package::new(vec![&low, &ZERO])),
+        ],
+    );
+}
+
+/// The generic event device (ACPI 6.5, section 5.6.9): what the lines of events mean.
+fn events(sink: &mut dyn AmlSink) {
+    let events = [
+        (layout::POWER_BUTTON_GSI, "PWRB", PRESSED),
+        (layout::GENERATION_GSI, "VGEN", RENEWED),
+    ];
+    let lines = events.map(|(line, ..)| interrupt(line));
+    let lines = lines.iter().map(|line| line as &dyn Aml).collect();
+    let argument = Arg(0);
+    let handlers = events.map(|(line, device, notification)| {
+        let device = Path::new(device);
+        let notify = Notify::new(&device, &notification);
+        If::new(&Equal::new(&argument, &line), vec![&notify]).to_vec()
+    });
+    let handlers = handlers.map(Raw);
+    let handlers = handlers.iter().map(|handler| handler as &dyn Aml).collect();
     device(
         sink,
         "GED_",
         &[
             name("_HID", &"ACPI0013"),
             name("_UID", &ZERO),
-            name("_CRS", &Raw(resources)),
-            Method::new("_EVT".into(), 1, true, vec![&event]).to_vec(),
+            name("_CRS", &Raw(ResourceTemplate::new(lines).to_vec())),
+            Method::new("_EVT".into(), 1, true, handlers).to_vec(),
         ],
     );
 }

@@ -3,6 +3,8 @@
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
+use super::ArchError;
+
 /// Leaf 1, ECX: the guest may set a deadline for its timer; KVM always can.
 const TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1, ECX: there is a hypervisor.
@@ -25,6 +27,56 @@ const CORE_LEAF: u32 = 0x8000_001e;
 /// Levels of leaves 0xb and 0x1f.
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
+
+/// Leaf 1, ECX bit 27, and leaf 7, ECX bit 4: what the guest itself has switched on, not features.
+const OS_XSAVE: u32 = 1 << 27;
+const OS_PROTECTION_KEYS: u32 = 1 << 4;
+
+/// Registers whose every bit is a feature: leaf, index, and masks of eax, ebx, ecx, edx.
+const FEATURES: [(u32, u32, [u32; 4]); 6] = [
+    (1, 0, [0, 0, !OS_XSAVE, u32::MAX]),
+    (7, 0, [0, u32::MAX, !OS_PROTECTION_KEYS, u32::MAX]),
+    (7, 1, [u32::MAX, 0, 0, u32::MAX]),
+    (0xd, 0, [u32::MAX, 0, 0, u32::MAX]),
+    (0xd, 1, [u32::MAX, 0, 0, 0]),
+    (0x8000_0001, 0, [0, 0, u32::MAX, u32::MAX]),
+];
+
+/// Checks that a guest which has seen the features `saved` finds them on the `host`. Whose make the
+/// processor is counts too, if the guest has seen that.
+pub(super) fn check(
+    saved: &[kvm_cpuid_entry2],
+    host: &[kvm_cpuid_entry2],
+) -> Result<(), ArchError> {
+    let find = |entries: &[kvm_cpuid_entry2], leaf, index| {
+        let mut entries = entries.iter();
+        let found = entries.find(|entry| (entry.function, entry.index) == (leaf, index));
+        found.map(|entry| [entry.eax, entry.ebx, entry.ecx, entry.edx])
+    };
+    if let (Some([_, saved @ ..]), Some([_, host @ ..])) = (find(saved, 0, 0), find(host, 0, 0))
+        && saved != host
+    {
+        return Err(ArchError::Make);
+    }
+    for (leaf, index, masks) in FEATURES {
+        let Some(wanted) = find(saved, leaf, index) else {
+            continue;
+        };
+        let there = find(host, leaf, index).unwrap_or_default();
+        for (register, name) in ["eax", "ebx", "ecx", "edx"].iter().enumerate() {
+            let missing = wanted[register] & masks[register] & !there[register];
+            if missing != 0 {
+                return Err(ArchError::Lacking {
+                    leaf,
+                    index,
+                    register: name,
+                    missing,
+                });
+            }
+        }
+    }
+    Ok(())
+}
 
 /// The features of processor `id` of `count`.
 pub(super) fn normalise(supported: &CpuId, id: u8, count: u8) -> CpuId {
@@ -176,6 +228,35 @@ mod tests {
             ecx,
             edx,
             ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_host_that_lacks_what_the_guest_has_seen_is_refused() {
+        let host = [
+            entry(0, [9, 1, 2, 3]),
+            entry(1, [0, 0, 0b11, 0b11]),
+            entry(7, [0, 0b1, 0, 0]),
+        ];
+        for (saved, want) in [
+            (entry(1, [5, 5, 0b10, 0b1]), None),
+            (entry(1, [0, 0, OS_XSAVE, 0]), None),
+            (entry(0, [1, 1, 2, 3]), None),
+            (entry(6, [1, 1, 2, 3]), None),
+            (entry(0, [9, 1, 2, 4]), Some("make")),
+            (entry(1, [0, 0, 0b100, 0]), Some("leaf 0x1.0, ecx: 0x4")),
+            (entry(7, [0, 0b10, 0, 0]), Some("leaf 0x7.0, ebx: 0x2")),
+            (
+                entry(0x8000_0001, [0, 0, 0, 8]),
+                Some("0x80000001.0, edx: 0x8"),
+            ),
+        ] {
+            let said = check(&[saved], &host).err().map(|error| error.to_string());
+            match (said, want) {
+                (None, None) => {}
+                (Some(said), Some(want)) => assert!(said.contains(want), "{said}"),
+                (said, want) => panic!("{said:?} {want:?}"),
+            }
         }
     }
 

@@ -5,8 +5,10 @@ mod cpuid;
 mod msrs;
 mod registers;
 mod reset_vector;
+pub mod state;
 mod template;
 
+use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd};
 use vm_memory::GuestMemoryMmap;
 
@@ -25,6 +27,21 @@ pub enum ArchError {
     },
     #[error("KVM does not take model-specific register {index:#x}")]
     Msr { index: u32 },
+    #[error("the saved processor features are more than the kernel takes")]
+    Features,
+    #[error("the host's processor is of another make than the one that the guest has seen")]
+    Make,
+    #[error(
+        "the host's processor lacks features that the guest has seen \
+         (CPUID leaf {leaf:#x}.{index}, {register}: {missing:#x})"
+    )]
+    Lacking {
+        leaf: u32,
+        index: u32,
+        register: &'static str,
+        /// The bits.
+        missing: u32,
+    },
     #[error("cannot write to the guest's low memory")]
     Memory(#[source] vm_memory::GuestMemoryError),
 }
@@ -45,25 +62,27 @@ pub fn missing_features(kvm: &Kvm, template: CpuTemplate) -> Result<Vec<&'static
 }
 
 /// Makes `vcpus` ready: all have the same features, the first starts at `entry`, and the others
-/// wait for its start-up message.
+/// wait for its start-up message. Returns the features of each.
 pub fn configure(
     kvm: &Kvm,
     vcpus: &[VcpuFd],
     memory: &GuestMemoryMmap,
     entry: Entry,
     template: CpuTemplate,
-) -> Result<(), ArchError> {
+) -> Result<Vec<CpuId>, ArchError> {
     let supported = kvm
         .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .map_err(refused("tell the processor features"))?;
     let supported = template::apply(template, &supported).features;
     let count = u8::try_from(vcpus.len()).expect("the plan allows 32");
+    let mut all = Vec::new();
     for (id, vcpu) in (0..).zip(vcpus) {
         let features = cpuid::normalise(&supported, id, count);
         vcpu.set_cpuid2(&features)
             .map_err(refused("set processor features"))?;
         // After the features: they decide which registers there are.
         msrs::set_boot_values(vcpu)?;
+        all.push(features);
     }
     registers::write_tables(memory)
         .and_then(|()| reset_vector::write(memory))
@@ -71,5 +90,5 @@ pub fn configure(
     if let Some(first) = vcpus.first() {
         registers::set(first, entry)?;
     }
-    Ok(())
+    Ok(all)
 }

@@ -1,0 +1,135 @@
+//! A machine that was just put together is given something to do: a kernel, or what was saved of
+//! another.
+//!
+//! The order of the latter: processors with their local APICs, the clock, the devices, and then the I/O APIC, since
+//! an interrupt that reaches a local APIC before it is what it will be is lost.
+
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::{Kvm, VcpuFd};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::parts::Parts;
+use super::{MachineError, unrestorable};
+use crate::arch::x86_64::{self, acpi};
+use crate::boot;
+use crate::devices::generation;
+use crate::devices::ioapic::IoApic;
+use crate::kvm::{KernelRoutes, Vm};
+use crate::plan::{KernelPlan, Origin};
+use crate::snapshot::file::Id;
+use crate::snapshot::restore::ClockPolicy;
+use crate::snapshot::state::State;
+use crate::snapshot::take::host_clock;
+use crate::spec::CpuTemplate;
+use crate::virtio::mmio::Window;
+use crate::virtio::state::expect;
+
+/// The parts of a machine that have a state, all new.
+pub(super) struct Bare<'a> {
+    pub(super) kvm: &'a Kvm,
+    pub(super) vm: &'a Vm,
+    /// What a kernel is told about.
+    pub(super) boot_memory: &'a GuestMemoryMmap,
+    pub(super) vcpus: &'a [VcpuFd],
+    /// What a guest that boots is shown of the processor.
+    pub(super) template: CpuTemplate,
+    /// In the order of the transports.
+    pub(super) windows: &'a [Window],
+    /// Its serial port is what it will be.
+    pub(super) parts: &'a Parts,
+    pub(super) io_apic: &'a Arc<Mutex<IoApic<KernelRoutes>>>,
+    /// The line that tells of a new generation.
+    pub(super) generation: &'a EventFd,
+}
+
+/// What has become of a bare machine.
+pub(super) struct Begun {
+    /// Of each processor.
+    pub(super) features: Vec<CpuId>,
+    /// What the processors lack of what was asked for.
+    pub(super) missing_features: Vec<&'static str>,
+    /// It is to wait to be resumed.
+    pub(super) paused: bool,
+    /// The snapshot that it was made from.
+    pub(super) from: Option<Id>,
+}
+
+impl Bare<'_> {
+    /// Gives it what it is to run.
+    pub(super) fn begin(&self, origin: Origin) -> Result<Begun, MachineError> {
+        Ok(match origin {
+            Origin::Kernel(kernel) => Begun {
+                features: self.load(kernel)?,
+                missing_features: x86_64::missing_features(self.kvm, self.template)?,
+                paused: false,
+                from: None,
+            },
+            Origin::Snapshot(snapshot) => Begun {
+                features: self.restore(&snapshot.loaded.state, snapshot.clock)?,
+                missing_features: Vec::new(),
+                paused: snapshot.paused,
+                from: Some(snapshot.loaded.id),
+            },
+        })
+    }
+
+    /// Loads a kernel, and lets the first processor start there. Returns the features of each.
+    fn load(&self, mut plan: KernelPlan) -> Result<Vec<CpuId>, MachineError> {
+        let memory = self.boot_memory;
+        let entry = boot::load(memory, &mut plan.kernel, &mut plan.initramfs, &plan.cmdline)?;
+        let cpus = u8::try_from(self.vcpus.len()).expect("the plan allows 32");
+        acpi::write(memory, cpus, self.windows)?;
+        Ok(x86_64::configure(
+            self.kvm,
+            self.vcpus,
+            memory,
+            entry,
+            self.template,
+        )?)
+    }
+
+    /// Goes on from `state`. Returns the features of each processor.
+    fn restore(&self, state: &State, clock: ClockPolicy) -> Result<Vec<CpuId>, MachineError> {
+        let processors = state.processors.len();
+        expect("number of processors", &processors, &self.vcpus.len())
+            .map_err(unrestorable("the machine"))?;
+        let elapsed_ns = match clock {
+            ClockPolicy::Advance => host_clock().saturating_sub(state.clock.host_ns),
+            ClockPolicy::Freeze => 0,
+        };
+        let elapsed_ms = elapsed_ns / 1_000_000;
+        let features = x86_64::state::restore(self.kvm, self.vcpus, &state.processors, elapsed_ms)?;
+        self.vm
+            .set_clock(state.clock.guest_ns.saturating_add(elapsed_ns))?;
+        if state.devices.ready {
+            self.parts.readiness.set();
+        }
+        self.restore_virtio(state)?;
+        let mut io_apic = self.io_apic.lock().expect("no device panics");
+        io_apic
+            .restore(&state.devices.io_apic)
+            .map_err(unrestorable("the I/O APIC"))?;
+        generation::announce(self.generation)?;
+        Ok(features)
+    }
+
+    fn restore_virtio(&self, state: &State) -> Result<(), MachineError> {
+        let saved = &state.devices.virtio;
+        let transports = &self.parts.transports;
+        expect("number of devices", &saved.len(), &transports.len())
+            .map_err(unrestorable("the machine"))?;
+        for ((transport, window), saved) in transports.iter().zip(self.windows).zip(saved) {
+            let mut transport = transport.lock().expect("no device panics");
+            let name = transport.stats().name;
+            let result = expect("name", &saved.name, &name)
+                .and_then(|()| expect("address", &saved.address, &window.address))
+                .and_then(|()| expect("interrupt", &saved.interrupt, &window.gsi))
+                .and_then(|()| transport.restore(&saved.transport));
+            result.map_err(unrestorable(format!("device `{name}`")))?;
+        }
+        Ok(())
+    }
+}

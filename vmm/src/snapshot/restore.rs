@@ -1,0 +1,293 @@
+//! The wire form of a restore: which snapshot, and what of the new machine is not the old one's.
+//! Data only, and how it changes a specification.
+//!
+//! What belongs to a run and not to the machine (the console, the control socket, the exit status,
+//! the device of KVM) is never taken from a snapshot: it is what is said here, or not there. Disks,
+//! taps and vsock sockets are those of the old machine unless others are named here; where the old
+//! machine was handed a descriptor, another must be.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{MEMORY_FILE, STATE_FILE};
+use crate::spec::{Console, Spec, VsockStream};
+
+/// The most snapshots on top of each other.
+pub const LAYERS_MAX: usize = 64;
+
+/// A machine to be restored, as asked for. Wherever a path stands, `fd:N` may, as in a
+/// specification.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Restore {
+    /// A full snapshot, and differences on top of it in the order in which they were taken. At most
+    /// [`LAYERS_MAX`].
+    #[serde(default)]
+    pub snapshots: Vec<SnapshotFiles>,
+    /// `/dev/kvm` if absent.
+    #[serde(default)]
+    pub kvm: Option<PathBuf>,
+    /// By name: `disk0` is the first.
+    #[serde(default)]
+    pub disks: BTreeMap<String, DiskOverride>,
+    /// By name: `net0` is the first.
+    #[serde(default)]
+    pub nets: BTreeMap<String, NetOverride>,
+    #[serde(default)]
+    pub vsock: Option<VsockOverride>,
+    /// By name: `pmem0` is the first.
+    #[serde(default)]
+    pub pmem: BTreeMap<String, DiskOverride>,
+    /// As in a specification.
+    #[serde(default)]
+    pub console: Option<Console>,
+    /// As in a specification.
+    #[serde(default)]
+    pub control: Option<PathBuf>,
+    /// As in a specification.
+    #[serde(default)]
+    pub exit_status: Option<PathBuf>,
+    /// What time the guest believes it is.
+    #[serde(default)]
+    pub clock: ClockPolicy,
+    /// Wait for a `resume` on the control socket.
+    #[serde(default)]
+    pub paused: bool,
+    /// Track what the guest writes, for differences to this snapshot; as the old machine did if
+    /// absent.
+    #[serde(default)]
+    pub track_dirty: Option<bool>,
+}
+
+/// The two files of a snapshot.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotFiles {
+    pub state: PathBuf,
+    /// Of a full snapshot: not to be changed as long as the machine runs.
+    pub memory: PathBuf,
+}
+
+impl SnapshotFiles {
+    /// Those that the program itself puts into a folder.
+    pub fn of_folder(folder: &Path) -> SnapshotFiles {
+        SnapshotFiles {
+            state: folder.join(STATE_FILE),
+            memory: folder.join(MEMORY_FILE),
+        }
+    }
+}
+
+/// Another file for a disk or an image, with the same content as when the snapshot was taken.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskOverride {
+    pub path: PathBuf,
+}
+
+/// Another tap. The guest keeps its address: it has read it.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetOverride {
+    pub tap: String,
+}
+
+/// Other ends for vsock. The guest is told that all its connections are gone, and may be given
+/// another context id with that.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockOverride {
+    pub path: PathBuf,
+    #[serde(default)]
+    pub cid: Option<u32>,
+    /// All of them; those of the old machine if absent.
+    #[serde(default)]
+    pub streams: Option<Vec<VsockStream>>,
+}
+
+/// What a guest's clocks show when it goes on.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClockPolicy {
+    /// The time that it is: the guest sees that time has passed.
+    #[default]
+    Advance,
+    /// What they showed when the snapshot was taken: the guest sees nothing.
+    Freeze,
+}
+
+/// Why a machine cannot be made from a snapshot in this way.
+#[derive(Debug, thiserror::Error)]
+pub enum OverrideError {
+    #[error("`/{kind}/{name}`: the snapshot has no such device; it has {count} of that kind")]
+    NoDevice {
+        kind: &'static str,
+        name: String,
+        count: usize,
+    },
+    #[error(
+        "`{field}` of the old machine was a descriptor that it had inherited ({value}); \
+         say here what it is to be"
+    )]
+    Handed { field: String, value: String },
+    #[error("`/vsock`: the snapshot has no such device")]
+    NoVsock,
+}
+
+impl Restore {
+    /// What is asked for, in place of what the old machine had.
+    pub fn apply(&self, mut spec: Spec) -> Result<Spec, OverrideError> {
+        spec.kvm.clone_from(&self.kvm);
+        spec.console.clone_from(&self.console);
+        spec.control.clone_from(&self.control);
+        spec.exit_status.clone_from(&self.exit_status);
+        if let Some(track_dirty) = self.track_dirty {
+            spec.memory.track_dirty = track_dirty;
+        }
+        let mut disks: Vec<_> = spec.disks.iter_mut().map(|disk| &mut disk.path).collect();
+        let wanted = self.disks.iter().map(|(name, disk)| (name, &disk.path));
+        replace("disks", "disk", &mut disks, wanted)?;
+        let mut taps: Vec<_> = spec.nets.iter_mut().map(|net| &mut net.tap).collect();
+        let wanted = self.nets.iter().map(|(name, net)| (name, &net.tap));
+        replace("nets", "net", &mut taps, wanted)?;
+        let mut images: Vec<_> = spec.pmem.iter_mut().map(|pmem| &mut pmem.path).collect();
+        let wanted = self.pmem.iter().map(|(name, pmem)| (name, &pmem.path));
+        replace("pmem", "pmem", &mut images, wanted)?;
+        self.apply_vsock(&mut spec)?;
+        Ok(spec)
+    }
+
+    fn apply_vsock(&self, spec: &mut Spec) -> Result<(), OverrideError> {
+        let Some(vsock) = &mut spec.vsock else {
+            return match self.vsock {
+                Some(_) => Err(OverrideError::NoVsock),
+                None => Ok(()),
+            };
+        };
+        let wanted = self.vsock.as_ref();
+        match wanted {
+            Some(wanted) => vsock.path.clone_from(&wanted.path),
+            None => own("/vsock/path", &vsock.path)?,
+        }
+        if let Some(cid) = wanted.and_then(|wanted| wanted.cid) {
+            vsock.cid = cid;
+        }
+        match wanted.and_then(|wanted| wanted.streams.clone()) {
+            Some(streams) => vsock.streams = streams,
+            None => {
+                for stream in &vsock.streams {
+                    own("/vsock/streams", &stream.path)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Replaces values by the names of their devices, and checks that the others can be used again.
+fn replace<'a, T: Clone + AsRef<Path> + 'a>(
+    kind: &'static str,
+    prefix: &str,
+    values: &mut [&mut T],
+    wanted: impl Iterator<Item = (&'a String, &'a T)>,
+) -> Result<(), OverrideError> {
+    let mut named: BTreeMap<&String, &T> = wanted.collect();
+    for (index, value) in values.iter_mut().enumerate() {
+        let name = format!("{prefix}{index}");
+        match named.remove(&name) {
+            Some(other) => (*value).clone_from(other),
+            None => own(&format!("/{kind}/{name}"), value.as_ref())?,
+        }
+    }
+    match named.keys().next() {
+        Some(name) => Err(OverrideError::NoDevice {
+            kind,
+            name: (*name).clone(),
+            count: values.len(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a descriptor, whose number means something else by now.
+fn own(field: &str, path: &Path) -> Result<(), OverrideError> {
+    match path.to_str() {
+        Some(text) if text.starts_with("fd:") => Err(OverrideError::Handed {
+            field: field.to_owned(),
+            value: text.to_owned(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec() -> Spec {
+        serde_json::from_value(json!({
+            "boot": {"kernel": "k"},
+            "disks": [{"path": "a"}, {"path": "fd:9"}],
+            "nets": [{"tap": "tap0"}],
+            "vsock": {"cid": 3, "path": "v"},
+            "console": "stdio",
+            "control": "c",
+        }))
+        .unwrap()
+    }
+
+    fn applied(restore: serde_json::Value) -> Result<Spec, OverrideError> {
+        let restore: Restore = serde_json::from_value(restore).unwrap();
+        restore.apply(spec())
+    }
+
+    #[test]
+    fn what_belongs_to_a_run_is_new_and_the_rest_is_old_unless_named() {
+        let new = applied(json!({"disks": {"disk1": {"path": "fd:3"}}, "control": "d"})).unwrap();
+        let mut want = spec();
+        want.console = None;
+        want.control = Some("d".into());
+        want.disks[1].path = "fd:3".into();
+        assert_eq!(new, want);
+
+        let new = applied(json!({
+            "disks": {"disk0": {"path": "b"}, "disk1": {"path": "c"}},
+            "nets": {"net0": {"tap": "tap9"}},
+            "vsock": {"path": "w", "cid": 7, "streams": []},
+            "track_dirty": true,
+        }))
+        .unwrap();
+        let vsock = new.vsock.unwrap();
+        assert_eq!(
+            (new.disks[0].path.to_str(), new.nets[0].tap.as_str()),
+            (Some("b"), "tap9")
+        );
+        assert_eq!((vsock.cid, vsock.path.to_str()), (7, Some("w")));
+        assert!(new.memory.track_dirty);
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_and_named() {
+        for (restore, want) in [
+            (
+                json!({}),
+                "`/disks/disk1` of the old machine was a descriptor",
+            ),
+            (
+                json!({"disks": {"disk1": {"path": "x"}, "disk2": {"path": "x"}}}),
+                "`/disks/disk2`: the snapshot has no such device; it has 2",
+            ),
+            (
+                json!({"disks": {"disk1": {"path": "x"}}, "nets": {"disk0": {"tap": "x"}}}),
+                "`/nets/disk0`",
+            ),
+        ] {
+            let error = applied(restore).unwrap_err().to_string();
+            assert!(error.contains(want), "{error}");
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! The state of a machine: what the third line of a state file holds. Data only; each part is
+//! checked by what it is the state of.
+
+use serde::{Deserialize, Serialize};
+
+use super::memory::{Region, Run};
+use crate::arch::x86_64::state::ProcessorState;
+use crate::devices::ioapic::IoApicState;
+use crate::devices::serial::SerialPortState;
+use crate::spec::Spec;
+use crate::virtio::mmio::TransportState;
+
+/// A machine as it was saved.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// What it was made from, without what belongs to a run: the console, the control socket, the
+    /// exit status, and the device that KVM was reached through.
+    pub machine: Spec,
+    pub clock: ClockState,
+    pub processors: Vec<ProcessorState>,
+    pub devices: DevicesState,
+    pub memory: MemoryState,
+}
+
+/// When it was.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClockState {
+    /// The guest's clock (KVM_GET_CLOCK).
+    pub guest_ns: u64,
+    /// The host's, since 1970.
+    pub host_ns: u64,
+}
+
+/// All devices.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DevicesState {
+    pub io_apic: IoApicState,
+    pub serial: SerialPortState,
+    /// The guest has reported that it is ready.
+    pub ready: bool,
+    /// In the order of their addresses.
+    pub virtio: Vec<VirtioState>,
+}
+
+/// A virtio device and its place.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct VirtioState {
+    /// As in the machine's statistics.
+    pub name: String,
+    pub address: u64,
+    pub interrupt: u32,
+    pub transport: TransportState,
+}
+
+/// Where memory is, and what of it is in the memory file.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryState {
+    pub regions: Vec<Region>,
+    /// Of a difference: the pages that are in the file, whether zero or not.
+    pub written: Option<Vec<Run>>,
+}

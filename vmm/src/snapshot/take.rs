@@ -1,0 +1,242 @@
+//! Takes a snapshot of a paused machine, which may go on afterwards.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::SystemTime;
+
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use super::file::{self, Header, Id, Kind};
+use super::memory::{self, Run};
+use super::state::{ClockState, DevicesState, MemoryState, State, VirtioState};
+use crate::arch::x86_64::ArchError;
+use crate::arch::x86_64::state::Saver;
+use crate::control::SnapshotReport;
+use crate::devices::guest_status::Readiness;
+use crate::devices::ioapic::IoApic;
+use crate::devices::serial::SerialPort;
+use crate::dirty::{self, PAGE_BYTES};
+use crate::kvm::{KernelRoutes, KvmError, Vm};
+use crate::layout;
+use crate::spec::Spec;
+use crate::vcpu::Vcpus;
+use crate::virtio::mmio::{MmioTransport, Window};
+use crate::virtio::state::StateError;
+
+/// Why there is no snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeError {
+    #[error("there is no machine")]
+    Nothing,
+    #[error("the machine runs; pause it first")]
+    Running,
+    #[error(
+        "what the guest writes is not tracked, so there can be no difference; \
+         set `memory.track_dirty`"
+    )]
+    NotTracked,
+    #[error("there is no snapshot that this could be a difference to; take a full one first")]
+    NoParent,
+    #[error("device `{name}` cannot be saved")]
+    Device { name: String, source: StateError },
+    #[error("a processor cannot be saved")]
+    Processor(#[from] ArchError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error("no name can be made up for it")]
+    Id(#[source] io::Error),
+    #[error("the memory file cannot be written")]
+    Memory(#[source] io::Error),
+    #[error("the state file cannot be written")]
+    State(#[source] io::Error),
+}
+
+/// The parts of a machine that a snapshot is made of.
+pub struct Snapshotter {
+    pub vm: Arc<Vm>,
+    pub vcpus: Arc<Vcpus>,
+    pub saver: Saver,
+    pub io_apic: Arc<Mutex<IoApic<KernelRoutes>>>,
+    pub serial: Arc<Mutex<SerialPort>>,
+    pub readiness: Readiness,
+    pub transports: Vec<Arc<Mutex<MmioTransport>>>,
+    /// In the order of the transports.
+    pub windows: Vec<Window>,
+    /// What the machine was made from.
+    pub spec: Spec,
+    /// The last snapshot, taken of the machine or the one that it was made from.
+    pub last: Mutex<Option<Id>>,
+}
+
+opaque_debug!(Snapshotter);
+
+impl Snapshotter {
+    /// Writes a snapshot to two empty files. Waits for the host's work for the guest to end, and
+    /// for the file system.
+    ///
+    /// # Errors
+    ///
+    /// The machine is as it was; what the files hold is nothing.
+    pub fn take(
+        &self,
+        kind: Kind,
+        state_file: &mut File,
+        memory_file: &mut File,
+    ) -> Result<SnapshotReport, TakeError> {
+        if !self.vcpus.paused() {
+            return Err(TakeError::Running);
+        }
+        let parent = self.parent(kind)?;
+        let id = Id::random().map_err(TakeError::Id)?;
+        // Held to the end: devices have threads of their own, which write to the guest's memory.
+        let mut devices: Vec<_> = self.transports.iter().map(hold).collect();
+        // They first: they end their work in the guest's memory and interrupt processors.
+        let mut state = self.state(&mut devices)?;
+        let tracked = self.spec.memory.track_dirty;
+        // From here on what was written is forgotten, so that a failure leaves nothing to be a
+        // difference to.
+        *self.last() = None;
+        let written = if tracked {
+            self.written(&state)?
+        } else {
+            Vec::new()
+        };
+        let memory = self.vm.memory();
+        let memory_bytes = match kind {
+            Kind::Full => memory::write_all(memory, memory_file, &id),
+            Kind::Diff => memory::write_runs(memory, memory_file, &id, &written),
+        };
+        let memory_bytes = memory_bytes.map_err(TakeError::Memory)?;
+        state.memory.written = (kind == Kind::Diff).then_some(written);
+        let header = Header::new(kind, id.clone(), parent.clone());
+        let state_bytes = rewind(state_file)
+            .and_then(|()| file::write(state_file, &header, &state))
+            .map_err(TakeError::State)?;
+        *self.last() = Some(id.clone());
+        Ok(SnapshotReport {
+            id: id.to_string(),
+            parent: parent.map(|id| id.to_string()),
+            kind,
+            state_bytes,
+            memory_bytes,
+        })
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<Id>> {
+        self.last.lock().expect("nothing panics in here")
+    }
+
+    fn parent(&self, kind: Kind) -> Result<Option<Id>, TakeError> {
+        match kind {
+            Kind::Full => Ok(None),
+            Kind::Diff if !self.spec.memory.track_dirty => Err(TakeError::NotTracked),
+            Kind::Diff => self.last().clone().map(Some).ok_or(TakeError::NoParent),
+        }
+    }
+
+    fn state(&self, transports: &mut [MutexGuard<'_, MmioTransport>]) -> Result<State, TakeError> {
+        let mut virtio = Vec::new();
+        for (transport, window) in transports.iter_mut().zip(&self.windows) {
+            transport.quiesce();
+            let name = transport.stats().name;
+            match transport.save() {
+                Ok(state) => virtio.push(VirtioState {
+                    name,
+                    address: window.address,
+                    interrupt: window.gsi,
+                    transport: state,
+                }),
+                Err(source) => return Err(TakeError::Device { name, source }),
+            }
+        }
+        let devices = DevicesState {
+            io_apic: self.io_apic.lock().expect("no device panics").save(),
+            serial: self.serial.lock().expect("no device panics").save(),
+            ready: self.readiness.get(),
+            virtio,
+        };
+        Ok(State {
+            machine: recorded(&self.spec),
+            clock: ClockState {
+                guest_ns: self.vm.clock()?,
+                host_ns: host_clock(),
+            },
+            processors: self.vcpus.inspect(|id, vcpu| self.saver.save(id, vcpu))?,
+            devices,
+            memory: MemoryState {
+                regions: memory::regions(self.vm.memory()),
+                written: None,
+            },
+        })
+    }
+
+    /// The pages that guest or devices have written since this was last asked for.
+    fn written(&self, state: &State) -> Result<Vec<Run>, TakeError> {
+        let mut bitmaps = Vec::new();
+        for (index, region) in self.vm.memory().iter().enumerate() {
+            let bytes = usize::try_from(region.len()).expect("it is mapped");
+            let mut words = self.vm.take_dirty(index, bytes)?;
+            let start = region
+                .get_host_address(MemoryRegionAddress(0))
+                .expect("a region is not empty");
+            for (word, more) in words.iter_mut().zip(dirty::take(start.addr())) {
+                *word |= more;
+            }
+            let begin = region.start_addr().raw_value();
+            for (address, length) in always_written(state) {
+                for page in address / PAGE_BYTES as u64..=(address + length) / PAGE_BYTES as u64 {
+                    let page = page.checked_sub(begin / PAGE_BYTES as u64);
+                    let page = page.and_then(|page| usize::try_from(page).ok());
+                    if let Some(page) = page
+                        && let Some(word) = words.get_mut(page / 64)
+                    {
+                        *word |= 1 << (page % 64);
+                    }
+                }
+            }
+            bitmaps.push((words, region.len() / PAGE_BYTES as u64));
+        }
+        Ok(memory::runs(&bitmaps))
+    }
+}
+
+fn hold(transport: &Arc<Mutex<MmioTransport>>) -> MutexGuard<'_, MmioTransport> {
+    transport.lock().expect("no device panics")
+}
+
+/// What is written without being marked, as addresses and lengths: the used rings of queues (virtio
+/// 1.2, section 2.7.8), and the number of the machine's generation.
+fn always_written(state: &State) -> impl Iterator<Item = (u64, u64)> {
+    let devices = state.devices.virtio.iter();
+    devices
+        .flat_map(|device| &device.transport.queues)
+        .filter(|queue| queue.ready)
+        .map(|queue| (queue.used, 6 + 8 * u64::from(queue.size)))
+        .chain([(layout::GENERATION, 0)])
+}
+
+/// Without what belongs to the run.
+fn recorded(spec: &Spec) -> Spec {
+    Spec {
+        kvm: None,
+        console: None,
+        control: None,
+        exit_status: None,
+        ..spec.clone()
+    }
+}
+
+/// Nanoseconds since 1970.
+pub fn host_clock() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    // A clock that was never set has stood still since then, and one beyond 2554 stands there.
+    since.map_or(0, |since| {
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+    })
+}
+
+fn rewind(file: &mut File) -> io::Result<()> {
+    file.set_len(0)?;
+    file.seek(SeekFrom::Start(0)).map(|_| ())
+}
