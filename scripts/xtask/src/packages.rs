@@ -13,16 +13,20 @@ use crate::step::{command, run, step};
 /// What the host needs to build hostd and its images and to run the simulated host.
 pub(crate) const ALL: &[&str] = &[
     "build-essential", // Linker, and the C compiler for SQLite.
+    "buildah",         // Builds images with hostd-oci in its tests.
     "busybox-static",  // The image of the tests and the demo.
+    "containerd",      // Runs containers with hostd-oci in its tests.
     "cpio",            // Initramfs archives.
     "docker-registry", // A real registry for the image tests.
     "e2fsprogs",       // Writable disks of VMs.
     "erofs-utils",     // Image disks of VMs.
     "iproute2",        // The network tests look at what hostd made.
+    "iptables",        // Podman's network.
     "kmod",            // Module dependencies of the kernels.
     "mmdebstrap",      // The host image's root.
     "nftables",        // NAT and published ports.
     "openssh-client",  // Commands in the simulated host.
+    "podman",          // Runs containers with hostd-oci in its tests.
     "qemu-system-x86", // The simulated host.
     "skopeo",          // Pushes to the registry in the image tests.
     "umoci",           // OCI layouts from file trees.
