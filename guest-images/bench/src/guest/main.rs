@@ -16,6 +16,7 @@
 //! | `block:KIND:BYTES:DEPTH:COUNT` | requests to a disk; KIND is `read`, `write`, `random-read`, `random-write` |
 //! | `net:BYTES:DEPTH:COUNT` | frames sent |
 //! | `hold` | nothing: the guest says so and runs until it is killed |
+//! | `beat` | the same, and it writes to the boot timer again and again |
 //!
 //! A panic, which would be a bug, resets the machine, and the measurement has no result.
 #![no_std]
@@ -39,6 +40,13 @@ const PORT_UNUSED: u16 = 0x700;
 const TOUCHED: usize = 32 << 20;
 
 const PAGE_BYTES: usize = 4096;
+
+/// Where a guest says that it runs, by this byte.
+const BOOT_TIMER: usize = 0xc000_0000;
+const BOOTED: u8 = 123;
+
+/// Some microseconds.
+const BEAT_PAUSE: u32 = 100;
 
 /// Why there is no result.
 enum Failure {
@@ -88,6 +96,7 @@ fn measure(asked: &[u8], command_line: &[u8]) -> Result<Measured, Failure> {
         b"block" => block::run(command_line, &block::Load::parse(&mut fields)?),
         b"net" => net::run(command_line, &net::Load::parse(&mut fields)?),
         b"hold" => hold(),
+        b"beat" => beat(),
         _ => Err(Failure::Word),
     }
 }
@@ -137,6 +146,16 @@ fn hold() -> ! {
     print(b"holding\n");
     loop {
         core::hint::spin_loop();
+    }
+}
+
+fn beat() -> ! {
+    print(b"beating\n");
+    loop {
+        memory::store(BOOT_TIMER, BOOTED);
+        for _ in 0..BEAT_PAUSE {
+            core::hint::spin_loop();
+        }
     }
 }
 

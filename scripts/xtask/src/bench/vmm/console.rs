@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const HOLDING: &str = "holding";
 
 /// What a run came to.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Run {
     /// From before the process was started until it was gone.
     pub(crate) wall: Duration,
@@ -63,14 +63,15 @@ pub(crate) fn memory(command: &mut Command) -> Result<[u64; 2]> {
 }
 
 /// A process and what it said. Ends with this.
-struct Process {
+pub(super) struct Process {
     child: Child,
     pipe: fs::File,
     output: String,
 }
 
 impl Process {
-    fn start(command: &mut Command) -> Result<Process> {
+    /// Starts it, and listens to it.
+    pub(super) fn start(command: &mut Command) -> Result<Process> {
         let (read, write) = nix::unistd::pipe()?;
         let child = command
             .stdin(Stdio::null())
@@ -87,8 +88,13 @@ impl Process {
         })
     }
 
+    /// What it has said so far.
+    pub(super) fn output(&self) -> &str {
+        &self.output
+    }
+
     /// Reads until `enough` of the output is there, or until its end.
-    fn read_until(&mut self, enough: impl Fn(&str) -> bool) -> Result<()> {
+    pub(super) fn read_until(&mut self, enough: impl Fn(&str) -> bool) -> Result<()> {
         let start = Instant::now();
         let mut bytes = [0; 4096];
         while !enough(&self.output) {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::place::{Place, TAP};
 use crate::paths;
 
-const MEMORY_MIB: u64 = 128;
+pub(crate) const MEMORY_MIB: u64 = 128;
 
 /// Mappings of this size or more are the guest's memory, not the monitor's own.
 pub(crate) const GUEST_BYTES: u64 = MEMORY_MIB << 20;
@@ -81,6 +81,20 @@ impl Monitor {
             kind,
             program: program.into(),
         })
+    }
+
+    /// The command that runs this machine; none for peers.
+    pub(crate) fn run_machine(&self, place: &Place, machine: &Value) -> Result<Option<Command>> {
+        configure(place, machine)?;
+        Ok(self.tool().map(|mut command| {
+            command.arg("--config").arg(place.configuration());
+            command
+        }))
+    }
+
+    /// Our program, for what only it does.
+    pub(crate) fn tool(&self) -> Option<Command> {
+        (self.kind == Kind::Hostd).then(|| Command::new(&self.program))
     }
 
     /// The command that runs the guest with these words on its command line.

@@ -6,6 +6,7 @@ mod console;
 mod machine;
 mod place;
 mod row;
+mod snapshot;
 mod table;
 
 use std::io::Write;

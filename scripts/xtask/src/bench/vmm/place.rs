@@ -55,6 +55,11 @@ impl Place {
         self.folder.join("configuration.json")
     }
 
+    /// A path for something else.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
     /// What to put in front of a command so that it finds the tap.
     pub(crate) fn in_network(&self) -> [&str; 4] {
         ["ip", "netns", "exec", &self.namespace]

@@ -4,8 +4,9 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::console::{self, Run};
-use super::machine::{Devices, Monitor};
+use super::machine::{Devices, MEMORY_MIB, Monitor};
 use super::place::Place;
+use super::snapshot::{self, Step};
 
 /// One line of the table.
 #[derive(Debug)]
@@ -33,6 +34,8 @@ enum How {
     Process,
     /// The memory that is not the guest's: all of it, or what of it is private and changed.
     Memory { dirty: bool },
+    /// A step in the life of a machine with this many MiB that is saved and goes on.
+    Snapshot(u64, Step),
     /// What the guest counts for one `bench=` word.
     Guest(Devices, &'static str),
 }
@@ -55,7 +58,7 @@ const fn row(name: &'static str, unit: &'static str, goal: Option<f64>, how: How
     }
 }
 
-/// Everything. What snapshots cost belongs here too.
+/// Everything.
 pub(crate) const ROWS: &[Row] = &[
     row("first guest instruction", "ms", Some(1.5), How::Start),
     row("start to exit", "ms", Some(5.0), How::Process),
@@ -66,6 +69,30 @@ pub(crate) const ROWS: &[Row] = &[
         How::Memory { dirty: false },
     ),
     row("private memory", "MiB", None, How::Memory { dirty: true }),
+    row(
+        "restore, 128 MiB",
+        "ms",
+        Some(2.5),
+        How::Snapshot(MEMORY_MIB, Step::Restore),
+    ),
+    row(
+        "restore, 4 GiB",
+        "ms",
+        Some(2.5),
+        How::Snapshot(4096, Step::Restore),
+    ),
+    row(
+        "pause and full snapshot",
+        "ms",
+        Some(50.0),
+        How::Snapshot(MEMORY_MIB, Step::Full),
+    ),
+    row(
+        "pause and diff snapshot",
+        "ms",
+        Some(10.0),
+        How::Snapshot(MEMORY_MIB, Step::Diff),
+    ),
     guest(
         "first touch of a page",
         Some(1.0),
@@ -152,6 +179,9 @@ impl Row {
                     cpu: None,
                 }))
             }
+            How::Snapshot(memory_mib, step) => {
+                snapshot::measure(monitor, place, *memory_mib, *step)
+            }
             How::Guest(devices, word) => {
                 let words = format!("bench={word}");
                 let run = console::run(&mut monitor.command(place, *devices, &words)?)?;
@@ -180,7 +210,7 @@ fn counted(output: &str, word: &str) -> Result<[f64; 2]> {
 
 /// What `--boot-timer` says: ours by the host's clock and so from before the process was started,
 /// Firecracker's from when it begins to build the machine.
-fn first_instruction(run: &Run) -> Option<Sample> {
+pub(super) fn first_instruction(run: &Run) -> Option<Sample> {
     let ours = run.output.lines().find_map(|line| {
         let report: Value = serde_json::from_str(line).ok()?;
         let at = report["boot_at_us"].as_f64()?;
