@@ -22,6 +22,7 @@ pub mod devices;
 pub mod dirty;
 pub mod events;
 pub mod exit;
+pub mod footprint;
 pub mod guest_status;
 pub mod kvm;
 pub mod layout;

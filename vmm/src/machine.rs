@@ -23,6 +23,7 @@ use crate::devices::boot_timer::Start;
 use crate::devices::generation::{self, GenerationError};
 use crate::events::EventLoop;
 use crate::exit::ExitSwitch;
+use crate::footprint;
 use crate::kvm::{self, KvmError, Vm};
 use crate::layout;
 use crate::listen::Listener;
@@ -142,7 +143,7 @@ opaque_debug!(Machine);
 impl Machine {
     /// Puts the machine of `plan` together. Its processors wait for [`run`](Self::run).
     pub fn build(mut plan: Plan, options: Options) -> Result<Machine, MachineError> {
-        kvm::prepare_interrupts()?;
+        prepare_process()?;
         let kvm = kvm::open(&plan.kvm)?;
         let Memory { all, boot } = memory(&plan)?;
         generation::renew(&all)?;
@@ -171,7 +172,6 @@ impl Machine {
             generation: &generation,
         };
         let begun = bare.begin(plan.origin)?;
-        seccomp::prepare_allocator();
         let filters = Filters::new(options);
         let vcpus = start_threads(fds, &mut parts, &filters)?;
         if let Some(listen) = plan.control {
@@ -228,6 +228,7 @@ impl Machine {
             Ok(()) => self.vcpus.resume(),
             Err(error) => self.exit.fail(&error),
         }
+        footprint::forget_start();
         if let Err(error) = self.events.run() {
             self.exit.fail(&error);
         }
@@ -235,6 +236,12 @@ impl Machine {
         let status = self.exit.status();
         status.expect("the event loop ends with the machine")
     }
+}
+
+/// What is to be done before there is another thread.
+fn prepare_process() -> Result<(), KvmError> {
+    seccomp::prepare_allocator();
+    kvm::prepare_interrupts()
 }
 
 /// What threads may do. Absent filters allow everything.
