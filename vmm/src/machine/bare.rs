@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::parts::Parts;
 use super::{MachineError, unrestorable};
+use crate::arch::x86_64::state::{nanoseconds, time_stamp};
 use crate::arch::x86_64::{self, acpi};
 use crate::boot;
 use crate::devices::generation;
@@ -100,10 +101,8 @@ impl Bare<'_> {
             ClockPolicy::Advance => host_clock().saturating_sub(state.clock.host_ns),
             ClockPolicy::Freeze => 0,
         };
-        let elapsed_ms = elapsed_ns / 1_000_000;
-        let features = x86_64::state::restore(self.kvm, self.vcpus, &state.processors, elapsed_ms)?;
-        self.vm
-            .set_clock(state.clock.guest_ns.saturating_add(elapsed_ns))?;
+        let features = x86_64::state::restore(self.kvm, self.vcpus, &state.processors, elapsed_ns)?;
+        self.set_clock(state, elapsed_ns)?;
         if state.devices.ready {
             self.parts.readiness.set();
         }
@@ -114,6 +113,26 @@ impl Bare<'_> {
             .map_err(unrestorable("the I/O APIC"))?;
         generation::announce(self.generation)?;
         Ok(features)
+    }
+
+    /// Sets the guest's clock to what it would show beside the first processor's time-stamp counter,
+    /// which has counted on since it was restored: a guest that sees them differ trusts neither.
+    fn set_clock(&self, state: &State, elapsed_ns: u64) -> Result<(), MachineError> {
+        let saved = &state.clock;
+        let khz = state.processors.first().and_then(|first| first.tsc_khz);
+        let mut guest_ns = None;
+        if let (Some(vcpu), Some(khz)) = (self.vcpus.first(), khz) {
+            let now = time_stamp(vcpu)?;
+            // The processor was saved before the clock was read, so that it may still be behind.
+            let distance = now.wrapping_sub(saved.time_stamp).cast_signed();
+            let ns = nanoseconds(distance.unsigned_abs(), khz);
+            guest_ns = ns.map(|ns| match distance {
+                0.. => saved.guest_ns.saturating_add(ns),
+                _ => saved.guest_ns.saturating_sub(ns),
+            });
+        }
+        let without = saved.guest_ns.saturating_add(elapsed_ns);
+        Ok(self.vm.set_clock(guest_ns.unwrap_or(without))?)
     }
 
     fn restore_virtio(&self, state: &State) -> Result<(), MachineError> {

@@ -23,12 +23,14 @@ pub struct State {
     pub memory: MemoryState,
 }
 
-/// When it was.
+/// When it was, by three clocks that were read in one go: a guest compares them with each other.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ClockState {
     /// The guest's clock (KVM_GET_CLOCK).
     pub guest_ns: u64,
+    /// The time-stamp counter of the first processor.
+    pub time_stamp: u64,
     /// The host's, since 1970.
     pub host_ns: u64,
 }

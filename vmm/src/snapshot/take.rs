@@ -5,13 +5,14 @@ use std::io::{self, Seek, SeekFrom};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
+use kvm_ioctls::VcpuFd;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::file::{self, Header, Id, Kind};
 use super::memory::{self, Run};
 use super::state::{ClockState, DevicesState, MemoryState, State, VirtioState};
 use crate::arch::x86_64::ArchError;
-use crate::arch::x86_64::state::Saver;
+use crate::arch::x86_64::state::{Saver, time_stamp};
 use crate::control::SnapshotReport;
 use crate::devices::guest_status::Readiness;
 use crate::devices::ioapic::IoApic;
@@ -158,17 +159,32 @@ impl Snapshotter {
         };
         Ok(State {
             machine: recorded(&self.spec),
-            clock: ClockState {
-                guest_ns: self.vm.clock()?,
-                host_ns: host_clock(),
-            },
             processors: self.vcpus.inspect(|id, vcpu| self.saver.save(id, vcpu))?,
+            clock: self.clock()?,
             devices,
             memory: MemoryState {
                 regions: memory::regions(self.vm.memory()),
                 written: None,
             },
         })
+    }
+
+    fn clock(&self) -> Result<ClockState, TakeError> {
+        let now = |id, vcpu: &VcpuFd| {
+            // The others count on, in step with the first.
+            (id == 0)
+                .then(|| {
+                    Ok(ClockState {
+                        guest_ns: self.vm.clock()?,
+                        time_stamp: time_stamp(vcpu)?,
+                        host_ns: host_clock(),
+                    })
+                })
+                .transpose()
+        };
+        let clocks: Vec<_> = self.vcpus.inspect::<_, TakeError>(now)?;
+        let first = clocks.into_iter().flatten().next();
+        Ok(first.expect("there is a first processor"))
     }
 
     /// The pages that guest or devices have written since this was last asked for.

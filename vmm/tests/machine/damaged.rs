@@ -12,10 +12,10 @@ use crate::runner::{Machine, Snapshot};
 use crate::snapshot::{counting, wait_ready};
 
 /// A copy of a snapshot's files, to be damaged.
-struct Copy(TempDir);
+pub(crate) struct Copy(TempDir);
 
 impl Copy {
-    fn of(snapshot: &Snapshot) -> Copy {
+    pub(crate) fn of(snapshot: &Snapshot) -> Copy {
         let folder = tempfile::tempdir().unwrap();
         for name in ["state", "memory"] {
             fs::copy(snapshot.folder.join(name), folder.path().join(name)).unwrap();
@@ -23,7 +23,7 @@ impl Copy {
         Copy(folder)
     }
 
-    fn folder(&self) -> &Path {
+    pub(crate) fn folder(&self) -> &Path {
         self.0.path()
     }
 
@@ -33,6 +33,29 @@ impl Copy {
 
     fn write(&self, text: &str) {
         fs::write(self.folder().join("state"), text).unwrap();
+    }
+
+    /// The JSON of a line.
+    pub(crate) fn line(&self, line: usize) -> Value {
+        serde_json::from_str(self.text().lines().nth(line).unwrap()).unwrap()
+    }
+
+    /// Sets what `pointer` names in line `line`, and makes the checksum fit.
+    pub(crate) fn set(&self, line: usize, pointer: &str, new: &Value) {
+        let mut value = self.line(line);
+        let (parent, last) = pointer.rsplit_once('/').unwrap();
+        let parent = value.pointer_mut(parent).unwrap();
+        match parent.as_array_mut() {
+            Some(list) => list[last.parse::<usize>().unwrap()] = new.clone(),
+            None => parent[last] = new.clone(),
+        }
+        let text = self.text();
+        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        lines[line] = value.to_string();
+        let text = format!("{}\n{}\n{}\n", lines[0], lines[1], lines[2]);
+        let digest = Sha256::digest(&text);
+        let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        self.write(&format!("{text}sha256 {digest}\n"));
     }
 
     fn refusal(&self) -> String {
@@ -93,24 +116,6 @@ fn a_file_that_was_damaged_is_refused_and_says_how() {
     });
 }
 
-/// Sets what `pointer` names in line `line`, and makes the checksum fit.
-fn set(copy: &Copy, line: usize, pointer: &str, new: &Value) {
-    let text = copy.text();
-    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
-    let mut value: Value = serde_json::from_str(&lines[line]).unwrap();
-    let (parent, last) = pointer.rsplit_once('/').unwrap();
-    let parent = value.pointer_mut(parent).unwrap();
-    match parent.as_array_mut() {
-        Some(list) => list[last.parse::<usize>().unwrap()] = new.clone(),
-        None => parent[last] = new.clone(),
-    }
-    lines[line] = value.to_string();
-    let text = format!("{}\n{}\n{}\n", lines[0], lines[1], lines[2]);
-    let digest = Sha256::digest(&text);
-    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    copy.write(&format!("{text}sha256 {digest}\n"));
-}
-
 #[test]
 fn a_header_that_cannot_be_is_refused_and_says_why() {
     with_snapshot(|snapshot| {
@@ -123,7 +128,7 @@ fn a_header_that_cannot_be_is_refused_and_says_why() {
             ("/format", json!(0), "is of format 0"),
         ] {
             let copy = Copy::of(snapshot);
-            set(&copy, 1, pointer, &new);
+            copy.set(1, pointer, &new);
             let said = copy.refusal();
             assert!(said.contains(want), "{want}: {said}");
         }
@@ -135,7 +140,7 @@ fn assert_refused(table: &[(&str, Value, &str)]) {
     with_snapshot(|snapshot| {
         for (pointer, new, want) in table {
             let copy = Copy::of(snapshot);
-            set(&copy, 2, pointer, new);
+            copy.set(2, pointer, new);
             let said = copy.refusal();
             assert!(said.contains(want), "{want}: {said}");
         }

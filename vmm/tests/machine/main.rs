@@ -3,6 +3,7 @@
 
 mod boot;
 mod damaged;
+mod golden;
 mod guest;
 mod runner;
 mod snapshot;

@@ -13,7 +13,7 @@ use vmm::{guest_status, layout};
 use crate::guest::Guest;
 use crate::runner::{Machine, Running, Snapshot};
 
-const COUNTER: u32 = 0x20_0000;
+pub(crate) const COUNTER: u32 = 0x20_0000;
 
 fn guest() -> Guest {
     Guest::default()
@@ -34,7 +34,7 @@ pub(crate) fn wait_ready(running: &Running) {
 }
 
 /// A full snapshot in which the guest has counted beyond `past`.
-fn snapshot_beyond(running: &Running, name: &str, past: u32) -> Snapshot {
+pub(crate) fn snapshot_beyond(running: &Running, name: &str, past: u32) -> Snapshot {
     // The guest counts as long as it is not paused, so this ends.
     (0..)
         .map(|attempt| format!("{name}{attempt}"))

@@ -7,7 +7,9 @@ use kvm_ioctls::VcpuFd;
 
 use super::{ArchError, refused};
 
-const TSC: u32 = 0x10;
+/// IA32_TIME_STAMP_COUNTER.
+pub(super) const TSC: u32 = 0x10;
+/// IA32_TSC_DEADLINE.
 const TSC_DEADLINE: u32 = 0x6e0;
 /// IA32_MISC_ENABLE, and its bit 0: fast string instructions.
 const MISC_ENABLE: u32 = 0x1a0;

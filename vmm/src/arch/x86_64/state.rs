@@ -17,6 +17,8 @@ use crate::snapshot::hex::{Bytes, Raw};
 /// Clocks that differ by less than this are the same (parts per million), as for the kernel.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
+const NS_PER_MS: u128 = 1_000_000;
+
 /// A processor as it was saved.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -133,7 +135,7 @@ fn entry(row: &[u32; 7]) -> kvm_cpuid_entry2 {
 }
 
 /// Puts `vcpus`, which have never run, into the saved states. Their time-stamp counters go on
-/// `elapsed_ms` later. Returns the features of each.
+/// `elapsed_ns` later. Returns the features of each.
 ///
 /// # Errors
 ///
@@ -143,14 +145,14 @@ pub fn restore(
     kvm: &Kvm,
     vcpus: &[VcpuFd],
     states: &[ProcessorState],
-    elapsed_ms: u64,
+    elapsed_ns: u64,
 ) -> Result<Vec<CpuId>, ArchError> {
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(refused("tell the processor features"))?;
     let count = u8::try_from(vcpus.len()).expect("the plan allows 32");
     let resumption = Resumption {
-        elapsed_ms,
+        elapsed_ns,
         extended_bytes: extended_bytes(kvm),
     };
     let mut all = Vec::new();
@@ -168,7 +170,7 @@ pub fn restore(
 /// What is the same for all processors.
 #[derive(Clone, Copy)]
 struct Resumption {
-    elapsed_ms: u64,
+    elapsed_ns: u64,
     /// What this host's processors have.
     extended_bytes: usize,
 }
@@ -206,12 +208,31 @@ fn restore_one(
     // After the system registers, which say where it is; before the timer's register.
     vcpu.set_lapic(&state.local_apic.0)
         .map_err(refused("set a local APIC"))?;
-    let khz = u64::from(state.tsc_khz.unwrap_or_default());
-    let ticks = khz.wrapping_mul(resumption.elapsed_ms);
+    let ticks = ticks(resumption.elapsed_ns, state.tsc_khz.unwrap_or_default());
     msrs::write(vcpu, &msrs::resumed(&state.msrs, ticks))?;
     // After the registers, which clear exceptions.
     vcpu.set_vcpu_events(&state.events.0)
         .map_err(refused("set events"))
+}
+
+/// How far a time-stamp counter comes in so many nanoseconds.
+fn ticks(nanoseconds: u64, khz: u32) -> u64 {
+    let ticks = u128::from(nanoseconds) * u128::from(khz) / NS_PER_MS;
+    u64::try_from(ticks).unwrap_or(u64::MAX)
+}
+
+/// How many nanoseconds a time-stamp counter of this speed takes for so many ticks; nothing if the
+/// speed is not known.
+pub fn nanoseconds(ticks: u64, khz: u32) -> Option<u64> {
+    let nanoseconds = (u128::from(ticks) * NS_PER_MS).checked_div(khz.into())?;
+    u64::try_from(nanoseconds).ok()
+}
+
+/// The time-stamp counter of `vcpu`, which does not stand still.
+pub fn time_stamp(vcpu: &VcpuFd) -> Result<u64, ArchError> {
+    let values = msrs::read(vcpu, &[msrs::TSC])?;
+    let (_, value) = values.first().ok_or(ArchError::Msr { index: msrs::TSC })?;
+    Ok(*value)
 }
 
 fn same_speed(one: u32, other: u32) -> bool {
@@ -234,6 +255,18 @@ mod tests {
         ] {
             assert_eq!(same_speed(one, other), want, "{one} {other}");
         }
+    }
+
+    #[test]
+    fn ticks_are_time_where_the_speed_is_known() {
+        let day = 86_400_000_000_000;
+        for (ns, khz, count) in [(1_000_000, 2_600_000, 2_600_000), (day, 3, 259_200_000)] {
+            assert_eq!(ticks(ns, khz), count);
+            assert_eq!(nanoseconds(count, khz), Some(ns));
+        }
+        assert_eq!(ticks(u64::MAX, u32::MAX), u64::MAX);
+        assert_eq!(nanoseconds(1, 0), None);
+        assert_eq!(nanoseconds(u64::MAX, 1), None);
     }
 
     #[test]
