@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use agent::protocol::Frame;
 use container::cgroup::{Cgroup, CgroupError};
 use container::monitor::protocol::{Descriptor, LogSpec, MonitorSpec, Request, Response};
 use futures::FutureExt;
@@ -269,12 +270,13 @@ impl Engine {
         &self,
         record: &Record,
         stdin: bool,
+        amend: impl Fn(Frame) -> Frame + Send + 'static,
     ) -> Result<Session, DriverError> {
         let connection = self
             .monitor(record)
             .converse(&Request::Attach { stdin })
             .await?;
-        Ok(session::over_lines(connection))
+        Ok(session::over_lines(connection, amend))
     }
 
     pub(super) async fn stats(&self, record: &Record) -> Result<Stats, DriverError> {

@@ -9,8 +9,11 @@ use tokio_util::codec::{Framed, LinesCodec};
 
 use super::{SESSION_FRAMES_MAX, Session};
 
-/// Passes frames on until either side ends.
-pub(super) fn over_lines(connection: Framed<UnixStream, LinesCodec>) -> Session {
+/// Passes frames on until either side ends; those from the process as `amend` has them.
+pub(super) fn over_lines(
+    connection: Framed<UnixStream, LinesCodec>,
+    amend: impl Fn(Frame) -> Frame + Send + 'static,
+) -> Session {
     let (input, mut towards) = mpsc::channel::<Frame>(SESSION_FRAMES_MAX);
     let (from, output) = mpsc::channel(SESSION_FRAMES_MAX);
     let (mut sink, mut stream) = connection.split();
@@ -30,10 +33,13 @@ pub(super) fn over_lines(connection: Framed<UnixStream, LinesCodec>) -> Session 
                 () = from.closed() => return,
             };
             let Some(Ok(line)) = line else { return };
-            let frame = serde_json::from_str(&line).unwrap_or_else(|error| Frame::Error {
-                code: 125,
-                message: format!("a frame cannot be understood: {error}"),
-            });
+            let frame = serde_json::from_str(&line).map_or_else(
+                |error| Frame::Error {
+                    code: 125,
+                    message: format!("a frame cannot be understood: {error}"),
+                },
+                &amend,
+            );
             let last = matches!(frame, Frame::Exit { .. } | Frame::Error { .. });
             if from.send(frame).await.is_err() || last {
                 return;

@@ -6,7 +6,7 @@ use serde_json::Value;
 use tests::{Host, Kind};
 
 use crate::KindTest;
-use crate::process::{start_idle, start_script};
+use crate::process::start_idle;
 
 pub(crate) const TESTS: &[(&str, KindTest)] = &[
     ("a_memory_hog_is_stopped_and_the_exit_says_so", memory),
@@ -21,8 +21,10 @@ pub(crate) const TESTS: &[(&str, KindTest)] = &[
 fn memory(host: &Host, kind: Kind) {
     let name = format!("hog-{}", kind.name());
     let script = "head -c 400m /dev/zero | tail -c 399m >/dev/null";
-    start_script(host, kind, &name, &["--memory", "128M"], script);
-    host.hostctl(&["wait", &name]).exits(137);
+    let run = ["run", "--name", &name, "--isolation", kind.name()];
+    let hog = ["--memory", "128M", "busybox", "sh", "-c", script];
+    let output = host.hostctl(&[&run[..], &hog[..]].concat()).exits(137);
+    assert!(output.stderr.contains("memory limit"), "{}", output.stderr);
     let instance = host.hostctl(&["inspect", "--json", &name]).json();
     assert_eq!(instance["exit"]["oom"], true, "{instance:#}");
     host.hostctl(&["rm", &name]).ok();

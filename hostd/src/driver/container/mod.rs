@@ -4,6 +4,7 @@ mod config;
 mod exec;
 mod user;
 
+use std::convert;
 use std::fs;
 use std::future;
 use std::net::Ipv4Addr;
@@ -180,7 +181,11 @@ impl Driver for ContainerDriver {
                 Channel::Exec(request) => {
                     exec::open(&self.engine.paths, &record.instance.name, &request)
                 }
-                Channel::Attach { stdin } => self.engine.attach_streams(record, stdin).await,
+                Channel::Attach { stdin } => {
+                    self.engine
+                        .attach_streams(record, stdin, convert::identity)
+                        .await
+                }
             }
         }
         .boxed()

@@ -6,6 +6,7 @@ mod disk;
 mod guest;
 mod machine;
 
+use std::convert;
 use std::fs;
 use std::future;
 use std::path::Path;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agent::initramfs;
-use agent::protocol::{self, Request as GuestRequest};
+use agent::protocol::{self, Frame, Request as GuestRequest};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use jiff::Timestamp;
@@ -326,9 +327,14 @@ impl Driver for VmDriver {
                 Channel::Exec(request) => {
                     let run = self.engine.paths.instance_run(&record.instance.name);
                     let socket = machine::agent_socket(&run);
-                    Ok(session::over_lines(guest::exec(&socket, *request).await?))
+                    let connection = guest::exec(&socket, *request).await?;
+                    Ok(session::over_lines(connection, convert::identity))
                 }
-                Channel::Attach { stdin } => self.engine.attach_streams(record, stdin).await,
+                Channel::Attach { stdin } => {
+                    let run = self.engine.paths.instance_run(&record.instance.name);
+                    let amend = move |frame| with_guest_oom(frame, &run);
+                    self.engine.attach_streams(record, stdin, amend).await
+                }
             }
         }
         .boxed()
@@ -450,6 +456,18 @@ fn exit_status(run: &Path) -> Option<ExitStatus> {
 }
 
 /// A guest's workload that was killed for want of memory is told of by the VMM, not by the cgroup.
+/// The monitor sees the VMM's end; that the guest ran out of memory only the VMM has seen.
+fn with_guest_oom(frame: Frame, run: &Path) -> Frame {
+    match frame {
+        Frame::Exit { code, signal, oom } => Frame::Exit {
+            code,
+            signal,
+            oom: oom || exit_status(run).is_some_and(|status| status.oom),
+        },
+        other => other,
+    }
+}
+
 fn with_exit_status(running: Running, engine: &Engine, record: &Record) -> Running {
     let run = engine.paths.instance_run(&record.instance.name);
     let ended = running.ended.then(move |ended| {
