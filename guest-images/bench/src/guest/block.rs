@@ -66,10 +66,13 @@ struct Disk<'a> {
     load: &'a Load,
     /// Requests of this size that the disk has room for.
     places: u64,
+    /// The next place is anywhere, not behind the last one.
+    random: bool,
     next: u64,
 }
 
-/// Puts the load on the first disk: a tenth of it to warm up, then all of it.
+/// Puts the load on the first disk, after some of it to warm up. Before random writes that is every
+/// place once: what a file system does when a page becomes dirty is not what is measured.
 pub(crate) fn run(command_line: &[u8], load: &Load) -> Result<Measured, Failure> {
     let device = Device::find(command_line, ID)?;
     device.negotiate(FLUSH)?;
@@ -83,10 +86,13 @@ pub(crate) fn run(command_line: &[u8], load: &Load) -> Result<Measured, Failure>
         queue,
         load,
         places,
+        random: false,
         next: 1,
     };
     disk.prepare();
-    disk.requests(load.count / 10)?;
+    let places_first = load.write && load.random;
+    disk.requests(if places_first { places } else { load.count / 10 })?;
+    disk.random = load.random;
     let start = ticks();
     disk.requests(load.count)?;
     let ticks = ticks().wrapping_sub(start);
@@ -165,7 +171,7 @@ impl Disk<'_> {
     }
 
     fn place(&mut self) -> u64 {
-        if self.load.random {
+        if self.random {
             // Marsaglia's xorshift.
             self.next ^= self.next << 13;
             self.next ^= self.next >> 7;

@@ -83,6 +83,15 @@ impl Monitor {
         })
     }
 
+    /// Writes the program to the disk: what is mapped of a file that was just built counts as changed.
+    pub(crate) fn settle(&self) -> Result<()> {
+        // One without a folder is found by the shell's rules, and was not just built.
+        match fs::File::open(&self.program) {
+            Ok(file) => file.sync_all().context("Cannot settle a program"),
+            Err(_) => Ok(()),
+        }
+    }
+
     /// The command that runs this machine; none for peers.
     pub(crate) fn run_machine(&self, place: &Place, machine: &Value) -> Result<Option<Command>> {
         configure(place, machine)?;

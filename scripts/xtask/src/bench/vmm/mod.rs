@@ -56,6 +56,9 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
         monitors.push(Monitor::qemu());
     }
     binaries::build_one("hostd-vmm")?;
+    for monitor in &monitors {
+        monitor.settle()?;
+    }
     let place = Place::new()?;
     let names: Vec<String> = monitors.iter().map(Monitor::to_string).collect();
     let mut all = Vec::new();

@@ -10,10 +10,9 @@ use anyhow::{Context, Result};
 use crate::paths;
 use crate::step::{command, run};
 
-const MIB: usize = 1 << 20;
-
-/// A quarter of what small machines have.
-const DISK_MIB: usize = 256;
+/// A quarter of the memory that small machines have.
+const DISK_BYTES: usize = 256 << 20;
+const BLOCK_BYTES: usize = 4096;
 
 /// The name of the tap.
 pub(crate) const TAP: &str = "tap0";
@@ -65,19 +64,19 @@ impl Place {
         ["ip", "netns", "exec", &self.namespace]
     }
 
-    /// Written in full, so that all its blocks are there, and read, so that all its pages are.
+    /// Written in full, so that all its blocks are there and all its pages in the cache; in small
+    /// pieces, since file systems may keep what is written at once in one large page, of which each
+    /// small write then costs more.
     fn fill_disk(&self) -> Result<()> {
-        let mut disk = fs::File::create(self.disk())?;
+        let disk = fs::File::create(self.disk())?;
         let mut random = fs::File::open("/dev/urandom")?;
-        let mut block = vec![0; MIB];
+        let mut block = vec![0; BLOCK_BYTES];
         random.read_exact(&mut block)?;
-        for number in 0..DISK_MIB {
+        for number in 0..DISK_BYTES / BLOCK_BYTES {
             block[..8].copy_from_slice(&number.to_le_bytes());
-            disk.write_all(&block)?;
+            (&disk).write_all(&block)?;
         }
-        disk.sync_all()?;
-        std::io::copy(&mut fs::File::open(self.disk())?, &mut std::io::sink())?;
-        Ok(())
+        Ok(disk.sync_all()?)
     }
 
     fn make_network(&self) -> Result<()> {
