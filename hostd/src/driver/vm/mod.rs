@@ -457,15 +457,11 @@ fn exit_status(run: &Path) -> Option<ExitStatus> {
 
 /// A guest's workload that was killed for want of memory is told of by the VMM, not by the cgroup.
 /// The monitor sees the VMM's end; that the guest ran out of memory only the VMM has seen.
-fn with_guest_oom(frame: Frame, run: &Path) -> Frame {
-    match frame {
-        Frame::Exit { code, signal, oom } => Frame::Exit {
-            code,
-            signal,
-            oom: oom || exit_status(run).is_some_and(|status| status.oom),
-        },
-        other => other,
+fn with_guest_oom(mut frame: Frame, run: &Path) -> Frame {
+    if let Frame::Exit { oom, .. } = &mut frame {
+        *oom |= exit_status(run).is_some_and(|status| status.oom);
     }
+    frame
 }
 
 fn with_exit_status(running: Running, engine: &Engine, record: &Record) -> Running {
