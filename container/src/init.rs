@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
+use libc::MS_SHARED;
 use nix::sys::signal::SigSet;
 use rustix::net::{SocketFlags, accept_with};
 use rustix::process::setsid;
@@ -86,7 +87,8 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     set_names(plan)?;
 
     let root = step("attach the root file system", rootfs::attach(&plan.rootfs))?;
-    mounts::make(&plan.mounts, &root, &wiring.cgroups)?;
+    let spread = matches!(plan.root_propagation, Some((MS_SHARED, _)));
+    mounts::make(&plan.mounts, &root, &wiring.cgroups, spread)?;
     let in_user_namespace = plan.namespaces.has(Kind::USER);
     devices::make(&plan.devices, plan.device_links, in_user_namespace, &root)?;
     // It need not exist in the image. On a read-only root it stays as it is, and the change fails.

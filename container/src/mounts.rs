@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use libc::MS_SLAVE;
+use libc::{MS_SHARED, MS_SLAVE};
 use rustix::fs::{CWD, Mode, PROC_SUPER_MAGIC, fstat, fstatfs, mkdirat, symlinkat};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
@@ -54,14 +54,17 @@ pub(crate) struct MountError {
 /// get. One without a name is a cgroup v2 hierarchy, alone.
 pub(crate) type CgroupTrees = Vec<(String, OwnedFd)>;
 
+/// Makes them. With `spread` a mount that is to be shared is shared with the host; without it, only with
+/// what the container makes of it, as with the other runtimes.
 pub(crate) fn make(
     mounts: &[MountPlan],
     root: &Root,
     cgroups: &CgroupTrees,
+    spread: bool,
 ) -> Result<(), MountError> {
     for mount in mounts {
         let mut hint = String::new();
-        make_one(mount, root, cgroups, &mut hint).map_err(|source| MountError {
+        make_one(mount, root, cgroups, spread, &mut hint).map_err(|source| MountError {
             field: mount.field.clone(),
             what: match &mount.what {
                 MountKind::Bind { .. } => "the source".to_owned(),
@@ -81,6 +84,7 @@ fn make_one(
     mount: &MountPlan,
     root: &Root,
     cgroups: &CgroupTrees,
+    spread: bool,
     hint: &mut String,
 ) -> io::Result<()> {
     match &mount.what {
@@ -103,6 +107,9 @@ fn make_one(
                 }
             };
             check_destination(mount, &destination)?;
+            if let (Some((MS_SHARED, _)), false) = (mount.options.propagation, spread) {
+                set_propagation(tree, MS_SLAVE, true)?;
+            }
             change(tree, &mount.options, *recursive)?;
             attach_at(tree, destination, Path::new(""))
         }

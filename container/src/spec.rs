@@ -61,15 +61,19 @@ impl Config {
             path: path.to_path_buf(),
             source,
         })?;
+        Self::parse(text, path)
+    }
+
+    /// Reads a configuration that came from `path`.
+    ///
+    /// # Errors
+    /// Those of [`SpecError`].
+    pub(crate) fn parse(text: Vec<u8>, path: &Path) -> Result<Self, SpecError> {
         if text.len() > CONFIG_BYTES_MAX {
             return Err(SpecError::TooLarge {
                 path: path.to_path_buf(),
             });
         }
-        Self::parse(text, path)
-    }
-
-    fn parse(text: Vec<u8>, path: &Path) -> Result<Self, SpecError> {
         // The straight way first: it is several times faster than the one that can name the field.
         if let Ok(spec) = serde_json::from_slice(&text) {
             return Ok(Self {

@@ -44,7 +44,7 @@ pub(super) fn plan(
         section("hugetlb", &|directory| plan_hugepages(directory, limit))?;
     }
     for (device, limit) in resources.rdma().iter().flatten() {
-        section("rdma", &|directory| Ok(plan_rdma(directory, device, limit)))?;
+        section("rdma", &|directory| plan_rdma(directory, device, limit))?;
     }
     if let Some(network) = resources.network() {
         section("net_cls", &|directory| Ok(plan_class(directory, network)))?;
@@ -157,7 +157,11 @@ fn plan_hugepages(
     ])
 }
 
-fn plan_rdma(directory: &Directory, device: &str, limit: &LinuxRdma) -> Vec<Setting> {
+fn plan_rdma(
+    directory: &Directory,
+    device: &str,
+    limit: &LinuxRdma,
+) -> Result<Vec<Setting>, CgroupError> {
     let handles = limit
         .hca_handles()
         .map(|count| format!(" hca_handle={count}"));
@@ -165,19 +169,20 @@ fn plan_rdma(directory: &Directory, device: &str, limit: &LinuxRdma) -> Vec<Sett
         .hca_objects()
         .map(|count| format!(" hca_object={count}"));
     if handles.is_none() && objects.is_none() {
-        return Vec::new();
+        let reason = "it needs hcaHandles, hcaObjects or both";
+        return Err(CgroupError::invalid(format!("rdma.{device}"), "{}", reason));
     }
     let value = format!(
         "{device}{}{}",
         handles.unwrap_or_default(),
         objects.unwrap_or_default()
     );
-    vec![Setting::new(
+    Ok(vec![Setting::new(
         format!("rdma.{device}"),
         &directory.path,
         "rdma.max",
         value,
-    )]
+    )])
 }
 
 fn plan_class(directory: &Directory, network: &LinuxNetwork) -> Vec<Setting> {
@@ -283,6 +288,7 @@ mod tests {
                 "network.priorities",
             ),
             (r#"{"rdma":{"mlx5_1":{"hcaHandles":3}}}"#, "rdma.mlx5_1"),
+            (r#"{"rdma":{"mlx5_1":{}}}"#, "rdma.mlx5_1"),
             (r#"{"unified":{"memory.high":"5"}}"#, "unified.memory.high"),
             (r#"{"unified":{"../x.y":"5"}}"#, "unified.../x.y"),
             (

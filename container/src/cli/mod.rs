@@ -19,6 +19,7 @@ mod pause;
 mod ps;
 mod spec;
 mod state;
+mod update;
 
 /// Runs containers as the Open Container Initiative specifies them.
 #[derive(Debug, Parser)]
@@ -123,7 +124,7 @@ enum Verb {
     /// Let the processes of a paused container go on
     Resume(pause::Resume),
     /// Change the limits of a container
-    Update(pause::Update),
+    Update(update::Update),
     /// Show what a container uses, and when it is short of memory
     Events(events::Show),
     /// Write a configuration to start from

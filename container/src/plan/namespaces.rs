@@ -201,7 +201,8 @@ fn open(field: &str, path: &Path, kind: Kind) -> Result<Option<OwnedFd>, PlanErr
         path: path.to_path_buf(),
         source: source.into(),
     };
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    // It may be anything, for instance a pipe that would be waited for.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = openat(CWD, path, flags, Mode::empty()).map_err(failed)?;
     if sys::namespace_type(file.as_fd()).ok() != Some(kind.0) {
         let reason = format!("{} is no {} namespace", path.display(), kind.file_name());

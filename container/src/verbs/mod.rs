@@ -3,6 +3,7 @@
 //! All but `exec` and `run` may be called from a program with several threads: they fork nothing, or
 //! only to execute a hook, a program of the host.
 
+pub mod check;
 pub mod delete;
 pub mod events;
 pub mod exec;

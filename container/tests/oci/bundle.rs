@@ -72,6 +72,10 @@ impl Bundle {
         let next = NEXT.fetch_add(1, Ordering::Relaxed);
         let id = format!("hostd-test-{}-{next}", std::process::id());
         let mut config = spec(None);
+        if !is_own() {
+            // Some know no later version, and care.
+            config["ociVersion"] = json!("1.0.2");
+        }
         config["process"]["terminal"] = json!(false);
         config["process"]["args"] = json!(["sh", "-c", script]);
         config["linux"]["cgroupsPath"] = json!(format!("/{id}"));

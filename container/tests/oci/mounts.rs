@@ -158,17 +158,23 @@ fn what_the_host_mounts_later_arrives_only_where_it_is_asked_for() {
 }
 
 #[test]
-fn what_the_container_mounts_reaches_the_host_only_where_it_is_asked_for() {
+fn what_the_container_mounts_reaches_the_host_only_where_root_and_mount_are_shared() {
     let script = "mount -t tmpfs tmpfs /data/below && touch /data/below/new";
     let host = "mount --bind source source; mount --make-shared source; $RUN; \
         test ! -e source/below/new || echo reached";
-    for (propagation, expected) in [("rshared", "reached\n"), ("rslave", ""), ("rprivate", "")] {
-        let ended = bound(script, &json!(["rbind", propagation])).script(host);
-        assert_eq!(
-            (ended.status, ended.stdout.as_str()),
-            (0, expected),
-            "{propagation}: {ended:?}"
-        );
+    for (root, propagation, expected) in [
+        ("shared", "rshared", "reached\n"),
+        ("shared", "rslave", ""),
+        ("slave", "rshared", ""),
+        ("", "rshared", ""),
+        ("", "rslave", ""),
+        ("", "rprivate", ""),
+    ] {
+        let bundle = bound(script, &json!(["rbind", propagation]));
+        let bundle = bundle.with(|config| config["linux"]["rootfsPropagation"] = json!(root));
+        let ended = bundle.script(host);
+        let found = (ended.status, ended.stdout.as_str());
+        assert_eq!(found, (0, expected), "{root} {propagation}: {ended:?}");
     }
 }
 
