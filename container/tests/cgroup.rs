@@ -284,6 +284,10 @@ fn a_group_in_which_somebody_lives_is_not_taken_over() {
     );
     group.cgroup.kill_all().unwrap();
     child.wait().unwrap();
+    // The shell's own child may take a moment longer.
+    while !group.cgroup.pids().unwrap().is_empty() {
+        std::thread::yield_now();
+    }
     Cgroup::create(&group.path, None).unwrap();
 }
 
