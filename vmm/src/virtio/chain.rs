@@ -307,10 +307,16 @@ impl<'a> IoList<'a> {
         self.filled(result)
     }
 
-    /// `writev`.
+    /// `writev`, or `write`, which is cheaper, if there is one range only.
     pub(crate) fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        // SAFETY: each range is memory that lives as long as `self`.
-        let result = unsafe { libc::writev(fd.as_raw_fd(), self.entries.as_ptr(), self.count()) };
+        let fd = fd.as_raw_fd();
+        let result = if let [one] = self.entries[..] {
+            // SAFETY: the range is memory that lives as long as `self`.
+            unsafe { libc::write(fd, one.iov_base, one.iov_len) }
+        } else {
+            // SAFETY: each range is memory that lives as long as `self`.
+            unsafe { libc::writev(fd, self.entries.as_ptr(), self.count()) }
+        };
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
     }
 

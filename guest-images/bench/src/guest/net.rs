@@ -67,8 +67,10 @@ fn prepare(queue: &Queue, load: &Load) {
     let bytes = load.bytes.wrapping_add(HEADER_BYTES);
     for slot in 0..load.depth {
         let frame = FRAMES.wrapping_add(usize::from(slot).wrapping_mul(PAGE_BYTES));
-        let mut at = frame.wrapping_add(12);
-        for byte in ETHERNET {
+        // Somebody else may have used the memory.
+        let header = [0; HEADER_BYTES as usize];
+        let mut at = frame;
+        for byte in header.into_iter().chain(ETHERNET) {
             memory::store(at, byte);
             at = at.wrapping_add(1);
         }
