@@ -381,7 +381,7 @@ fn block(plan: DiskPlan) -> Result<Block, DeviceSetupError> {
         serial: plan.serial,
         limits: plan.limits,
     };
-    Ok(Block::new(plan.file, options)?)
+    Ok(Block::open(plan.top, plan.backing, options)?)
 }
 
 fn network(plan: NetPlan) -> Result<Net, DeviceSetupError> {

@@ -1,6 +1,7 @@
 //! From what was asked for to what will be done: every number in range, every file open, every
 //! address given. Nothing on the host is changed but for opened files.
 
+mod disk;
 mod memory;
 mod opener;
 
@@ -10,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+pub use self::disk::{BACKING_FILES_MAX, DiskPlan, SERIAL_BYTES_MAX};
 use self::opener::{Access, Opener};
 use crate::boot::{self, CmdlineError};
 use crate::descriptors::DescriptorError;
@@ -19,7 +21,7 @@ use crate::memory::{Image, MemoryPlan};
 use crate::snapshot::load::{LoadError, Loaded, OpenFiles, load};
 use crate::snapshot::restore::{ClockPolicy, OverrideError, Restore};
 use crate::snapshot::state::State;
-use crate::spec::{Balloon, CpuTemplate, DiskLimits, OneOrMany, Spec};
+use crate::spec::{Balloon, CpuTemplate, OneOrMany, Spec};
 use crate::virtio::mmio::Window;
 use crate::virtio::vsock::HostStream;
 
@@ -33,8 +35,6 @@ pub const MEMORY_MIB_MAX: u64 = 4 << 20;
 pub const IMAGE_MIB_MAX: u64 = 1 << 20;
 /// The most initramfs files.
 pub const INITRAMFS_FILES_MAX: usize = 16;
-/// The longest serial number of a disk.
-pub const SERIAL_BYTES_MAX: usize = 20;
 /// The least context id of a guest: those below have meanings of their own.
 pub const CID_MIN: u32 = 3;
 
@@ -117,15 +117,6 @@ pub struct SnapshotPlan {
     pub clock: ClockPolicy,
     /// It waits to be resumed.
     pub paused: bool,
-}
-
-/// A disk, open and, if it can be written, locked against other machines.
-#[derive(Debug)]
-pub struct DiskPlan {
-    pub file: File,
-    pub read_only: bool,
-    pub serial: Option<String>,
-    pub limits: DiskLimits,
 }
 
 /// A network interface.
@@ -424,6 +415,29 @@ mod tests {
         plan("/nets", nets(layout::VIRTIO_DEVICES_MAX - 4)).unwrap();
         let error = plan("/nets", nets(layout::VIRTIO_DEVICES_MAX - 3)).unwrap_err();
         assert!(error.to_string().contains("19 virtio devices"), "{error}");
+    }
+
+    #[test]
+    fn images_of_a_disk_are_named_one_by_one() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let top = tempfile::NamedTempFile::new().unwrap();
+        let with_top = |format: &str, count| {
+            let backing = vec![json!({"path": file.path(), "format": "qcow2"}); count];
+            let disk = json!({"path": top.path(), "format": format, "backing": backing});
+            plan("/disks", json!([disk]))
+        };
+        assert_eq!(with_top("qcow2", 2).unwrap().disks[0].backing.len(), 2);
+        for (format, count, want) in [
+            ("raw", 1, "`/disks/0/backing` is 1 files; it must be absent"),
+            (
+                "qcow2",
+                17,
+                "`/disks/0/backing` is 17 files; it must be at most 16",
+            ),
+        ] {
+            let error = with_top(format, count).unwrap_err().to_string();
+            assert!(error.contains(want), "{error}");
+        }
     }
 
     #[test]

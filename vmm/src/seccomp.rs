@@ -136,6 +136,7 @@ const SHARED: &[Rule] = &[
     rule(libc::SYS_fsync, Always, "flushes of disks"),
     rule(libc::SYS_fdatasync, Always, "flushes of disks"),
     rule(libc::SYS_fallocate, Always, "discards of disks"),
+    rule(libc::SYS_ftruncate, Always, "images of disks that grow"),
     rule(libc::SYS_io_uring_enter, Always, "requests to disks"),
     rule(libc::SYS_timerfd_settime, Always, "disk limits"),
     rule(

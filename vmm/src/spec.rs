@@ -142,11 +142,18 @@ pub enum HugePages {
     None,
 }
 
-/// A raw disk image; its size is rounded down to sectors of 512 bytes.
+/// A disk; its size is rounded down to sectors of 512 bytes.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Disk {
     pub path: PathBuf,
+    /// Of the file at `path`. It is never guessed.
+    #[serde(default)]
+    pub format: DiskFormat,
+    /// The images that a qcow2 one refers to, of which each refers to the next. All must be named:
+    /// what an image says of others is not believed.
+    #[serde(default)]
+    pub backing: Vec<Backing>,
     #[serde(default)]
     pub read_only: bool,
     /// At most 20 bytes, what the guest sees as the disk's serial number.
@@ -154,6 +161,26 @@ pub struct Disk {
     pub serial: Option<String>,
     #[serde(default)]
     pub limits: DiskLimits,
+}
+
+/// What a file of a disk holds.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    /// The disk's sectors, or it is a block device.
+    #[default]
+    Raw,
+    /// QEMU's format.
+    Qcow2,
+}
+
+/// A file that a disk's image refers to; it is only read.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Backing {
+    pub path: PathBuf,
+    #[serde(default)]
+    pub format: DiskFormat,
 }
 
 /// Token buckets of a disk; an absent limit is none. Bytes or operations per second.

@@ -25,6 +25,9 @@ fn disarm_all(spec: &mut Spec) {
     }
     for disk in &mut spec.disks {
         disarm(&mut disk.path);
+        for backing in &mut disk.backing {
+            disarm(&mut backing.path);
+        }
     }
     for net in &mut spec.nets {
         net.tap = net.tap.replace("fd:", "tap");

@@ -6,13 +6,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use super::{
-    CID_MIN, ConsolePlan, DiskPlan, ListenPlan, NetPlan, PlanError, SERIAL_BYTES_MAX, TapPlan,
-    VsockPlan, in_range, memory, range,
+    CID_MIN, ConsolePlan, ListenPlan, NetPlan, PlanError, TapPlan, VsockPlan, in_range, memory,
+    range,
 };
 use crate::descriptors::Inherited;
 use crate::devices::serial::{Bounded, Output, Patient};
 use crate::memory::{Image, MemoryPlan};
-use crate::spec::{Console, ConsoleTarget, Disk, Net, Pmem, StreamDirection, Vsock};
+use crate::spec::{Console, ConsoleTarget, Net, Pmem, StreamDirection, Vsock};
 use crate::virtio::vsock::HostStream;
 
 /// What a file is opened for.
@@ -84,31 +84,6 @@ impl Opener {
             plans.push(plan(self, &format!("{field}/{index}"), spec)?);
         }
         Ok(plans)
-    }
-
-    pub(super) fn disk(&mut self, field: &str, disk: &Disk) -> Result<DiskPlan, PlanError> {
-        if let Some(serial) = &disk.serial
-            && serial.len() > SERIAL_BYTES_MAX
-        {
-            let field = format!("{field}/serial");
-            let found = format!("{} bytes long", serial.len());
-            let wanted = format!("at most {SERIAL_BYTES_MAX}");
-            return Err(range(&field, found, wanted));
-        }
-        let access = if disk.read_only {
-            Access::Read
-        } else {
-            Access::ReadWrite
-        };
-        let path = format!("{field}/path");
-        let file = self.file(&path, &disk.path, access)?;
-        lock(&path, &file, disk.read_only)?;
-        Ok(DiskPlan {
-            file,
-            read_only: disk.read_only,
-            serial: disk.serial.clone(),
-            limits: disk.limits,
-        })
     }
 
     /// Each behind the other, after all memory.
@@ -228,7 +203,7 @@ pub(super) fn examine(field: &str) -> impl Fn(io::Error) -> PlanError {
 }
 
 /// Keeps two machines from writing to one disk, which would destroy its file system.
-fn lock(field: &str, file: &File, shared: bool) -> Result<(), PlanError> {
+pub(super) fn lock(field: &str, file: &File, shared: bool) -> Result<(), PlanError> {
     let locked = if shared {
         file.try_lock_shared()
     } else {

@@ -1,8 +1,10 @@
-//! virtio-blk (virtio 1.2, section 5.2) on a raw file or block device: one queue, flush, discard,
+//! virtio-blk (virtio 1.2, section 5.2) on a file, a block device or an image: one queue, flush, discard,
 //! write-zeroes, a serial number, and limits on operations and bytes.
 
+mod answer;
 mod engine;
 mod handle;
+mod image;
 mod request;
 mod ring;
 mod state;
@@ -26,9 +28,12 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
+use self::answer::Answer;
 use self::engine::{Completed, Engine};
 pub use self::handle::{BlockHandle, BlockStats};
 use self::handle::{Shared, count};
+use self::image::Image;
+pub use self::image::Layer;
 use self::request::{
     Geometry, Kind, Operation, RANGE_SECTORS_MAX, Request, SECTOR_BYTES, SERIAL_BYTES_MAX, Status,
 };
@@ -36,7 +41,7 @@ use super::chain::{Chain, take_all};
 use super::state::{DeviceState, StateError};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
 use crate::rate_limit::Limiter;
-use crate::spec::DiskLimits;
+use crate::spec::{DiskFormat, DiskLimits};
 
 /// Device type, virtio 1.2 section 5.
 const ID: u32 = 2;
@@ -73,6 +78,8 @@ pub enum BlockError {
     FileType,
     #[error("The disk's size cannot be found out")]
     Size(#[source] io::Error),
+    #[error("The disk is no image of the format that was named, on the images that were named")]
+    Image(#[source] io::Error),
     #[error("The disk's serial number has {len} bytes, and there is room for 20")]
     Serial { len: usize },
     #[error("The disk's timer or event cannot be made")]
@@ -108,12 +115,30 @@ impl Block {
         Block::with_engine(file, options, |file| Engine::new(file, QUEUE_SIZE))
     }
 
+    /// A disk on `top`, which is open for writing unless the disk is read-only, and, if that is an
+    /// image, on those that it refers to, of which each refers to the next.
+    pub fn open(
+        top: Layer,
+        backing: Vec<Layer>,
+        options: BlockOptions,
+    ) -> Result<Block, BlockError> {
+        if top.format == DiskFormat::Raw {
+            return Block::new(top.file, options);
+        }
+        let image = Image::open(top, backing, !options.read_only).map_err(BlockError::Image)?;
+        Block::with_size(image.bytes(), options, Engine::on_image(image))
+    }
+
     fn with_engine(
         file: File,
         options: BlockOptions,
         engine: impl FnOnce(File) -> Engine,
     ) -> Result<Block, BlockError> {
         let bytes = size_of_disk(&file)?;
+        Block::with_size(bytes, options, engine(file))
+    }
+
+    fn with_size(bytes: u64, options: BlockOptions, engine: Engine) -> Result<Block, BlockError> {
         let text = options.serial.unwrap_or_default();
         let mut serial = [0; SERIAL_BYTES_MAX];
         serial
@@ -128,7 +153,7 @@ impl Block {
         .map_err(BlockError::Descriptor)?;
         let shared = Shared::new(limits).map_err(BlockError::Descriptor)?;
         Ok(Block {
-            engine: engine(file),
+            engine,
             geometry: Geometry {
                 sectors: bytes / SECTOR_BYTES,
                 read_only: options.read_only,
@@ -422,35 +447,6 @@ impl Direction {
         }
         self.parked.push_back(operation);
         None
-    }
-}
-
-/// A chain on its way back to the driver.
-struct Answer {
-    chain: Chain,
-    status: Status,
-    written: usize,
-}
-
-impl Answer {
-    fn new(chain: Chain, status: Status, written: usize) -> Answer {
-        Answer {
-            chain,
-            status,
-            written,
-        }
-    }
-
-    fn give(self, queue: &mut Queue, mem: &GuestMemoryMmap) -> Result<(), DeviceError> {
-        // A chain without a byte for the status gets none.
-        let written = match self.chain.writable_bytes().checked_sub(1) {
-            Some(last) => {
-                self.chain.write(last, &[self.status.code()]);
-                self.written
-            }
-            None => 0,
-        };
-        self.chain.give_back(0, queue, mem, written)
     }
 }
 

@@ -10,8 +10,8 @@ use container::monitor::protocol::Descriptor;
 use oci_spec::runtime::LinuxResources;
 use serde_json::{Value, json};
 use vmm::spec::{
-    Balloon, Boot, Console, ConsoleTarget, Cpus, Disk, DiskLimits, Memory, Net, OneOrMany, Spec,
-    StreamDirection, Vsock, VsockStream,
+    Balloon, Boot, Console, ConsoleTarget, Cpus, Disk, DiskFormat, DiskLimits, Memory, Net,
+    OneOrMany, Spec, StreamDirection, Vsock, VsockStream,
 };
 
 use crate::api::types::{self, Limits};
@@ -122,12 +122,16 @@ pub(super) fn machine(parts: Parts, limits: &Limits) -> (Spec, Vec<Descriptor>) 
         disks: vec![
             Disk {
                 path: fds.file(parts.image, false),
+                format: DiskFormat::Raw,
+                backing: Vec::new(),
                 read_only: true,
                 serial: Some(IMAGE_SERIAL.to_owned()),
                 limits: DiskLimits::default(),
             },
             Disk {
                 path: fds.file(parts.writable, true),
+                format: DiskFormat::Raw,
+                backing: Vec::new(),
                 read_only: false,
                 serial: Some(WRITABLE_SERIAL.to_owned()),
                 limits: disk_limits(&limits.disk),

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::image::Image;
 use super::request::{Kind, Operation, Progress, Status};
 use super::ring::Ring;
 
@@ -38,18 +39,37 @@ impl Engine {
     /// An engine with room for `depth` operations at a time, without a ring where io_uring is
     /// disabled, filtered or unknown.
     pub(crate) fn new(file: File, depth: u16) -> Engine {
-        let mut engine = Engine::without_ring(file);
-        let ring = Ring::new(engine.calls.file.clone(), depth);
-        engine.ring = ring.ok().map(Box::new);
-        engine
+        let file = Arc::new(file);
+        let ring = Ring::new(file.clone(), depth);
+        Engine {
+            ring: ring.ok().map(Box::new),
+            ..Engine::on_file(file)
+        }
     }
 
     /// An engine that does each operation at once.
+    #[cfg(test)]
     pub(crate) fn without_ring(file: File) -> Engine {
+        Engine::on_file(Arc::new(file))
+    }
+
+    fn on_file(file: Arc<File>) -> Engine {
         Engine {
             cached_writes: file.metadata().is_ok_and(|metadata| metadata.is_file()),
             calls: Calls {
-                file: Arc::new(file),
+                target: Target::File(file),
+                completed: VecDeque::new(),
+            },
+            ring: None,
+        }
+    }
+
+    /// An engine that does each operation at once, on an image.
+    pub(crate) fn on_image(image: Image) -> Engine {
+        Engine {
+            cached_writes: false,
+            calls: Calls {
+                target: Target::Image(Box::new(image)),
                 completed: VecDeque::new(),
             },
             ring: None,
@@ -103,6 +123,14 @@ impl Engine {
         }
     }
 
+    /// Once all operations have ended, makes the file whole for others that may read it.
+    pub(crate) fn write_back(&self) -> io::Result<()> {
+        match &self.calls.target {
+            Target::File(_) => Ok(()),
+            Target::Image(image) => image.write_back(),
+        }
+    }
+
     /// Waits for all operations and forgets them.
     pub(crate) fn drain(&mut self) {
         self.calls.completed.clear();
@@ -112,10 +140,17 @@ impl Engine {
     }
 }
 
+/// What operations are done to.
+#[derive(Debug)]
+enum Target {
+    File(Arc<File>),
+    Image(Box<Image>),
+}
+
 /// Does each operation in full when it is started.
 #[derive(Debug)]
 struct Calls {
-    file: Arc<File>,
+    target: Target,
     completed: VecDeque<Completed>,
 }
 
@@ -131,24 +166,29 @@ impl Calls {
         self.completed.push_back(Completed { operation, status });
     }
 
-    fn perform(&self, operation: &Operation) -> io::Result<usize> {
-        let position = operation.next_position();
-        match operation.kind {
-            Kind::Read => operation.io_list().read_at(self.file.as_fd(), position),
-            Kind::Write { .. } => {
-                let flags = operation.write_flags();
-                operation
-                    .io_list()
-                    .write_at(self.file.as_fd(), position, flags)
-            }
-            Kind::Flush => self.file.sync_data().map(|()| 0),
-            Kind::Zero { .. } => {
-                let mode = FallocateFlags::from_bits_retain(operation.allocation_mode());
-                let offset = i64::try_from(position).map_err(io::Error::other)?;
-                let len = i64::try_from(operation.bytes).map_err(io::Error::other)?;
-                fallocate(self.file.as_fd(), mode, offset, len)?;
-                Ok(0)
-            }
+    fn perform(&mut self, operation: &Operation) -> io::Result<usize> {
+        match &mut self.target {
+            Target::File(file) => perform(file, operation),
+            Target::Image(image) => image.perform(operation),
+        }
+    }
+}
+
+fn perform(file: &File, operation: &Operation) -> io::Result<usize> {
+    let position = operation.next_position();
+    match operation.kind {
+        Kind::Read => operation.io_list().read_at(file.as_fd(), position),
+        Kind::Write { .. } => {
+            let flags = operation.write_flags();
+            operation.io_list().write_at(file.as_fd(), position, flags)
+        }
+        Kind::Flush => file.sync_data().map(|()| 0),
+        Kind::Zero { .. } => {
+            let mode = FallocateFlags::from_bits_retain(operation.allocation_mode());
+            let offset = i64::try_from(position).map_err(io::Error::other)?;
+            let len = i64::try_from(operation.bytes).map_err(io::Error::other)?;
+            fallocate(file.as_fd(), mode, offset, len)?;
+            Ok(0)
         }
     }
 }

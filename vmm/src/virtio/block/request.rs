@@ -217,6 +217,23 @@ impl Operation {
         self.position + self.done as u64
     }
 
+    /// Data that is still to be moved, in bytes.
+    pub(crate) fn left(&self) -> usize {
+        self.bytes - self.done
+    }
+
+    /// Copies what was read to where it is to go next; returns how much that was.
+    pub(crate) fn fill(&self, data: &[u8]) -> usize {
+        self.chain.write(self.done, data)
+    }
+
+    /// Copies what is to be written next, as much as there is room for; returns how much that was.
+    pub(crate) fn gather(&self, data: &mut [u8]) -> usize {
+        let length = self.left().min(data.len());
+        self.chain
+            .read(HEADER_BYTES + self.done, &mut data[..length])
+    }
+
     /// The guest memory that is still to be filled or written out.
     pub(crate) fn io_list(&self) -> IoList<'_> {
         let mut list = IoList::new();

@@ -42,6 +42,9 @@ impl Block {
             self.engine.wait().map_err(host("wait for io_uring"))?;
             any |= self.settle(queue, mem)?;
         }
+        self.engine
+            .write_back()
+            .map_err(host("write the tables of an image"))?;
         Ok(any)
     }
 

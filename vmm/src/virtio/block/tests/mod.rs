@@ -5,6 +5,7 @@
     reason = "the numbers are the tests' own, and small"
 )]
 
+mod image;
 mod snapshot;
 
 use std::fs;
