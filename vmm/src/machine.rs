@@ -145,9 +145,9 @@ impl Machine {
     pub fn build(mut plan: Plan, options: Options) -> Result<Machine, MachineError> {
         prepare_process()?;
         let kvm = kvm::open(&plan.kvm)?;
-        let Memory { all, boot } = memory(&plan)?;
-        generation::renew(&all)?;
-        let vm = Arc::new(Vm::new(&kvm, all, plan.spec.memory.track_dirty)?);
+        let memory = memory(&plan)?;
+        generation::renew(&memory.all)?;
+        let vm = Arc::new(Vm::new(&kvm, memory.all, plan.spec.memory.track_dirty)?);
         let virtio = VirtioDevices::new(&mut plan)?;
         let mut parts = Parts::new(vm.clone())?;
         let saved_port = plan.saved().map(|state| state.devices.serial.clone());
@@ -163,7 +163,7 @@ impl Machine {
         let bare = Bare {
             kvm: &kvm,
             vm: &vm,
-            boot_memory: &boot,
+            boot_memory: &memory.boot,
             vcpus: &fds,
             template: plan.cpu_template,
             windows: &plan.windows,
@@ -185,6 +185,7 @@ impl Machine {
                 transports: parts.transports.clone(),
                 windows: plan.windows,
                 spec: plan.spec,
+                anonymous: memory.anonymous,
                 last: Mutex::new(begun.from),
             };
             let controls = Controls {
@@ -426,5 +427,7 @@ fn memory(plan: &Plan) -> Result<Memory, MachineError> {
     Ok(Memory {
         boot: all.clone(),
         all,
+        // Pages that were not touched are the file's.
+        anonymous: Vec::new(),
     })
 }

@@ -96,6 +96,8 @@ pub struct Memory {
     pub all: GuestMemoryMmap,
     /// What there is from the start, which is what a kernel is told about.
     pub boot: GuestMemoryMmap,
+    /// Where regions start whose pages hold nothing unless they were written.
+    pub anonymous: Vec<u64>,
 }
 
 impl Memory {
@@ -116,9 +118,11 @@ impl Memory {
             GuestMemoryMmap::from_arc_regions(regions)
                 .map_err(|error| MemoryError::Regions(error.into()))
         };
+        let anonymous = plan.boot().into_iter().chain(plan.hotplug());
         Ok(Memory {
             all: collect(all)?,
             boot: collect(boot)?,
+            anonymous: anonymous.map(|range| range.start).collect(),
         })
     }
 }

@@ -265,6 +265,16 @@ const EVENT_LOOP: &[Rule] = &[
         "clock and memory in a snapshot",
     ),
     rule(
+        libc::SYS_mincore,
+        Always,
+        "memory in a snapshot that was never touched",
+    ),
+    rule(
+        libc::SYS_sysinfo,
+        Always,
+        "whether a snapshot's memory may have been swapped out",
+    ),
+    rule(
         libc::SYS_ftruncate,
         Always,
         "the length of a snapshot's files",

@@ -17,6 +17,7 @@ use vm_memory::{
 };
 
 use super::file::Id;
+use super::touched::touched;
 use crate::dirty::PAGE_BYTES;
 
 /// The most that is written in one go, in pages: 4 MiB.
@@ -58,7 +59,7 @@ pub enum MemoryFileError {
     Map(#[source] vm_memory::mmap::MmapRegionError),
     #[error("the regions of memory cannot be put together")]
     Together(#[source] vm_memory::GuestRegionCollectionError),
-    #[error("a difference names page {page}, which is not there")]
+    #[error("a difference names page {page}, which is not there, or not its turn")]
     Page { page: u64 },
     #[error("the guest's memory cannot be written")]
     Write(#[source] GuestMemoryError),
@@ -78,14 +79,27 @@ fn total(regions: &[Region]) -> u64 {
     bytes.fold(0, u64::saturating_add)
 }
 
-/// Writes all of `memory` that is not zero to `file`, which is empty. Returns how many bytes.
-pub fn write_all(memory: &GuestMemoryMmap, file: &mut File, id: &Id) -> io::Result<u64> {
+/// Writes all of `memory` that is not zero to `file`. Returns how many bytes. The regions that start
+/// at `anonymous` addresses are no file's.
+pub fn write_all(
+    memory: &GuestMemoryMmap,
+    file: &mut File,
+    id: &Id,
+    anonymous: &[u64],
+) -> io::Result<u64> {
     let mut writer = Writer::new(file, memory, id)?;
     let mut start = 0;
     for region in memory.iter() {
+        let known = anonymous.contains(&region.start_addr().raw_value());
+        let touched = if known { touched(region) } else { None };
+        let untouched = |page: u64| {
+            let page = usize::try_from(page).ok();
+            let told = touched.as_ref().zip(page);
+            told.and_then(|(touched, page)| touched.get(page)) == Some(&false)
+        };
         let mut run: Option<Run> = None;
         for page in 0..pages(region) {
-            if is_zero(region, page)? {
+            if untouched(page) || is_zero(region, page)? {
                 continue;
             }
             run = match run {
@@ -104,7 +118,7 @@ pub fn write_all(memory: &GuestMemoryMmap, file: &mut File, id: &Id) -> io::Resu
     Ok(writer.written)
 }
 
-/// Writes those pages of `memory` to `file`, which is empty. Returns how many bytes.
+/// Writes those pages of `memory` to `file`. Returns how many bytes.
 pub fn write_runs(
     memory: &GuestMemoryMmap,
     file: &mut File,
@@ -240,11 +254,14 @@ pub fn map(file: &File, regions: &[Region]) -> Result<GuestMemoryMmap, MemoryFil
 pub fn overlay(memory: &GuestMemoryMmap, file: &File, runs: &[Run]) -> Result<(), MemoryFileError> {
     let mut file = file.try_clone().map_err(MemoryFileError::Read)?;
     let page_bytes = PAGE_BYTES as u64;
+    let mut behind = 0;
     for (first, count) in runs {
         let missing = MemoryFileError::Page { page: *first };
-        let Some(end) = first.checked_add(*count) else {
+        // In order, so that no page is read twice.
+        let Some(end) = first.checked_add(*count).filter(|_| *first >= behind) else {
             return Err(missing);
         };
+        behind = end;
         let mut page = *first;
         let mut start = 0;
         for region in memory.iter() {
@@ -334,7 +351,7 @@ mod tests {
         for (byte, place) in (1..).zip(places) {
             put(&memory, place, byte);
         }
-        let written = write_all(&memory, &mut file, &id).unwrap();
+        let written = write_all(&memory, &mut file, &id, &[0]).unwrap();
         assert_eq!(written, 7 * PAGE_BYTES as u64);
         assert!(file.metadata().unwrap().blocks() * 512 < 16 * PAGE_BYTES as u64);
 
@@ -357,7 +374,7 @@ mod tests {
         for place in [0, 0x1000, LOW - 1] {
             put(&memory, place, 1);
         }
-        write_all(&memory, &mut base, &id).unwrap();
+        write_all(&memory, &mut base, &id, &[0, HIGH]).unwrap();
         for (place, byte) in [(0x1000, 0), (LOW - 1, 2), (HIGH, 3)] {
             put(&memory, place, byte);
         }
@@ -376,7 +393,7 @@ mod tests {
     #[test]
     fn another_snapshots_file_and_one_that_was_cut_are_refused() {
         let (memory, id, mut file) = (memory(), Id::random().unwrap(), tempfile().unwrap());
-        write_all(&memory, &mut file, &id).unwrap();
+        write_all(&memory, &mut file, &id, &[]).unwrap();
         let regions = regions(&memory);
         check(&file, &Id::random().unwrap(), &regions).unwrap_err();
         check(&file, &id, &regions[..1]).unwrap_err();
@@ -391,6 +408,7 @@ mod tests {
         for run in [(3072, 1), (3071, 2), (u64::MAX, 2), (0, u64::MAX)] {
             overlay(&memory, &file, &[run]).unwrap_err();
         }
+        overlay(&memory, &file, &[(5, 2), (6, 1)]).unwrap_err();
         overlay(&memory, &file, &[(3071, 1)]).unwrap();
     }
 

@@ -20,6 +20,7 @@ pub mod memory;
 pub mod restore;
 pub mod state;
 pub mod take;
+mod touched;
 
 /// The name of the state file in a snapshot's folder.
 pub const STATE_FILE: &str = "state";

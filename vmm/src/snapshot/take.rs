@@ -66,6 +66,8 @@ pub struct Snapshotter {
     pub windows: Vec<Window>,
     /// What the machine was made from.
     pub spec: Spec,
+    /// Where regions of memory start that are no file's.
+    pub anonymous: Vec<u64>,
     /// The last snapshot, taken of the machine or the one that it was made from.
     pub last: Mutex<Option<Id>>,
 }
@@ -105,7 +107,7 @@ impl Snapshotter {
         };
         let memory = self.vm.memory();
         let memory_bytes = match kind {
-            Kind::Full => memory::write_all(memory, memory_file, &id),
+            Kind::Full => memory::write_all(memory, memory_file, &id, &self.anonymous),
             Kind::Diff => memory::write_runs(memory, memory_file, &id, &written),
         };
         let memory_bytes = memory_bytes.map_err(TakeError::Memory)?;

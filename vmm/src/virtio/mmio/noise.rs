@@ -1,11 +1,13 @@
 //! Noise: a driver that does anything to its device, from the start or in the middle of honest work.
 
-use proptest::prelude::{Strategy, any, prop_oneof, proptest};
+use proptest::prelude::{Just, Strategy, any, prop_oneof, proptest};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::TransportState;
 use super::testing::{AVAILABLE, DESCRIPTORS, Driver, EVENT_IDX, USED, VERSION_1};
 use crate::bus::BusDevice;
 use crate::virtio::registers as register;
+use crate::virtio::state::QueueState;
 
 /// One thing that a hostile driver may do.
 #[derive(Clone, Debug)]
@@ -30,6 +32,84 @@ fn any_act() -> impl Strategy<Value = Act> {
     ]
 }
 
+/// A state that somebody has made up, near enough to a real one that some are accepted.
+fn any_state() -> impl Strategy<Value = TransportState> {
+    let address = || prop_oneof![0x1000..0x4000_u64, any::<u64>()];
+    let queue = (
+        any::<bool>(),
+        prop_oneof![Just(8_u32), any::<u32>()],
+        (address(), address(), address()),
+        any::<(u16, u16)>(),
+    )
+        .prop_map(|(ready, size, addresses, next)| QueueState {
+            ready,
+            size,
+            descriptors: addresses.0 & !15,
+            available: addresses.1 & !1,
+            used: addresses.2 & !3,
+            next_available: next.0,
+            next_used: next.1,
+        });
+    let status = proptest::sample::select(vec![0_u32, 1, 3, 11, 15, 15, 15, 0x4f, 0x83, 7]);
+    (
+        status,
+        any::<bool>(),
+        proptest::collection::vec(queue, 2),
+        any::<[u32; 5]>(),
+    )
+        .prop_map(|(status, event_idx, queues, numbers)| TransportState {
+            device_id: 42,
+            status,
+            driver_features: if event_idx {
+                VERSION_1 | EVENT_IDX
+            } else {
+                VERSION_1
+            },
+            device_features_select: numbers[0],
+            driver_features_select: numbers[1],
+            queue_select: numbers[2],
+            interrupt_status: numbers[3],
+            config_generation: numbers[4],
+            queues,
+            device: 0.into(),
+        })
+}
+
+fn act(driver: &mut Driver, acts: Vec<Act>) {
+    for act in acts {
+        match act {
+            Act::Register(offset, value) => driver.write(offset, value),
+            Act::Access(offset, mut data) => {
+                driver.transport.write(offset, &data);
+                driver.transport.read(offset, &mut data);
+            }
+            Act::Memory(at, value) => {
+                driver.memory.write_obj(value, GuestAddress(at)).unwrap();
+            }
+            Act::DeviceReady(token) => driver.transport.on_device_ready(token),
+        }
+    }
+}
+
+/// Whatever has happened, an honest driver can start anew.
+fn start_anew(driver: &mut Driver) {
+    driver.write(register::STATUS, 0);
+    for ring in [AVAILABLE, USED] {
+        driver.memory.write_obj(0_u32, GuestAddress(ring)).unwrap();
+    }
+    driver.negotiate(VERSION_1);
+    driver.set_up_queue(8, DESCRIPTORS);
+    driver.write(register::STATUS, 15);
+    driver.available = 0;
+    let first = GuestAddress(AVAILABLE + 4);
+    driver.memory.write_obj(0_u16, first).unwrap();
+    let descriptors = GuestAddress(DESCRIPTORS);
+    driver.memory.write_obj([0_u8; 16], descriptors).unwrap();
+    driver.add_buffer();
+    driver.kick();
+    assert_eq!(driver.used(), 1);
+}
+
 proptest! {
     /// From the start, and from the middle of an honest driver's work.
     #[test]
@@ -41,33 +121,21 @@ proptest! {
             true => Driver::active(VERSION_1 | EVENT_IDX),
             false => Driver::new(),
         };
-        for act in acts {
-            match act {
-                Act::Register(offset, value) => driver.write(offset, value),
-                Act::Access(offset, mut data) => {
-                    driver.transport.write(offset, &data);
-                    driver.transport.read(offset, &mut data);
-                }
-                Act::Memory(at, value) => {
-                    driver.memory.write_obj(value, GuestAddress(at)).unwrap();
-                }
-                Act::DeviceReady(token) => driver.transport.on_device_ready(token),
-            }
-        }
+        act(&mut driver, acts);
         let failures = driver.platform.0.lock().unwrap().failures.clone();
         proptest::prop_assert_eq!(failures, Vec::<String>::new());
-        // And it can always start anew.
-        driver.write(register::STATUS, 0);
-        driver.memory.write_obj(0_u32, GuestAddress(AVAILABLE)).unwrap();
-        driver.memory.write_obj(0_u32, GuestAddress(USED)).unwrap();
-        driver.negotiate(VERSION_1);
-        driver.set_up_queue(8, DESCRIPTORS);
-        driver.write(register::STATUS, 15);
-        driver.available = 0;
-        driver.memory.write_obj(0_u16, GuestAddress(AVAILABLE + 4)).unwrap();
-        driver.memory.write_obj([0_u8; 16], GuestAddress(DESCRIPTORS)).unwrap();
-        driver.add_buffer();
-        driver.kick();
-        proptest::prop_assert_eq!(driver.used(), 1);
+        start_anew(&mut driver);
+    }
+
+    #[test]
+    fn a_device_restored_from_anything_is_a_device_or_refused(
+        state in any_state(),
+        acts in proptest::collection::vec(any_act(), 0..50),
+    ) {
+        let mut driver = Driver::new();
+        if driver.transport.restore(&state).is_ok() {
+            act(&mut driver, acts);
+            start_anew(&mut driver);
+        }
     }
 }
