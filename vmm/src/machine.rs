@@ -223,13 +223,14 @@ impl Machine {
 
     /// Runs the machine to its end, and says why it ended.
     pub fn run(mut self) -> ExitStatus {
+        // Memory that is not given back is no reason not to run.
+        let _ = footprint::forget_start(&mut self.events);
         // From here on there are guests, and no way back out of the filters.
         match self.filters.lock_event_loop() {
             Ok(()) if self.paused => {}
             Ok(()) => self.vcpus.resume(),
             Err(error) => self.exit.fail(&error),
         }
-        footprint::forget_start();
         if let Err(error) = self.events.run() {
             self.exit.fail(&error);
         }

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -16,6 +17,9 @@ use super::machine::GUEST_BYTES;
 
 /// The longest that one measurement may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How long a machine has been idle when its memory is measured.
+const SETTLING: Duration = Duration::from_secs(2);
 
 /// What a guest says when it is there to be looked at.
 const HOLDING: &str = "holding";
@@ -57,6 +61,7 @@ pub(crate) fn run(command: &mut Command) -> Result<Run> {
 pub(crate) fn memory(command: &mut Command) -> Result<[u64; 2]> {
     let mut process = Process::start(command)?;
     process.read_until(|output| output.contains(HOLDING))?;
+    thread::sleep(SETTLING);
     let maps = fs::read_to_string(format!("/proc/{}/smaps", process.child.id()))
         .context("Cannot read a process's memory map")?;
     Ok(own_memory(&maps))
