@@ -11,7 +11,7 @@ use std::path::Path;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, recvmsg,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, recv, recvmsg,
     sendmsg, socket_with, socketpair,
 };
 
@@ -85,7 +85,8 @@ impl Channel {
 
     /// The next message; nothing when the peer has closed its end.
     pub(crate) fn receive(&self) -> io::Result<Option<Message>> {
-        let mut packet = vec![0; PACKET_BYTES_MAX];
+        // Most packets are short: so much memory would be made, in both processes, for a few bytes.
+        let mut packet = vec![0; self.await_packet()?.min(PACKET_BYTES_MAX)];
         let (length, descriptor) = self.receive_packet(&mut packet)?;
         let Some((tag, text)) = packet[..length].split_first() else {
             return Ok(None);
@@ -134,6 +135,19 @@ impl Channel {
             match sendmsg(&self.socket, parts, &mut ancillary, SendFlags::NOSIGNAL) {
                 Err(Errno::INTR) => {}
                 result => return result.map(drop).map_err(Into::into),
+            }
+        }
+    }
+
+    /// The length of the next packet, once it is there; 0 when the peer has closed its end.
+    fn await_packet(&self) -> io::Result<usize> {
+        let look = RecvFlags::PEEK | RecvFlags::TRUNC;
+        loop {
+            match recv(&self.socket, &mut [0; 0], look) {
+                Err(Errno::INTR) => {}
+                // A peer that dies with something unread resets the connection.
+                Err(Errno::CONNRESET) => return Ok(0),
+                result => return Ok(result?.1),
             }
         }
     }

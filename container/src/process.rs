@@ -2,7 +2,7 @@
 //!
 //! A pid alone means nothing after the process has ended: the kernel gives it to another one.
 
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -10,6 +10,9 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 
 use crate::sys;
+
+/// More than a stat file has: 52 numbers, and a name of at most 64 bytes.
+const STAT_BYTES: usize = 1024;
 
 /// A process of this host that existed when the value was made.
 #[derive(Debug)]
@@ -147,13 +150,16 @@ pub fn copy_inherited(number: i32) -> io::Result<OwnedFd> {
 /// # Errors
 /// When its stat file cannot be read or understood.
 pub fn start_time(pid: i32) -> io::Result<Option<u64>> {
-    let text = match std::fs::read(format!("/proc/{pid}/stat")) {
-        Ok(text) => text,
+    let path = format!("/proc/{pid}/stat");
+    // Read at once: the kernel would make the text anew for each part.
+    let mut text = Vec::with_capacity(STAT_BYTES);
+    match std::fs::File::open(&path).and_then(|mut file| file.read_to_end(&mut text)) {
+        Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
         Err(error) => return Err(error),
     };
-    parse_stat(&text).ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is malformed")))
+    parse_stat(&text).ok_or_else(|| io::Error::other(format!("{path} is malformed")))
 }
 
 /// Fields 3 (state) and 22 (start time) of a stat file: the name before them may hold any character,

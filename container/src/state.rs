@@ -18,6 +18,8 @@
 //! atomically, and need not reach a disk. Where it does lie on a disk, nothing is written twice: replacing
 //! a file there starts the writing, for which its removal would then have to wait.
 
+mod id;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -33,8 +35,8 @@ use crate::cgroup::Cgroup;
 use crate::handshake;
 use crate::process::Process;
 
-/// The longest id, so that it fits in a file name beside a suffix.
-pub const ID_BYTES_MAX: usize = 240;
+use self::id::check_id;
+pub use self::id::{ID_BYTES_MAX, ids};
 
 /// The socket of a process that is being set up, and of one that waits for `start`.
 pub(crate) const INIT_SOCKET: &str = "init.sock";
@@ -197,6 +199,17 @@ impl Home {
                 source: error.into(),
             }),
         }
+    }
+
+    /// Closes the directory, and frees no memory.
+    pub(crate) fn close(self) {
+        let Self {
+            id,
+            path,
+            directory,
+        } = self;
+        drop(directory);
+        std::mem::forget((id, path));
     }
 
     /// Takes the lock, or says that another process has it.
@@ -423,32 +436,6 @@ impl AsFd for Home {
     }
 }
 
-/// Everything under the directory that holds the containers, by id.
-///
-/// # Errors
-/// When the directory exists and cannot be read.
-pub fn ids(root: &Path) -> Result<Vec<String>, StateError> {
-    let failed = |source| StateError::Io {
-        act: "read",
-        path: root.to_path_buf(),
-        source,
-    };
-    let entries = match std::fs::read_dir(root) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(failed(error)),
-    };
-    let mut ids = Vec::new();
-    for entry in entries {
-        if let Ok(name) = entry.map_err(failed)?.file_name().into_string() {
-            ids.push(name);
-        }
-    }
-    ids.retain(|id| check_id(id).is_ok());
-    ids.sort();
-    Ok(ids)
-}
-
 /// Whether a creator died before it had recorded a process. If so, what it made is removed.
 fn remove_abandoned(root: &Path, id: &str) -> Result<bool, StateError> {
     let home = match Home::open(root, id) {
@@ -482,39 +469,9 @@ fn is_frozen(record: &Record) -> bool {
     Cgroup::open(&record.cgroup).is_ok_and(|cgroup| cgroup.is_frozen().unwrap_or(false))
 }
 
-fn check_id(id: &str) -> Result<(), StateError> {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
-    let good = (1..=ID_BYTES_MAX).contains(&id.len())
-        && id.bytes().all(allowed)
-        && !matches!(id, "." | "..");
-    if good {
-        Ok(())
-    } else {
-        Err(StateError::Id { id: id.to_owned() })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_id_is_a_plain_name() {
-        for good in ["a", "a.b", "libpod-0_1+x", "..."] {
-            assert!(check_id(good).is_ok(), "{good}");
-        }
-        for bad in [
-            "",
-            ".",
-            "..",
-            "a/b",
-            "a b",
-            "ä",
-            &"x".repeat(ID_BYTES_MAX + 1),
-        ] {
-            assert!(check_id(bad).is_err(), "{bad}");
-        }
-    }
 
     #[test]
     fn an_id_is_claimed_once_and_again_after_its_claimant_died() {

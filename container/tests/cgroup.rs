@@ -272,7 +272,7 @@ fn a_group_that_forks_all_the_time_is_killed_and_removed_with_the_groups_below()
 #[test]
 fn a_group_in_which_somebody_lives_is_not_taken_over() {
     let group = Group::new("{}");
-    let mut child = group.shell("echo ready; sleep 60");
+    let mut child = group.shell("echo ready; exec sleep 60");
     wait_for_line(&mut child);
     let error = Cgroup::create(&group.path, None).unwrap_err();
     assert!(matches!(error, CgroupError::Occupied { .. }), "{error}");
@@ -339,7 +339,7 @@ fn the_way_in_leads_next_to_a_process_in_a_group_below() {
     let [unified] = unified.as_slice() else {
         panic!("this host has cgroup v2");
     };
-    let mut child = group.shell("echo ready; sleep 60");
+    let mut child = group.shell("echo ready; exec sleep 60");
     wait_for_line(&mut child);
     fs::create_dir(unified.join("below")).unwrap();
     fs::write(unified.join("below/cgroup.procs"), child.id().to_string()).unwrap();

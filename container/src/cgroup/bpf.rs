@@ -224,9 +224,9 @@ mod tests {
     fn the_kernel_takes_the_program_and_the_latest_one_holds() {
         let unified = hierarchies()
             .unwrap()
-            .into_iter()
+            .iter()
             .find(|have| have.version == Version::V2);
-        let root = unified.expect("this kernel has cgroup v2").root;
+        let root = &unified.expect("this kernel has cgroup v2").root;
         let group = Group(root.join(format!("hostd-test-bpf-{}", process::id())));
         fs::create_dir(&group.0).unwrap();
         let directory = fs::File::open(&group.0).unwrap();

@@ -21,6 +21,11 @@ use super::{
 pub(super) struct Made(Vec<PathBuf>);
 
 impl Made {
+    /// Whether no directory of the group in `hierarchies` existed before.
+    pub(super) fn is_everything_of(&self, hierarchies: &[Hierarchy]) -> bool {
+        self.0.len() == hierarchies.len()
+    }
+
     /// Removes the directories. Nobody has joined them, so nothing keeps them.
     pub(super) fn undo(&self) {
         for path in &self.0 {
@@ -53,11 +58,15 @@ pub(super) fn build(
         }
         let cpuset = hierarchy.version == Version::V1 && hierarchy.has("cpuset");
         if cpuset {
-            make_parents(&hierarchy.root, parent, inherit_cpuset)?;
+            make_parents(&hierarchy.root, parent, |it| inherit_cpuset(it, true))?;
         }
+        let mut existed = false;
         match fs::create_dir(&leaf) {
             Ok(()) => made.0.push(leaf.clone()),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => refuse_occupied(&leaf)?,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                refuse_occupied(&leaf)?;
+                existed = true;
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 make_parents(&hierarchy.root, parent, |_| Ok(()))?;
                 fs::create_dir(&leaf).map_err(|source| cannot("make", &leaf, source))?;
@@ -66,7 +75,7 @@ pub(super) fn build(
             Err(source) => return Err(cannot("make", &leaf, source)),
         }
         if cpuset {
-            inherit_cpuset(&leaf)?;
+            inherit_cpuset(&leaf, existed)?;
         }
     }
     Ok(())
@@ -119,13 +128,14 @@ fn refuse_occupied(leaf: &Path) -> Result<(), CgroupError> {
     }
 }
 
-/// A cpuset of v1 starts empty, and nobody can join it before it has processors and memory nodes.
-fn inherit_cpuset(directory: &Path) -> Result<(), CgroupError> {
+/// A cpuset of v1 starts empty, and nobody can join it before it has processors and memory nodes. One
+/// that `existed` may have them.
+fn inherit_cpuset(directory: &Path, existed: bool) -> Result<(), CgroupError> {
     for file in ["cpuset.cpus", "cpuset.mems"] {
         let path = directory.join(file);
         let read =
             |path: &Path| fs::read_to_string(path).map_err(|source| cannot("read", path, source));
-        if read(&path)?.trim().is_empty() {
+        if !existed || read(&path)?.trim().is_empty() {
             let above = directory.parent().unwrap_or(directory).join(file);
             let value = read(&above)?;
             setting::write(&path, value.trim()).map_err(|source| cannot("write", &path, source))?;

@@ -284,28 +284,20 @@ fn parse(index: usize, rule: &LinuxDeviceCgroup) -> Result<Vec<Devices>, CgroupE
 /// Brings the v1 controller in `directory` to `rules`.
 ///
 /// Where only some devices come or go, only these are touched: a container that runs never sees a
-/// moment in which /dev/null is denied.
-pub(super) fn apply_v1(directory: &Path, rules: &Rules) -> Result<(), CgroupError> {
+/// moment in which /dev/null is denied. In a `fresh` group there is nobody yet.
+pub(super) fn apply_v1(directory: &Path, rules: &Rules, fresh: bool) -> Result<(), CgroupError> {
     let wanted = rules.exceptions()?;
-    let list = directory.join("devices.list");
-    let text = fs::read_to_string(&list).map_err(|source| CgroupError::Io {
-        action: "read",
-        path: list,
-        source,
-    })?;
     let (mut add, mut remove) = ("devices.allow", "devices.deny");
     if rules.otherwise {
         (add, remove) = (remove, add);
     }
     // A group that allows by default does not list what it denies, so it cannot be compared.
-    let present: Vec<Devices> = text.lines().filter_map(Devices::parse_line).collect();
-    let comparable = !rules.otherwise && !text.starts_with('a');
-    let present = if comparable {
-        present
-    } else {
+    let comparable = !rules.otherwise && !fresh;
+    let present = if comparable { listed(directory)? } else { None };
+    if present.is_none() {
         write(directory, remove, &["a"])?;
-        Vec::new()
-    };
+    }
+    let present = present.unwrap_or_default();
     let missing = |have: &[Devices], from: &[Devices]| -> Vec<String> {
         from.iter()
             .map(|devices| {
@@ -320,6 +312,18 @@ pub(super) fn apply_v1(directory: &Path, rules: &Rules) -> Result<(), CgroupErro
     };
     write(directory, add, &missing(&present, &wanted))?;
     write(directory, remove, &missing(&wanted, &present))
+}
+
+/// What the group allows; nothing if it allows by default.
+fn listed(directory: &Path) -> Result<Option<Vec<Devices>>, CgroupError> {
+    let path = directory.join("devices.list");
+    let text = fs::read_to_string(&path).map_err(|source| CgroupError::Io {
+        action: "read",
+        path,
+        source,
+    })?;
+    let denies = !text.starts_with('a');
+    Ok(denies.then(|| text.lines().filter_map(Devices::parse_line).collect()))
 }
 
 /// Writes lines one by one, as the kernel wants them.

@@ -7,7 +7,9 @@
 
 use std::{
     fs,
+    io::Read,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use super::CgroupError;
@@ -15,6 +17,9 @@ use super::CgroupError;
 /// Where hierarchies are mounted by convention. A mount elsewhere is used only where this has none,
 /// since it may be a bind mount into some container's root.
 const ROOT_USUAL: &str = "/sys/fs/cgroup";
+
+/// What is read of the table of mounts at once: mostly all of it.
+const MOUNT_TABLE_BYTES: usize = 8 * 1024;
 
 /// The v1 controllers, which tell themselves in the mount options from the other options.
 const V1_CONTROLLERS: &[&str] = &[
@@ -57,22 +62,36 @@ impl Hierarchy {
 
 /// The hierarchies of this host, v2 first: joining it is then the first thing that happens to a
 /// process, and `cgroup.kill` reaches it from there on.
-pub(super) fn hierarchies() -> Result<Vec<Hierarchy>, CgroupError> {
+///
+/// They are looked for once: what a host mounts there it mounts when it boots, and the table of mounts is
+/// long where many containers run.
+pub(super) fn hierarchies() -> Result<&'static [Hierarchy], CgroupError> {
+    static FOUND: OnceLock<Vec<Hierarchy>> = OnceLock::new();
+    match FOUND.get() {
+        Some(found) => Ok(found),
+        None => look().map(|found| FOUND.get_or_init(|| found).as_slice()),
+    }
+}
+
+fn look() -> Result<Vec<Hierarchy>, CgroupError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| CgroupError::Io {
+            action: "read",
+            path,
+            source,
+        }
+    };
     let path = Path::new("/proc/self/mountinfo");
-    let text = fs::read_to_string(path).map_err(|source| CgroupError::Io {
-        action: "read",
-        path: path.to_owned(),
-        source,
-    })?;
+    let mut text = String::with_capacity(MOUNT_TABLE_BYTES);
+    fs::File::open(path)
+        .and_then(|mut file| file.read_to_string(&mut text))
+        .map_err(failed(path))?;
     let mut found = parse(&text);
     for hierarchy in &mut found {
         if hierarchy.version == Version::V2 {
             let path = hierarchy.root.join("cgroup.controllers");
-            let text = fs::read_to_string(&path).map_err(|source| CgroupError::Io {
-                action: "read",
-                path,
-                source,
-            })?;
+            let text = fs::read_to_string(&path).map_err(failed(&path))?;
             hierarchy.controllers = text.split_whitespace().map(str::to_owned).collect();
         }
     }

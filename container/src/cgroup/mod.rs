@@ -150,7 +150,7 @@ impl Cgroup {
     ///
     /// If the path is empty or could leave the root, or no hierarchy is mounted.
     pub fn open(path: &str) -> Result<Cgroup, CgroupError> {
-        Ok(Cgroup::at(&CgroupPath::parse(path)?, &hierarchies()?))
+        Ok(Cgroup::at(&CgroupPath::parse(path)?, hierarchies()?))
     }
 
     fn at(path: &CgroupPath, hierarchies: &[Hierarchy]) -> Cgroup {
@@ -176,13 +176,16 @@ impl Cgroup {
         let resources = resources.cloned().unwrap_or_default();
         let path = CgroupPath::parse(path)?;
         let hierarchies = hierarchies()?;
-        let cgroup = Cgroup::at(&path, &hierarchies);
+        let cgroup = Cgroup::at(&path, hierarchies);
         let mut made = build::Made::default();
-        let result = build::build(&hierarchies, &path, &resources, &mut made).and_then(|()| {
-            cgroup.thaw()?;
+        let result = build::build(hierarchies, &path, &resources, &mut made).and_then(|()| {
+            let fresh = made.is_everything_of(hierarchies);
+            if !fresh {
+                cgroup.thaw()?;
+            }
             setting::apply(&resources::plan(&cgroup.directories, &resources)?)?;
             let rules = resources.devices().as_deref().unwrap_or_default();
-            cgroup.apply_devices(&devices::Rules::new(rules)?)
+            cgroup.apply_devices(&devices::Rules::new(rules)?, fresh)
         });
         if result.is_err() {
             made.undo();
@@ -212,7 +215,7 @@ impl Cgroup {
             .map(devices::Rules::new)
             .transpose()?;
         setting::apply_all_or_nothing(&settings)?;
-        rules.map_or(Ok(()), |rules| self.apply_devices(&rules))
+        rules.map_or(Ok(()), |rules| self.apply_devices(&rules, false))
     }
 
     /// Moves a process with all its threads into the group. Waits for a grace period of RCU, about
@@ -288,9 +291,10 @@ impl Cgroup {
         Entry::open(&directories)
     }
 
-    fn apply_devices(&self, rules: &devices::Rules) -> Result<(), CgroupError> {
+    /// A `fresh` group was made just now, and nobody has changed it.
+    fn apply_devices(&self, rules: &devices::Rules, fresh: bool) -> Result<(), CgroupError> {
         if let Some(directory) = self.directory_of("devices") {
-            return devices::apply_v1(&directory.path, rules);
+            return devices::apply_v1(&directory.path, rules, fresh);
         }
         let Some(directory) = self.unified() else {
             let reason = "no hierarchy of this host controls devices";

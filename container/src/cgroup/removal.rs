@@ -103,33 +103,48 @@ impl Cgroup {
     /// removed is.
     pub fn remove(&self) -> Result<(), CgroupError> {
         let deadline = Instant::now() + REMOVE_WAIT;
-        loop {
-            let mut busy = false;
-            let mut failed = None;
-            for directory in &self.directories {
-                match remove_tree(&directory.path) {
-                    Ok(()) => {}
-                    Err(Errno::EBUSY) => busy = true,
-                    Err(errno) => {
-                        failed.get_or_insert_with(|| CgroupError::Io {
-                            action: "remove",
-                            path: directory.path.clone(),
-                            source: errno.into(),
-                        });
-                    }
-                }
-            }
-            match (failed, busy) {
-                (Some(error), _) => return Err(error),
-                (None, false) => return Ok(()),
-                (None, true) => {}
-            }
+        while !self.try_remove()? {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(self.busy());
             }
             self.wait_for_an_exit(left.min(LOOK_AGAIN))?;
         }
+        Ok(())
+    }
+
+    /// Removes the group and all groups below it if nobody is in them; else says false, and has
+    /// removed at most groups that nobody was in.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses for another reason.
+    pub fn remove_if_empty(&self) -> Result<bool, CgroupError> {
+        // Where it is asked who is in the group: as long as somebody is, the others stay as well.
+        let Some(census) = self.census() else {
+            return Ok(true);
+        };
+        match remove_tree(&census.path) {
+            Ok(()) => self.try_remove(),
+            Err(Errno::EBUSY) => Ok(false),
+            Err(errno) => Err(cannot_remove(census, errno)),
+        }
+    }
+
+    /// Removes what can be removed; false if something is left that somebody is in.
+    fn try_remove(&self) -> Result<bool, CgroupError> {
+        let mut busy = false;
+        let mut failed = None;
+        for directory in &self.directories {
+            match remove_tree(&directory.path) {
+                Ok(()) => {}
+                Err(Errno::EBUSY) => busy = true,
+                Err(errno) => {
+                    failed.get_or_insert_with(|| cannot_remove(directory, errno));
+                }
+            }
+        }
+        failed.map_or(Ok(!busy), Err)
     }
 
     /// Waits until one of the processes has ended, or for `limit`.
@@ -181,6 +196,14 @@ impl Cgroup {
             path: self.census_path(),
             seconds: REMOVE_WAIT.as_secs(),
         }
+    }
+}
+
+fn cannot_remove(directory: &Directory, errno: Errno) -> CgroupError {
+    CgroupError::Io {
+        action: "remove",
+        path: directory.path.clone(),
+        source: errno.into(),
     }
 }
 

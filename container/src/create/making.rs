@@ -201,11 +201,14 @@ impl Making {
         self.process.take().ok_or(CreateError::InitDied)
     }
 
-    /// In the first process: the copies of the creator's handles are closed, and nothing is undone.
+    /// In the first process, which has nothing to undo: the copy of the directory's handle is closed,
+    /// since the lock would last as long as it. The rest is only memory, which the process shares with
+    /// its creator: to free it would be to copy it first.
     pub(super) fn leave_to_creator(mut self) {
-        self.home = None;
-        self.cgroup = None;
-        self.process = None;
+        if let Some(home) = self.home.take() {
+            home.close();
+        }
+        std::mem::forget(self);
     }
 }
 

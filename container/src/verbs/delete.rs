@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::hooks;
+use crate::process::Process;
 use crate::state::{Home, StateError, Status};
 use crate::verbs::state::oci_state;
 
@@ -60,40 +61,19 @@ pub fn delete(options: &DeleteOptions) -> Result<Vec<String>, DeleteError> {
         Err(error) => return Err(error.into()),
     };
     let (status, process) = home.observe(&record)?;
+    // A created container has not run anything yet: it is deleted only by force, as with runc.
+    if process.is_some() && !options.force {
+        return Err(DeleteError::NotStopped {
+            id: options.id.clone(),
+            status,
+        });
+    }
     let cgroup = Cgroup::open(&record.cgroup)?;
-    if let Some(process) = &process {
-        // A created container has not run anything yet: it is deleted only by force, as with runc.
-        if !options.force {
-            return Err(DeleteError::NotStopped {
-                id: options.id.clone(),
-                status,
-            });
-        }
-        let failed = |source| DeleteError::Kill {
-            id: options.id.clone(),
-            source,
-        };
-        match process.signal(libc::SIGKILL) {
-            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(failed(error)),
-            _ => {}
-        }
+    // Mostly the process was the last one in the cgroup.
+    if process.is_some() || !cgroup.remove_if_empty()? {
+        end(&options.id, process.as_ref(), &cgroup)?;
+        cgroup.remove()?;
     }
-    // Processes that shared the container's cgroup but not its pid namespace may live on.
-    cgroup.kill_all()?;
-    if let Some(process) = &process {
-        let failed = |source| DeleteError::Kill {
-            id: options.id.clone(),
-            source,
-        };
-        if !process.ended_within(END_MILLISECONDS_MAX).map_err(failed)? {
-            let seconds = END_MILLISECONDS_MAX / 1000;
-            return Err(DeleteError::Undead {
-                id: options.id.clone(),
-                seconds,
-            });
-        }
-    }
-    cgroup.remove()?;
     home.remove()?;
 
     let mut warnings = Vec::new();
@@ -104,4 +84,28 @@ pub fn delete(options: &DeleteOptions) -> Result<Vec<String>, DeleteError> {
         }
     }
     Ok(warnings)
+}
+
+/// Kills the first process, and everyone in the cgroup.
+fn end(id: &str, process: Option<&Process>, cgroup: &Cgroup) -> Result<(), DeleteError> {
+    let failed = |source| DeleteError::Kill {
+        id: id.to_owned(),
+        source,
+    };
+    match process.map_or(Ok(()), |process| process.signal(libc::SIGKILL)) {
+        Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(failed(error)),
+        _ => {}
+    }
+    // Processes that shared the container's cgroup but not its pid namespace may live on.
+    cgroup.kill_all()?;
+    let ended = process.map_or(Ok(true), |process| {
+        process.ended_within(END_MILLISECONDS_MAX)
+    });
+    if ended.map_err(failed)? {
+        return Ok(());
+    }
+    Err(DeleteError::Undead {
+        id: id.to_owned(),
+        seconds: END_MILLISECONDS_MAX / 1000,
+    })
 }
