@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{MEMORY_FILE, STATE_FILE};
-use crate::spec::{Console, Spec, VsockStream};
+use crate::spec::{Backing, Console, DiskFormat, Spec, VsockStream};
 
 /// The most snapshots on top of each other.
 pub const LAYERS_MAX: usize = 64;
@@ -39,7 +39,7 @@ pub struct Restore {
     pub vsock: Option<VsockOverride>,
     /// By name: `pmem0` is the first.
     #[serde(default)]
-    pub pmem: BTreeMap<String, DiskOverride>,
+    pub pmem: BTreeMap<String, PmemOverride>,
     /// As in a specification.
     #[serde(default)]
     pub console: Option<Console>,
@@ -80,10 +80,24 @@ impl SnapshotFiles {
     }
 }
 
-/// Another file for a disk or an image, with the same content as when the snapshot was taken.
+/// Another file for a disk, which holds what the disk held when the snapshot was taken: a copy, say, or
+/// a qcow2 image that refers to it.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskOverride {
+    pub path: PathBuf,
+    /// Of that file; as before if absent.
+    #[serde(default)]
+    pub format: Option<DiskFormat>,
+    /// What it refers to; as before if absent.
+    #[serde(default)]
+    pub backing: Option<Vec<Backing>>,
+}
+
+/// Another file for an image that the guest sees as memory.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemOverride {
     pub path: PathBuf,
 }
 
@@ -146,9 +160,7 @@ impl Restore {
         if let Some(track_dirty) = self.track_dirty {
             spec.memory.track_dirty = track_dirty;
         }
-        let mut disks: Vec<_> = spec.disks.iter_mut().map(|disk| &mut disk.path).collect();
-        let wanted = self.disks.iter().map(|(name, disk)| (name, &disk.path));
-        replace("disks", "disk", &mut disks, wanted)?;
+        self.apply_disks(&mut spec)?;
         let mut taps: Vec<_> = spec.nets.iter_mut().map(|net| &mut net.tap).collect();
         let wanted = self.nets.iter().map(|(name, net)| (name, &net.tap));
         replace("nets", "net", &mut taps, wanted)?;
@@ -157,6 +169,26 @@ impl Restore {
         replace("pmem", "pmem", &mut images, wanted)?;
         self.apply_vsock(&mut spec)?;
         Ok(spec)
+    }
+
+    fn apply_disks(&self, spec: &mut Spec) -> Result<(), OverrideError> {
+        for (index, disk) in spec.disks.iter_mut().enumerate() {
+            let name = format!("disk{index}");
+            let wanted = self.disks.get(&name);
+            disk.format = wanted
+                .and_then(|wanted| wanted.format)
+                .unwrap_or(disk.format);
+            if let Some(backing) = wanted.and_then(|wanted| wanted.backing.clone()) {
+                disk.backing = backing;
+            } else {
+                for backing in &disk.backing {
+                    own(&format!("/disks/{name}/backing"), &backing.path)?;
+                }
+            }
+        }
+        let mut disks: Vec<_> = spec.disks.iter_mut().map(|disk| &mut disk.path).collect();
+        let wanted = self.disks.iter().map(|(name, disk)| (name, &disk.path));
+        replace("disks", "disk", &mut disks, wanted)
     }
 
     fn apply_vsock(&self, spec: &mut Spec) -> Result<(), OverrideError> {
@@ -254,8 +286,12 @@ mod tests {
         want.disks[1].path = "fd:3".into();
         assert_eq!(new, want);
 
+        let backing = json!([{"path": "a", "format": "raw"}]);
         let new = applied(json!({
-            "disks": {"disk0": {"path": "b"}, "disk1": {"path": "c"}},
+            "disks": {
+                "disk0": {"path": "b", "format": "qcow2", "backing": backing},
+                "disk1": {"path": "c"},
+            },
             "nets": {"net0": {"tap": "tap9"}},
             "vsock": {"path": "w", "cid": 7, "streams": []},
             "track_dirty": true,
@@ -268,6 +304,9 @@ mod tests {
         );
         assert_eq!((vsock.cid, vsock.path.to_str()), (7, Some("w")));
         assert!(new.memory.track_dirty);
+        assert_eq!(new.disks[0].format, DiskFormat::Qcow2);
+        assert_eq!(new.disks[0].backing[0].path, Path::new("a"));
+        assert_eq!(new.disks[1].format, DiskFormat::Raw);
     }
 
     #[test]
