@@ -5,6 +5,7 @@ mod answer;
 mod engine;
 mod handle;
 mod image;
+mod patience;
 mod request;
 mod ring;
 mod state;

@@ -4,18 +4,20 @@
 //! end within the call that submits them, many at a time, and the others wait in the kernel. Writes
 //! to a regular file go to the page cache, and most file systems cannot promise the ring that this
 //! will not wait, so the ring hands each to a thread of the kernel; a plain call takes half as long.
-//! It may wait, for a disk that does not keep up; then only this disk's thread does. Where the host
-//! does not let us have a ring, calls do all.
+//! A call may wait, for a disk that does not keep up, and this disk's thread with it; the writes that
+//! follow then go to the ring. Where the host does not let us have a ring, calls do all.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::image::Image;
+use super::patience::Patience;
 use super::request::{Kind, Operation, Progress, Status};
 use super::ring::Ring;
 
@@ -33,6 +35,7 @@ pub(crate) struct Engine {
     ring: Option<Box<Ring>>,
     /// Writes go to the page cache.
     cached_writes: bool,
+    patience: Patience,
 }
 
 impl Engine {
@@ -61,6 +64,7 @@ impl Engine {
                 completed: VecDeque::new(),
             },
             ring: None,
+            patience: Patience::default(),
         }
     }
 
@@ -73,6 +77,7 @@ impl Engine {
                 completed: VecDeque::new(),
             },
             ring: None,
+            patience: Patience::default(),
         }
     }
 
@@ -80,13 +85,16 @@ impl Engine {
     pub(crate) fn start(&mut self, operation: Operation) {
         let cached_write = self.cached_writes && operation.kind == Kind::Write { stable: false };
         match &mut self.ring {
-            Some(ring) if !cached_write => ring.start(operation),
+            Some(ring) if !cached_write || !self.patience.allows_call(Instant::now()) => {
+                ring.start(operation);
+            }
             _ => self.calls.start(operation),
         }
     }
 
     /// Hands what was started to the kernel.
     pub(crate) fn submit(&mut self) -> io::Result<()> {
+        self.patience.end_batch();
         self.ring.as_mut().map_or(Ok(()), |ring| ring.submit())
     }
 
