@@ -58,15 +58,17 @@ fn one(index: usize, device: &LinuxDevice) -> Result<DevicePlan, PlanError> {
         LinuxDeviceType::C | LinuxDeviceType::U => FileType::CharacterDevice,
         LinuxDeviceType::P => FileType::Fifo,
         LinuxDeviceType::A => {
-            return Err(PlanError::invalid(
+            return Err(PlanError::value(
                 format!("{field}.type"),
+                "a",
                 "it must be b, c, u or p",
             ));
         }
     };
     if !device.path().is_absolute() {
-        return Err(PlanError::invalid(
+        return Err(PlanError::value(
             format!("{field}.path"),
+            device.path().display(),
             "it must be absolute",
         ));
     }

@@ -2,6 +2,7 @@
 //! made. Making a [`Plan`] changes nothing on the host.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -90,6 +91,13 @@ pub enum PlanError {
 }
 
 impl PlanError {
+    /// What was found, as far as it is short, and what is allowed.
+    pub(crate) fn value(field: impl Into<String>, value: impl Display, allowed: &str) -> Self {
+        const VALUE_LETTERS_MAX: usize = 100;
+        let value: String = value.to_string().chars().take(VALUE_LETTERS_MAX).collect();
+        Self::invalid(field, format!("`{}`: {allowed}", value.escape_debug()))
+    }
+
     pub(crate) fn invalid(field: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Invalid {
             field: field.into(),
@@ -201,8 +209,9 @@ fn paths(field: &str, list: &Option<Vec<String>>) -> Result<Vec<PathBuf>, PlanEr
         if path.is_absolute() {
             return Ok(path);
         }
-        Err(PlanError::invalid(
+        Err(PlanError::value(
             format!("{field}[{index}]"),
+            path.display(),
             "it must be an absolute path",
         ))
     };
@@ -250,7 +259,11 @@ fn sysctl(
             return Err(PlanError::invalid(field(), reason));
         }
         if path.split('/').any(|part| matches!(part, "" | "." | "..")) {
-            return Err(PlanError::invalid(field(), "it is no name of a setting"));
+            return Err(PlanError::value(
+                field(),
+                name,
+                "it is no name of a setting",
+            ));
         }
         checked.push((PathBuf::from(path), value.clone()));
     }
@@ -319,14 +332,16 @@ fn hooks(spec: &Spec) -> Result<Hooks, PlanError> {
         for (index, hook) in list.iter().enumerate() {
             let field = format!("hooks.{name}[{index}]");
             if !hook.path().is_absolute() {
-                return Err(PlanError::invalid(
+                return Err(PlanError::value(
                     format!("{field}.path"),
+                    hook.path().display(),
                     "it must be absolute",
                 ));
             }
-            if hook.timeout().is_some_and(|timeout| timeout <= 0) {
-                return Err(PlanError::invalid(
+            if let Some(timeout) = hook.timeout().filter(|timeout| *timeout <= 0) {
+                return Err(PlanError::value(
                     format!("{field}.timeout"),
+                    timeout,
                     "it must be more than 0 seconds",
                 ));
             }
@@ -348,7 +363,7 @@ fn cgroup_path(linux: &Linux, id: &str) -> Result<String, PlanError> {
         .to_str()
         .ok_or_else(|| PlanError::invalid(field, "it is not UTF-8"))?;
     if path.split('/').any(|part| part == "..") {
-        return Err(PlanError::invalid(field, "it must not contain `..`"));
+        return Err(PlanError::value(field, path, "it must not contain `..`"));
     }
     let path = path.trim_matches('/');
     if path.is_empty() {

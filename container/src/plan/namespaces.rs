@@ -133,7 +133,7 @@ impl NamespacePlan {
             let mappings = mappings.as_deref().unwrap_or_default();
             if let Some(index) = mappings.iter().position(|map| map.size() == 0) {
                 let field = format!("{field}[{index}].size");
-                return Err(PlanError::invalid(field, "it must be more than 0"));
+                return Err(PlanError::value(field, 0, "it must be more than 0"));
             }
             *text = map_text(mappings);
             let new = self.new & Kind::USER.0 != 0;

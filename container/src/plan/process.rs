@@ -63,8 +63,9 @@ impl ProcessPlan {
             return Err(PlanError::invalid("process.args", "it must name a program"));
         }
         if !process.cwd().is_absolute() {
-            return Err(PlanError::invalid(
+            return Err(PlanError::value(
                 "process.cwd",
+                process.cwd().display(),
                 "it must be an absolute path",
             ));
         }
@@ -180,8 +181,9 @@ fn terminal(process: &Process) -> Result<Option<Winsize>, PlanError> {
         .console_size()
         .map_or((0, 0), |size| (size.height(), size.width()));
     let convert = |value: u64| {
-        u16::try_from(value)
-            .map_err(|_| PlanError::invalid("process.consoleSize", "it must be less than 65536"))
+        let wrong =
+            |_| PlanError::value("process.consoleSize", value, "it must be less than 65536");
+        u16::try_from(value).map_err(wrong)
     };
     Ok(Some(Winsize {
         ws_row: convert(rows)?,
@@ -233,8 +235,14 @@ fn scheduler(scheduler: &Scheduler) -> Result<SchedulerAttributes, PlanError> {
             LinuxSchedulerFlag::SchedFlagUtilClampMax => 0x40,
         }
     };
-    let priority = u32::try_from(scheduler.priority().unwrap_or(0))
-        .map_err(|_| PlanError::invalid("process.scheduler.priority", "it must not be negative"))?;
+    let priority = scheduler.priority().unwrap_or(0);
+    let priority = u32::try_from(priority).map_err(|_| {
+        PlanError::value(
+            "process.scheduler.priority",
+            priority,
+            "it must not be negative",
+        )
+    })?;
     let nice = scheduler.nice().unwrap_or(0);
     if !(-20..=19).contains(&nice) {
         let reason = format!("{nice} is not between -20 and 19");

@@ -210,7 +210,7 @@ const FLAGS: &[Flag] = &[
         ["--cpu-share", "256"],
         "cpu",
         ["cpu.shares", "256"],
-        ["cpu.weight", "10"],
+        ["cpu.weight", "35"],
     ),
     (
         ["--cpu-period", "50000"],

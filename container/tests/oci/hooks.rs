@@ -84,7 +84,7 @@ fn a_hook_that_cannot_be_is_refused() {
     for (hook, words) in [
         (
             json!({"path": "sleep"}),
-            "hooks.createRuntime[0].path: it must be absolute",
+            "hooks.createRuntime[0].path: `sleep`: it must be absolute",
         ),
         (
             json!({"path": "/bin/true", "timeout": 0}),

@@ -63,7 +63,7 @@ const CASES: &[(&str, &str, &str, Shown, Shown)] = &[
         "cpu.shares",
         "cpu",
         Some(("cpu.shares", "512")),
-        Some(("cpu.weight", "20")),
+        Some(("cpu.weight", "59")),
     ),
     (
         r#"{"cpu": {"quota": 20000, "period": 50000}}"#,
@@ -227,7 +227,7 @@ fn the_group_is_where_the_path_says_and_is_gone_with_the_container() {
         let bundle = Bundle::new("true").with(|config| {
             config["linux"]["cgroupsPath"] = json!("/a/../../b");
         });
-        bundle.assert_refused("linux.cgroupsPath: it must not contain `..`");
+        bundle.assert_refused("linux.cgroupsPath: `/a/../../b`: it must not contain `..`");
     }
 }
 

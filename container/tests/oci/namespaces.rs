@@ -147,7 +147,7 @@ fn a_new_user_namespace_needs_mappings_of_some_size() {
             config["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 1, "size": size}]);
         })
     };
-    bundle(0).assert_refused("linux.gidMappings[0].size: it must be more than 0");
+    bundle(0).assert_refused("linux.gidMappings[0].size: `0`: it must be more than 0");
     assert_eq!(bundle(1000).run().status, 0);
 }
 
