@@ -1,8 +1,10 @@
 //! Configurations that were made to break the plan: every value of an ordinary one, replaced by every
-//! value of a list of awkward ones. The answer may be an error, and is never a panic.
+//! value of a list of awkward ones; and several values at once, replaced by any. The answer may be an
+//! error, and is never a panic.
 
 use std::path::Path;
 
+use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::{Plan, Setting};
@@ -131,4 +133,65 @@ fn any_value_may_be_replaced_by_any_other() {
         "{refused} of {} pointers",
         all.len()
     );
+}
+
+/// What becomes of a value.
+#[derive(Clone, Debug)]
+enum Change {
+    Replace(Value),
+    /// A text becomes longer, a list becomes itself twice, an object gets one member more.
+    Grow(String),
+}
+
+fn changes() -> impl Strategy<Value = Change> {
+    prop_oneof![
+        any::<i64>().prop_map(|number| Change::Replace(json!(number))),
+        any::<u64>().prop_map(|number| Change::Replace(json!(number))),
+        any::<f64>().prop_map(|number| Change::Replace(json!(number))),
+        ".{0,20}".prop_map(|text| Change::Replace(json!(text))),
+        prop::collection::vec("[a-z0-9,./:%-]{0,9}", 0..4)
+            .prop_map(|list| Change::Replace(json!(list))),
+        prop::sample::select(awkward()).prop_map(Change::Replace),
+        "[a-zA-Z0-9,./:%=-]{0,9}".prop_map(Change::Grow),
+    ]
+}
+
+fn apply(value: &mut Value, change: &Change) {
+    match (change, &mut *value) {
+        (Change::Replace(new), _) => *value = new.clone(),
+        (Change::Grow(more), Value::String(text)) => text.push_str(more),
+        (Change::Grow(_), Value::Array(list)) => list.extend(list.clone()),
+        (Change::Grow(more), Value::Object(map)) => {
+            map.insert(more.clone(), json!(more));
+        }
+        (Change::Grow(_), _) => {}
+    }
+}
+
+proptest! {
+    #[test]
+    fn several_values_may_be_replaced_by_any(
+        edits in prop::collection::vec((any::<prop::sample::Index>(), changes()), 1..6)
+    ) {
+        let mut config = rich();
+        for (place, change) in &edits {
+            let mut all = Vec::new();
+            pointers(&config, "", &mut all);
+            let pointer: &String = place.get(&all);
+            if let Some(value) = config.pointer_mut(pointer) {
+                apply(value, change);
+            }
+        }
+        if let Err(message) = try_plan(&config) {
+            prop_assert!(!message.is_empty());
+        }
+    }
+
+    #[test]
+    fn any_text_may_be_the_configuration(text in "[\\[\\]{}\",:a-z0-9 ]{0,60}") {
+        let config = Config::parse(text.into_bytes(), Path::new("config.json"));
+        if let Err(error) = config {
+            prop_assert!(!error.to_string().is_empty());
+        }
+    }
 }
