@@ -391,7 +391,7 @@ fn network(plan: NetPlan) -> Result<Net, DeviceSetupError> {
         TapPlan::Name(name) => Tap::open(&name)?,
         TapPlan::Open(descriptor) => Tap::from_fd(descriptor)?,
     };
-    Ok(Net::new(tap, plan.mac))
+    Ok(Net::new(tap, plan.mac).with_mtu(plan.mtu))
 }
 
 fn vsock(plan: VsockPlan) -> Result<Vsock, DeviceSetupError> {

@@ -33,6 +33,8 @@ pub const MEMORY_MIB_MIN: u64 = 16;
 pub const MEMORY_MIB_MAX: u64 = 4 << 20;
 /// The largest image in MiB, for the same reason.
 pub const IMAGE_MIB_MAX: u64 = 1 << 20;
+/// The least MTU (virtio 1.2, section 5.1.4.1).
+pub const MTU_MIN: u16 = 68;
 /// The most initramfs files.
 pub const INITRAMFS_FILES_MAX: usize = 16;
 /// The least context id of a guest: those below have meanings of their own.
@@ -124,6 +126,7 @@ pub struct SnapshotPlan {
 pub struct NetPlan {
     pub tap: TapPlan,
     pub mac: [u8; 6],
+    pub mtu: Option<u16>,
 }
 
 /// Where frames go.
@@ -303,7 +306,7 @@ mod tests {
             "cpus": {"count": 1},
             "memory": {"size_mib": 16},
             "disks": [{"path": kernel.path(), "serial": null}],
-            "nets": [{"tap": "tap0", "mac": null}],
+            "nets": [{"tap": "tap0", "mac": null, "mtu": 9000}],
             "vsock": {"cid": 3, "path": "/run/vsock", "streams": []},
             "rng": true,
             "balloon": {"target_mib": 0},
@@ -398,6 +401,17 @@ mod tests {
             let error = plan(pointer, value.clone()).unwrap_err().to_string();
             assert!(error.contains(want), "{value}: {error}");
         }
+    }
+
+    #[test]
+    fn an_mtu_is_one_that_a_driver_accepts() {
+        assert_eq!(
+            plan("/nets/0/mtu", json!(68)).unwrap().nets[0].mtu,
+            Some(68)
+        );
+        let error = plan("/nets/0/mtu", json!(67)).unwrap_err();
+        let want = "`/nets/0/mtu` is 67; it must be from 68 to 65535";
+        assert_eq!(error.to_string(), want);
     }
 
     #[test]

@@ -205,6 +205,10 @@ pub struct Net {
     /// `02:00:00:00:00:01`; made up from the position if absent.
     #[serde(default)]
     pub mac: Option<String>,
+    /// The largest packet that the guest is to send, in bytes, 68 or more; the guest's to choose if
+    /// absent. That the tap takes as much is somebody else's care.
+    #[serde(default)]
+    pub mtu: Option<u16>,
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]

@@ -106,7 +106,9 @@ fn target_dir() -> PathBuf {
 
 fn build() -> Result<()> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let mut build = command(&cargo, ["build", "--release", "--locked", "--quiet"]);
+    // Without --locked: a new dependency of the VMM is one of this package too, and its lock file is
+    // nobody's to remember.
+    let mut build = command(&cargo, ["build", "--release", "--quiet"]);
     build
         .args(["--target", paths::TARGET, "--target-dir"])
         .arg(target_dir())

@@ -10,6 +10,7 @@ use crate::process::start_idle;
 
 pub(crate) const TESTS: &[(&str, KindTest)] = &[
     ("a_memory_hog_is_stopped_and_the_exit_says_so", memory),
+    ("memory_that_is_freed_comes_back", freed),
     ("a_fork_bomb_is_held", pids),
     ("processor_time_is_capped_and_the_cap_moves", cpu),
     (
@@ -28,6 +29,32 @@ fn memory(host: &Host, kind: Kind) {
     let instance = host.hostctl(&["inspect", "--json", &name]).json();
     assert_eq!(instance["exit"]["oom"], true, "{instance:#}");
     host.hostctl(&["rm", &name]).ok();
+}
+
+/// What a container's process frees is the host's at once; a guest's kernel tells its VMM after some
+/// seconds.
+fn freed(host: &Host, kind: Kind) {
+    const FREED: u64 = 80 << 20;
+    const SECONDS_MAX: u32 = 120;
+    let name = format!("freed-{}", kind.name());
+    start_idle(host, kind, &name, &["--memory", "256M"]);
+    // `tail` keeps as much until its input ends.
+    let hog = "head -c 120m /dev/zero | tail -c 119m >/dev/null";
+    host.hostctl(&["exec", &name, "sh", "-c", hog]).ok();
+    let back = (0..SECONDS_MAX).any(|_| {
+        let stats = host
+            .hostctl(&["stats", "--no-stream", "--json", &name])
+            .json();
+        let stats = if stats.is_array() { &stats[0] } else { &stats };
+        let bytes = |field: &str| stats[field].as_u64().expect("stats show memory");
+        let back = bytes("memory_bytes") + FREED <= bytes("memory_peak_bytes");
+        if !back {
+            host.hostctl(&["exec", &name, "sleep", "1"]).ok();
+        }
+        back
+    });
+    assert!(back, "the host has not got back what was freed");
+    host.hostctl(&["rm", "--force", &name]).ok();
 }
 
 fn pids(host: &Host, kind: Kind) {

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use super::{
-    CID_MIN, ConsolePlan, ListenPlan, NetPlan, PlanError, TapPlan, VsockPlan, in_range, memory,
-    range,
+    CID_MIN, ConsolePlan, ListenPlan, MTU_MIN, NetPlan, PlanError, TapPlan, VsockPlan, in_range,
+    memory, range,
 };
 use crate::descriptors::Inherited;
 use crate::devices::serial::{Bounded, Output, Patient};
@@ -115,6 +115,9 @@ impl Opener {
                 range(&field, format!("{text:?}"), wanted)
             })?,
         };
+        if let Some(mtu) = net.mtu {
+            in_range(&format!("{field}/mtu"), mtu, MTU_MIN, u16::MAX)?;
+        }
         let field = format!("{field}/tap");
         let open = self.descriptor(&field, Path::new(&net.tap))?;
         let tap = match open {
@@ -127,7 +130,11 @@ impl Opener {
                 return Err(range(&field, format!("{:?}", net.tap), wanted));
             }
         };
-        Ok(NetPlan { tap, mac })
+        Ok(NetPlan {
+            tap,
+            mac,
+            mtu: net.mtu,
+        })
     }
 
     pub(super) fn vsock(&mut self, vsock: &Vsock) -> Result<VsockPlan, PlanError> {

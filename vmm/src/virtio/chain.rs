@@ -23,8 +23,8 @@ use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice,
 };
 
-use super::DeviceError;
 use super::discard::discard;
+use super::{DeviceError, Signal};
 use crate::dirty;
 
 /// The most pieces a chain may have. Drivers stay within the queue size (virtio 1.2, 2.7.5.3.1);
@@ -91,6 +91,30 @@ pub(crate) fn take_all(
         taken += 1;
     }
     Ok(taken)
+}
+
+/// Hands every chain that is available now to `each`, which returns how many bytes of it were
+/// written, and gives it back.
+pub(crate) fn answer_all(
+    index: usize,
+    queues: &mut [Queue],
+    memory: &GuestMemoryMmap,
+    mut each: impl FnMut(&Chain) -> Result<usize, DeviceError>,
+) -> Result<Signal, DeviceError> {
+    let Some(queue) = queues.get_mut(index) else {
+        return Ok(Signal::NONE);
+    };
+    let mut chains = Vec::new();
+    take_all(index, queue, memory, 0, |chain| chains.push(chain))?;
+    for chain in &chains {
+        let written = each(chain)?;
+        chain.give_back(index, queue, memory, written)?;
+    }
+    Ok(if chains.is_empty() {
+        Signal::NONE
+    } else {
+        Signal::queue(index)
+    })
 }
 
 impl Chain {

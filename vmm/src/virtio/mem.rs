@@ -20,7 +20,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 use self::blocks::Blocks;
 pub use self::handle::MemHandle;
 use self::handle::Shared;
-use super::chain::{Chain, take_all};
+use super::chain::{Chain, answer_all};
 use super::discard::discard_range;
 use super::state::{self, DeviceState, StateError};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
@@ -242,22 +242,13 @@ impl VirtioDevice for Mem {
         queues: &mut [Queue],
         mem: &GuestMemoryMmap,
     ) -> Result<Signal, DeviceError> {
-        let Some(queue) = queues.get_mut(index) else {
-            return Ok(Signal::NONE);
-        };
-        let mut chains = Vec::new();
-        if take_all(index, queue, mem, 0, |chain| chains.push(chain))? == 0 {
-            return Ok(Signal::NONE);
-        }
-        for chain in chains {
-            let response = match Request::read(&chain) {
+        answer_all(index, queues, mem, |chain| {
+            let response = match Request::read(chain) {
                 Some(request) => self.answer(request, mem)?,
                 None => Response::Error,
             };
-            let written = chain.write(0, &response.bytes());
-            chain.give_back(index, queue, mem, written)?;
-        }
-        Ok(Signal::queue(index))
+            Ok(chain.write(0, &response.bytes()))
+        })
     }
 
     fn interests(&self) -> Vec<Interest> {

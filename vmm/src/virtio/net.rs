@@ -13,7 +13,7 @@ use serde_json::Value;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
 };
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
@@ -65,6 +65,7 @@ const OFFLOADS: [(u32, u32); 4] = [
 pub struct Net {
     tap: Tap,
     mac: [u8; 6],
+    mtu: Option<u16>,
     receiving: Receiving,
     /// Frames that the tap has not taken yet.
     sending: VecDeque<Chain>,
@@ -114,6 +115,7 @@ impl Net {
         Net {
             tap,
             mac,
+            mtu: None,
             receiving: Receiving {
                 buffers: VecDeque::new(),
                 pending: None,
@@ -127,6 +129,11 @@ impl Net {
             lost: false,
             counters: Arc::default(),
         }
+    }
+
+    /// The same, whose driver is told the largest packet that it is to send, if there is one.
+    pub fn with_mtu(self, mtu: Option<u16>) -> Net {
+        Net { mtu, ..self }
     }
 
     /// For counters, from then on.
@@ -325,14 +332,19 @@ impl VirtioDevice for Net {
         ];
         DeviceInfo {
             id: ID,
-            features: features.iter().fold(0, |all, bit| all | 1 << bit),
+            features: features
+                .iter()
+                .chain(self.mtu.as_ref().map(|_| &VIRTIO_NET_F_MTU))
+                .fold(0, |all, bit| all | 1 << bit),
             queue_sizes: vec![QUEUE_SIZE, QUEUE_SIZE],
         }
     }
 
-    /// `struct virtio_net_config`, of which only the address is offered.
+    /// `struct virtio_net_config`, of which the address and the MTU are offered: between them are
+    /// the status and the number of queues.
     fn config(&self) -> Vec<u8> {
-        self.mac.to_vec()
+        let mtu = self.mtu.unwrap_or(0).to_le_bytes();
+        [&self.mac[..], &[0; 4], &mtu].concat()
     }
 
     fn activate(&mut self, features: u64) -> Result<(), DeviceError> {

@@ -11,7 +11,7 @@ use serde_json::Value;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
-use super::chain::take_all;
+use super::chain::answer_all;
 use super::state::{self, DeviceState, StateError};
 use super::{DeviceError, DeviceInfo, Signal, VirtioDevice};
 
@@ -79,14 +79,7 @@ impl VirtioDevice for Pmem {
         queues: &mut [Queue],
         mem: &GuestMemoryMmap,
     ) -> Result<Signal, DeviceError> {
-        let Some(queue) = queues.get_mut(index) else {
-            return Ok(Signal::NONE);
-        };
-        let mut chains = Vec::new();
-        if take_all(index, queue, mem, 0, |chain| chains.push(chain))? == 0 {
-            return Ok(Signal::NONE);
-        }
-        for chain in &chains {
+        answer_all(index, queues, mem, |chain| {
             let mut kind = [0; 4];
             let whole = chain.read(0, &mut kind) == kind.len();
             let result = if whole && u32::from_le_bytes(kind) == FLUSH {
@@ -94,10 +87,8 @@ impl VirtioDevice for Pmem {
             } else {
                 FAILED
             };
-            let written = chain.write(0, &result.to_le_bytes());
-            chain.give_back(index, queue, mem, written)?;
-        }
-        Ok(Signal::queue(index))
+            Ok(chain.write(0, &result.to_le_bytes()))
+        })
     }
 
     fn reset(&mut self) {}

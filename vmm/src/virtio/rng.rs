@@ -8,7 +8,7 @@ use serde_json::Value;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
-use super::chain::{Chain, take_all};
+use super::chain::{Chain, answer_all};
 use super::state::{DeviceState, StateError, read_nothing};
 use super::{DeviceError, DeviceInfo, Signal, VirtioDevice};
 
@@ -55,21 +55,12 @@ impl VirtioDevice for Rng {
         queues: &mut [Queue],
         mem: &GuestMemoryMmap,
     ) -> Result<Signal, DeviceError> {
-        let Some(queue) = queues.get_mut(index) else {
-            return Ok(Signal::NONE);
-        };
-        let mut chains = Vec::new();
-        if take_all(index, queue, mem, 0, |chain| chains.push(chain))? == 0 {
-            return Ok(Signal::NONE);
-        }
-        for chain in &chains {
-            let filled = fill(chain).map_err(|source| DeviceError::Host {
+        answer_all(index, queues, mem, |chain| {
+            fill(chain).map_err(|source| DeviceError::Host {
                 action: "get random bytes",
                 source,
-            })?;
-            chain.give_back(index, queue, mem, filled)?;
-        }
-        Ok(Signal::queue(index))
+            })
+        })
     }
 
     fn reset(&mut self) {}

@@ -143,6 +143,7 @@ pub(super) fn machine(parts: Parts, limits: &Limits) -> (Spec, Vec<Descriptor>) 
             .map(|(name, mac)| Net {
                 tap: fds.add(Descriptor::Tap { name }).display().to_string(),
                 mac: Some(mac),
+                mtu: None,
             })
             .collect(),
         vsock: Some(Vsock {

@@ -235,6 +235,24 @@ fn checksums_are_left_to_a_guest_that_accepts_that_and_computed_for_another() {
 }
 
 #[test]
+fn the_configuration_says_the_address_and_the_mtu_if_there_is_one() {
+    in_network(|| {
+        let mut net = Net::new(Tap::open("tap0").unwrap(), GUEST_MAC);
+        for (mtu, bytes) in [(None, [0, 0]), (Some(9000), [0x28, 0x23])] {
+            net = net.with_mtu(mtu);
+            let offered = net.info().features & 1 << VIRTIO_NET_F_MTU != 0;
+            assert_eq!(offered, mtu.is_some());
+            assert_eq!(net.config()[..6], GUEST_MAC);
+            assert_eq!(net.config()[10..], bytes);
+            let own = net.save().unwrap().own;
+            net.restore(&own).unwrap();
+            net = net.with_mtu(Some(1400));
+            net.restore(&own).unwrap_err();
+        }
+    });
+}
+
+#[test]
 fn no_combination_of_features_makes_the_tap_refuse() {
     in_network(|| {
         let mut net = Net::new(Tap::open("tap0").unwrap(), GUEST_MAC);
