@@ -1,5 +1,5 @@
-//! `cargo xtask fuzz`: what guests, clients and files can send to the VMM, guessed by libFuzzer for a
-//! bounded time.
+//! `cargo xtask fuzz`: what guests, clients and files can send to the VMM, and what a container's
+//! configuration can be, guessed by libFuzzer for a bounded time.
 //!
 //! libFuzzer learns from counters that the compiler adds to the code, and those are to be had from a
 //! stable compiler too. What was found interesting is kept in `build/`, so that the next run goes on
@@ -30,7 +30,7 @@ const INPUT_SECONDS_MAX: u32 = 10;
 /// A target that takes more is a leak, or an allocation by a number that the guest chose.
 const MEMORY_MIB_MAX: u32 = 1024;
 
-/// Runs the fuzz targets of the VMM, each for a bounded time (needs root)
+/// Runs the fuzz targets, each for a bounded time (needs root)
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// How long each target runs
@@ -56,47 +56,62 @@ impl Default for Arguments {
 /// Builds them and runs them one after the other.
 pub(crate) fn fuzz(arguments: &Arguments) -> Result<()> {
     packages::ensure(&["build-essential"])?;
-    let all = targets()?;
-    let mut chosen = &arguments.targets;
-    if chosen.is_empty() {
-        chosen = &all;
+    let mut chosen = targets()?;
+    if !arguments.targets.is_empty() {
+        let known: Vec<String> = chosen.iter().map(|target| target.name.clone()).collect();
+        for name in &arguments.targets {
+            ensure!(
+                known.contains(name),
+                "There are the targets {}",
+                known.join(", ")
+            );
+        }
+        chosen.retain(|target| arguments.targets.contains(&target.name));
     }
-    for name in chosen {
-        ensure!(
-            all.contains(name),
-            "There are the targets {}",
-            all.join(", ")
-        );
+    for package in PACKAGES {
+        if chosen.iter().any(|target| target.package == package) {
+            step(&format!("Build the fuzz targets of {package}"), || {
+                build(package)
+            })?;
+        }
     }
-    step("Build the fuzz targets", build)?;
     if let Some(input) = &arguments.input {
-        let [name] = chosen.as_slice() else {
+        let [target] = chosen.as_slice() else {
             bail!("Name the one target that is to get the input");
         };
-        return run(Command::new(binary(name)).arg(input)).map(|_| ());
+        return run(Command::new(binary(&target.name)).arg(input)).map(|_| ());
     }
-    for name in chosen {
-        let what = format!("Fuzz {name} for {} s", arguments.seconds);
-        step(&what, || run_target(name, arguments.seconds))?;
+    for target in chosen {
+        let what = format!("Fuzz {} for {} s", target.name, arguments.seconds);
+        step(&what, || run_target(&target, arguments.seconds))?;
     }
     Ok(())
 }
 
-fn package() -> PathBuf {
-    paths::root().join("vmm/fuzz")
+/// Where the targets are.
+const PACKAGES: [&str; 2] = ["vmm/fuzz", "container/fuzz"];
+
+/// A file of a package.
+struct Target {
+    package: &'static str,
+    name: String,
 }
 
-/// The targets are the files.
-fn targets() -> Result<Vec<String>> {
-    let dir = package().join("fuzz_targets");
-    let mut names = Vec::new();
-    for entry in fs::read_dir(&dir).with_context(|| format!("Cannot read {}", dir.display()))? {
-        let path = entry?.path();
-        let stem = path.file_stem().and_then(|stem| stem.to_str());
-        names.extend(stem.map(str::to_owned));
+fn targets() -> Result<Vec<Target>> {
+    let mut targets = Vec::new();
+    for package in PACKAGES {
+        let dir = paths::root().join(package).join("fuzz_targets");
+        for entry in fs::read_dir(&dir).with_context(|| format!("Cannot read {}", dir.display()))? {
+            let path = entry?.path();
+            let stem = path.file_stem().and_then(|stem| stem.to_str());
+            targets.extend(stem.map(|stem| Target {
+                package,
+                name: stem.to_owned(),
+            }));
+        }
     }
-    names.sort();
-    Ok(names)
+    targets.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(targets)
 }
 
 /// Instrumented code has a target directory of its own: it would displace the other.
@@ -104,7 +119,7 @@ fn target_dir() -> PathBuf {
     paths::target().join("fuzz")
 }
 
-fn build() -> Result<()> {
+fn build(package: &str) -> Result<()> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
     // Without --locked: a new dependency of the VMM is one of this package too, and its lock file is
     // nobody's to remember.
@@ -113,7 +128,7 @@ fn build() -> Result<()> {
         .args(["--target", paths::TARGET, "--target-dir"])
         .arg(target_dir())
         .env("RUSTFLAGS", INSTRUMENTATION)
-        .current_dir(package());
+        .current_dir(paths::root().join(package));
     run(&mut build).map(|_| ())
 }
 
@@ -121,7 +136,8 @@ fn binary(name: &str) -> PathBuf {
     target_dir().join(paths::TARGET).join("release").join(name)
 }
 
-fn run_target(name: &str, seconds: u32) -> Result<()> {
+fn run_target(target: &Target, seconds: u32) -> Result<()> {
+    let Target { package, name } = target;
     let kept = paths::build().join("fuzz");
     let learnt = kept.join(name);
     fs::create_dir_all(&learnt).with_context(|| format!("Cannot make {}", learnt.display()))?;
@@ -136,17 +152,18 @@ fn run_target(name: &str, seconds: u32) -> Result<()> {
         ))
         .arg("-verbosity=0")
         .arg(&learnt)
-        .args(regressions(name))
+        .args(regressions(target))
         .current_dir(&kept);
     // It prints the input, where it is kept, and what went wrong.
     run(&mut fuzzer).map(|_| ()).with_context(|| {
         format!(
-            "`cargo xtask fuzz {name} --input FILE` repeats it; keep FILE in vmm/fuzz/corpus/{name}"
+            "`cargo xtask fuzz {name} --input FILE` repeats it; keep FILE in {package}/corpus/{name}"
         )
     })
 }
 
 /// Inputs in the tree.
-fn regressions(name: &str) -> Option<PathBuf> {
-    Some(package().join("corpus").join(name)).filter(|dir| Path::is_dir(dir))
+fn regressions(target: &Target) -> Option<PathBuf> {
+    let corpus = paths::root().join(target.package).join("corpus");
+    Some(corpus.join(&target.name)).filter(|dir| Path::is_dir(dir))
 }
