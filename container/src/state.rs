@@ -67,7 +67,7 @@ pub struct Record {
     pub pid: i32,
     #[serde(skip)]
     pub start_time: u64,
-    /// Path in every cgroup hierarchy.
+    /// Path in every cgroup hierarchy; empty if there is no group.
     pub cgroup: String,
     #[serde(default)]
     pub annotations: BTreeMap<String, String>,

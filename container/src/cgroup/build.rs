@@ -7,6 +7,7 @@ use std::{
 
 use nix::errno::Errno;
 use oci_spec::runtime::LinuxResources;
+use rustix::fs::{Access, access};
 
 use super::{
     CgroupError,
@@ -79,6 +80,12 @@ pub(super) fn build(
         }
     }
     Ok(())
+}
+
+/// Whether this user may make the directory `leaf`, with those above it that are missing.
+pub(super) fn may_make(leaf: &Path) -> bool {
+    let above = leaf.ancestors().skip(1).find(|above| above.is_dir());
+    above.is_some_and(|above| access(above, Access::WRITE_OK | Access::EXEC_OK).is_ok())
 }
 
 fn cannot(action: &'static str, path: &Path, source: io::Error) -> CgroupError {

@@ -144,12 +144,18 @@ pub struct Cgroup {
 
 impl Cgroup {
     /// Names the group `path` below the root of every hierarchy, as `/hostd/web`; it need not
-    /// exist.
+    /// exist. The empty path names no group: that of a container of a user who may not make any.
+    /// Nobody is in it, and it can do nothing.
     ///
     /// # Errors
     ///
-    /// If the path is empty or could leave the root, or no hierarchy is mounted.
+    /// If the path is the root or could leave it, or no hierarchy is mounted.
     pub fn open(path: &str) -> Result<Cgroup, CgroupError> {
+        if path.is_empty() {
+            return Ok(Cgroup {
+                directories: Vec::new(),
+            });
+        }
         Ok(Cgroup::at(&CgroupPath::parse(path)?, hierarchies()?))
     }
 
@@ -191,6 +197,17 @@ impl Cgroup {
             made.undo();
         }
         result.map(|()| cgroup)
+    }
+
+    /// Whether this user may make the group `path`, as far as permissions tell.
+    #[must_use]
+    pub fn may_make(path: &str) -> bool {
+        let (Ok(path), Ok(hierarchies)) = (CgroupPath::parse(path), hierarchies()) else {
+            return false;
+        };
+        hierarchies
+            .iter()
+            .all(|hierarchy| build::may_make(&hierarchy.root.join(path.relative())))
     }
 
     /// Whether the group exists, in any hierarchy.
@@ -293,6 +310,11 @@ impl Cgroup {
 
     /// A `fresh` group was made just now, and nobody has changed it.
     fn apply_devices(&self, rules: &devices::Rules, fresh: bool) -> Result<(), CgroupError> {
+        // Only root may set them. Without root's rights no device can be made that the rules would have
+        // to deny.
+        if self.directories.is_empty() || !rustix::process::geteuid().is_root() {
+            return Ok(());
+        }
         if let Some(directory) = self.directory_of("devices") {
             return devices::apply_v1(&directory.path, rules, fresh);
         }

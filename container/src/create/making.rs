@@ -70,7 +70,11 @@ impl Making {
     }
 
     pub(super) fn make_cgroup(&mut self, plan: &Plan) -> Result<Cgroup, CreateError> {
-        let cgroup = Cgroup::create(&plan.cgroup, plan.resources.as_ref())?;
+        let cgroup = if plan.cgroup.is_empty() {
+            Cgroup::open("")?
+        } else {
+            Cgroup::create(&plan.cgroup, plan.resources.as_ref())?
+        };
         self.cgroup = Some(cgroup.clone());
         Ok(cgroup)
     }

@@ -15,6 +15,7 @@ use crate::spec::Config;
 
 pub(crate) mod capability;
 pub(crate) mod devices;
+mod group;
 #[cfg(test)]
 mod hostile;
 pub(crate) mod memory;
@@ -59,7 +60,7 @@ pub(crate) struct Plan {
     pub(crate) network_devices: Vec<NetworkDevicePlan>,
     pub(crate) filter: Option<Filter>,
     pub(crate) hooks: Hooks,
-    /// The same in every hierarchy; absolute.
+    /// The same in every hierarchy; absolute. Empty for a user who may not make groups.
     pub(crate) cgroup: String,
     pub(crate) resources: Option<LinuxResources>,
 }
@@ -155,7 +156,7 @@ impl Plan {
             network_devices: network::plan(linux, &namespaces)?,
             filter: linux.seccomp().as_ref().map(filter).transpose()?,
             hooks: hooks(spec)?,
-            cgroup: cgroup_path(linux, setting.id)?,
+            cgroup: group::choose(linux, setting.id)?,
             resources: linux.resources().clone(),
             namespaces,
             mounts,
@@ -350,28 +351,6 @@ fn hooks(spec: &Spec) -> Result<Hooks, PlanError> {
     Ok(hooks)
 }
 
-fn cgroup_path(linux: &Linux, id: &str) -> Result<String, PlanError> {
-    let field = "linux.cgroupsPath";
-    let Some(path) = linux
-        .cgroups_path()
-        .as_ref()
-        .filter(|path| !path.as_os_str().is_empty())
-    else {
-        return Ok(format!("/{id}"));
-    };
-    let path = path
-        .to_str()
-        .ok_or_else(|| PlanError::invalid(field, "it is not UTF-8"))?;
-    if path.split('/').any(|part| part == "..") {
-        return Err(PlanError::value(field, path, "it must not contain `..`"));
-    }
-    let path = path.trim_matches('/');
-    if path.is_empty() {
-        return Err(PlanError::invalid(field, "it must not be the root"));
-    }
-    Ok(format!("/{path}"))
-}
-
 /// What the process of a container needs open when it is executed, beside its standard streams.
 #[derive(Debug, Default)]
 pub(crate) struct Inherited {
@@ -416,14 +395,5 @@ mod tests {
         ] {
             assert!(check(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn the_cgroup_is_never_the_root_or_outside() {
-        let path = |json: &str| cgroup_path(&serde_json::from_str(json).unwrap(), "a");
-        assert_eq!(path("{}").unwrap(), "/a");
-        assert_eq!(path(r#"{"cgroupsPath":"x/y/"}"#).unwrap(), "/x/y");
-        path(r#"{"cgroupsPath":"/"}"#).unwrap_err();
-        path(r#"{"cgroupsPath":"/a/../../b"}"#).unwrap_err();
     }
 }

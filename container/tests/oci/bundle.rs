@@ -65,7 +65,7 @@ impl Bundle {
         let directory = tempfile::tempdir().unwrap();
         let bin = directory.path().join("rootfs/bin");
         fs::create_dir_all(&bin).unwrap();
-        fs::copy("/bin/busybox", bin.join("busybox")).unwrap();
+        copy_program(Path::new("/bin/busybox"), &bin.join("busybox"));
         for applet in APPLETS {
             symlink("busybox", bin.join(applet)).unwrap();
         }
@@ -223,11 +223,18 @@ impl Bundle {
     }
 
     pub(crate) fn wait_for_status(&self, status: &str) {
+        self.wait_for_one_of(&[status]);
+    }
+
+    pub(crate) fn wait_for_one_of(&self, statuses: &[&str]) {
         let start = Instant::now();
-        while self.state()["status"] != status {
+        while !statuses
+            .iter()
+            .any(|status| self.state()["status"] == *status)
+        {
             assert!(
                 start.elapsed() < PATIENCE,
-                "never {status}: {}",
+                "never {statuses:?}: {}",
                 self.state()
             );
             std::thread::yield_now();
@@ -245,6 +252,13 @@ impl Drop for Bundle {
     fn drop(&mut self) {
         let _ = self.command(&["delete", "--force"]).arg(&self.id).output();
     }
+}
+
+/// Copies a program by another process: one that this process had open for writing could not be executed
+/// as long as a child lives that a test beside this one forked meanwhile.
+pub(crate) fn copy_program(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg(from).arg(to).status().unwrap();
+    assert!(copied.success());
 }
 
 /// Runs a command to its end, but not for ever.

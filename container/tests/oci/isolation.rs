@@ -3,12 +3,13 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::process::Stdio;
 
 use nix::sys::statvfs::{FsFlags, statvfs};
 use serde_json::{Value, json};
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, copy_program};
 
 /// `statfs` type of a tmpfs.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
@@ -215,7 +216,10 @@ fn a_bind_mount_has_its_options_and_its_source_is_needed() {
         Bundle::new(script).with(mounts("source", json!(["rbind", "ro", "nosuid", "noexec"])));
     fs::create_dir(bundle.path().join("source")).unwrap();
     fs::write(bundle.path().join("source/file"), "text\n").unwrap();
-    fs::copy("/bin/busybox", bundle.path().join("source/program")).unwrap();
+    copy_program(
+        Path::new("/bin/busybox"),
+        &bundle.path().join("source/program"),
+    );
     let ended = bundle.run();
     assert!(ended.stdout.starts_with("text\n"), "{ended:?}");
     assert!(ended.stdout.contains(" ro,nosuid,noexec"), "{ended:?}");

@@ -15,6 +15,7 @@ mod namespaces;
 mod network_devices;
 mod process;
 mod races;
+mod rootless;
 mod seccomp;
 
 /// The conformance table of docs/oci.md is worth what its tests are.

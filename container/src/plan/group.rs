@@ -1,0 +1,118 @@
+//! Which control group a container gets, and whether it needs one.
+
+use oci_spec::runtime::{Linux, LinuxDeviceCgroup, LinuxResources};
+
+use super::PlanError;
+use crate::cgroup::Cgroup;
+
+/// The path of the group in every hierarchy. It is empty, for no group at all, if this user may not make
+/// groups and nothing that is asked for needs one.
+pub(super) fn choose(linux: &Linux, id: &str) -> Result<String, PlanError> {
+    let path = cgroup_path(linux, id)?;
+    if rustix::process::geteuid().is_root() {
+        return Ok(path);
+    }
+    let resources = linux.resources().as_ref();
+    if let Some(field) = resources.and_then(device_rule) {
+        let reason = "without the rights of root, devices can only be denied";
+        return Err(PlanError::invalid(field, reason));
+    }
+    if Cgroup::may_make(&path) {
+        return Ok(path);
+    }
+    let given = linux
+        .cgroups_path()
+        .is_some()
+        .then_some("linux.cgroupsPath");
+    match given.or_else(|| resources.and_then(limit)) {
+        Some(field) => {
+            let reason = "this user may not make control groups";
+            Err(PlanError::invalid(field, reason))
+        }
+        None => Ok(String::new()),
+    }
+}
+
+/// The first device rule that is more than a denial of everything.
+fn device_rule(resources: &LinuxResources) -> Option<String> {
+    let denies_all = |rule: &LinuxDeviceCgroup| {
+        let (major, minor) = (rule.major().unwrap_or(-1), rule.minor().unwrap_or(-1));
+        !rule.allow() && major < 0 && minor < 0
+    };
+    let rules = resources.devices().iter().flatten();
+    let index = rules.into_iter().position(|rule| !denies_all(rule))?;
+    Some(format!("linux.resources.devices[{index}]"))
+}
+
+/// The first limit that is asked for.
+fn limit(resources: &LinuxResources) -> Option<&'static str> {
+    [
+        ("linux.resources.memory", resources.memory().is_some()),
+        ("linux.resources.cpu", resources.cpu().is_some()),
+        ("linux.resources.pids", resources.pids().is_some()),
+        ("linux.resources.blockIO", resources.block_io().is_some()),
+        (
+            "linux.resources.hugepageLimits",
+            resources.hugepage_limits().is_some(),
+        ),
+        ("linux.resources.network", resources.network().is_some()),
+        ("linux.resources.rdma", resources.rdma().is_some()),
+        ("linux.resources.unified", resources.unified().is_some()),
+    ]
+    .into_iter()
+    .find_map(|(field, given)| given.then_some(field))
+}
+
+fn cgroup_path(linux: &Linux, id: &str) -> Result<String, PlanError> {
+    let field = "linux.cgroupsPath";
+    let Some(path) = linux
+        .cgroups_path()
+        .as_ref()
+        .filter(|path| !path.as_os_str().is_empty())
+    else {
+        return Ok(format!("/{id}"));
+    };
+    let path = path
+        .to_str()
+        .ok_or_else(|| PlanError::invalid(field, "it is not UTF-8"))?;
+    if path.split('/').any(|part| part == "..") {
+        return Err(PlanError::value(field, path, "it must not contain `..`"));
+    }
+    let path = path.trim_matches('/');
+    if path.is_empty() {
+        return Err(PlanError::invalid(field, "it must not be the root"));
+    }
+    Ok(format!("/{path}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cgroup_is_never_the_root_or_outside() {
+        let path = |json: &str| cgroup_path(&serde_json::from_str(json).unwrap(), "a");
+        assert_eq!(path("{}").unwrap(), "/a");
+        assert_eq!(path(r#"{"cgroupsPath":"x/y/"}"#).unwrap(), "/x/y");
+        path(r#"{"cgroupsPath":"/"}"#).unwrap_err();
+        path(r#"{"cgroupsPath":"/a/../../b"}"#).unwrap_err();
+    }
+
+    #[test]
+    fn a_limit_is_named_and_so_is_a_device_that_is_allowed() {
+        let resources = |json: &str| serde_json::from_str::<LinuxResources>(json).unwrap();
+        assert_eq!(
+            limit(&resources(r#"{"pids":{"limit":5}}"#)),
+            Some("linux.resources.pids")
+        );
+        assert_eq!(limit(&resources("{}")), None);
+        let denied = r#"{"devices":[{"allow":false,"access":"rwm"}]}"#;
+        assert_eq!(device_rule(&resources(denied)), None);
+        let allowed = r#"{"devices":[{"allow":false,"access":"rwm"},
+            {"allow":true,"type":"c","major":1,"minor":1,"access":"r"}]}"#;
+        assert_eq!(
+            device_rule(&resources(allowed)).as_deref(),
+            Some("linux.resources.devices[1]")
+        );
+    }
+}

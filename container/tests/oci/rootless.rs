@@ -1,0 +1,119 @@
+//! The runtime in the hands of a user without rights: a user namespace with the one mapping that such a
+//! user may write, and no control group.
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use container::verbs::spec::spec;
+use serde_json::{Value, json};
+
+use crate::bundle::{Bundle, Ended, copy_program, finish};
+
+const NOBODY: u32 = 65534;
+
+/// A bundle that belongs to a user without rights, with a copy of the runtime that the user can reach.
+fn bundle(script: &str) -> Bundle {
+    let bundle = Bundle::new(script).with(|config| {
+        let args = config["process"]["args"].take();
+        *config = spec(Some((NOBODY, NOBODY)));
+        config["process"]["terminal"] = json!(false);
+        config["process"]["args"] = args;
+    });
+    bundle.command(&["features"]);
+    let runtime = Path::new(env!("CARGO_BIN_EXE_hostd-oci"));
+    copy_program(runtime, &bundle.path().join("runtime"));
+    let owner = format!("{NOBODY}:{NOBODY}");
+    let chown = Command::new("chown")
+        .arg("-R")
+        .arg(owner)
+        .arg(bundle.path())
+        .status();
+    assert!(chown.unwrap().success());
+    bundle
+}
+
+fn command(bundle: &Bundle, verb: &[&str], arguments: &[&str]) -> Command {
+    let mut command = Command::new(bundle.path().join("runtime"));
+    command
+        .arg("--root")
+        .arg(bundle.states())
+        .args(verb)
+        .arg(&bundle.id)
+        .args(arguments);
+    command.current_dir(bundle.path()).stdin(Stdio::null());
+    command.uid(NOBODY).gid(NOBODY);
+    command
+}
+
+fn verb(bundle: &Bundle, verb: &[&str], arguments: &[&str]) -> Ended {
+    finish(command(bundle, verb, arguments))
+}
+
+#[test]
+fn a_user_without_rights_is_root_in_a_container_and_nobody_outside() {
+    let bundle = bundle("id -u; id -g; hostname; cat /proc/self/uid_map; echo 1 > /new; echo $$");
+    let ended = verb(&bundle, &["run"], &[]);
+    let words: Vec<&str> = ended.stdout.split_whitespace().collect();
+    assert_eq!(
+        words,
+        ["0", "0", "hostd", "0", "65534", "1", "1"],
+        "{ended:?}"
+    );
+    assert!(ended.stderr.contains("Read-only file system"), "{ended:?}");
+    assert!(!bundle.states().join(&bundle.id).exists());
+}
+
+#[test]
+fn its_verbs_work_without_a_control_group() {
+    let bundle = bundle("exec sleep 100");
+    let mut create = command(&bundle, &["create"], &[]);
+    create.stdout(Stdio::null()).stderr(Stdio::null());
+    assert!(create.status().unwrap().success());
+    assert_eq!(verb(&bundle, &["start"], &[]).status, 0);
+    let state: Value = serde_json::from_str(&verb(&bundle, &["state"], &[]).stdout).unwrap();
+    assert_eq!(state["status"], "running", "{state}");
+    let ended = verb(
+        &bundle,
+        &["exec"],
+        &["sh", "-c", "id -u; ps | grep -c sleep"],
+    );
+    assert!(ended.stdout.starts_with("0\n"), "{ended:?}");
+    let ended = verb(&bundle, &["ps", "--format=json"], &[]);
+    assert_eq!(
+        ended.stdout.trim(),
+        format!("[{}]", state["pid"]),
+        "{ended:?}"
+    );
+    let ended = verb(&bundle, &["pause"], &[]);
+    assert!(ended.stderr.contains("freezer"), "{ended:?}");
+    assert_eq!(verb(&bundle, &["delete", "--force"], &[]).status, 0);
+    assert!(!bundle.states().join(&bundle.id).exists());
+}
+
+#[test]
+fn what_needs_a_control_group_is_refused_by_name() {
+    for (field, change) in [
+        (
+            "linux.resources.memory",
+            json!({"resources": {"memory": {"limit": 1 << 26}}}),
+        ),
+        (
+            "linux.cgroupsPath",
+            json!({"cgroupsPath": "/hostd-test-rootless"}),
+        ),
+    ] {
+        let bundle = bundle("echo ran");
+        let path = bundle.path().join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        for (key, value) in change.as_object().unwrap() {
+            config["linux"][key] = value.clone();
+        }
+        fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
+        let ended = verb(&bundle, &["run"], &[]);
+        assert_eq!(ended.status, 1, "{ended:?}");
+        assert!(ended.stderr.contains(field), "{ended:?}");
+        assert!(ended.stderr.contains("control groups"), "{ended:?}");
+    }
+}
