@@ -186,10 +186,14 @@ impl Server {
         if self.clients.len() < CLIENTS_MAX && !paused {
             watch(Source::Listener, self.listener.as_fd(), PollFlags::IN);
         }
-        let full = input.is_some_and(|input| input.is_full());
         for (index, client) in self.clients.iter().enumerate() {
+            let held = self.is_held(client);
+            // One that has hung up would say so again and again; it is heard once there is room.
+            if held && !client.is_pending() {
+                continue;
+            }
             let mut events = PollFlags::empty();
-            events.set(PollFlags::IN, client.sends && !(full && has_input(client)));
+            events.set(PollFlags::IN, client.sends && !held);
             events.set(PollFlags::OUT, client.is_pending());
             watch(Source::Client(index), client.as_fd(), events);
         }
@@ -286,10 +290,11 @@ impl Server {
             client.flush()?;
         }
         self.obey(index)?;
-        let client = &mut self.clients[index];
-        // Both directions are closed; one alone may still be of use.
-        let closed =
-            events.intersects(PollFlags::HUP | PollFlags::ERR) && !events.intersects(PollFlags::IN);
+        let client = &self.clients[index];
+        // Both directions are closed, and all that was sent is obeyed; one alone may still be of use.
+        let closed = events.intersects(PollFlags::HUP | PollFlags::ERR)
+            && !client.sends
+            && !self.is_held(client);
         let silent = client.role == Role::New && !client.sends;
         if closed || silent { Err(Gone) } else { Ok(()) }
     }
@@ -297,16 +302,10 @@ impl Server {
     /// Does what the lines say that have come, as far as there is room.
     fn obey(&mut self, index: usize) -> Result<(), Gone> {
         loop {
-            let full = self
-                .workload
-                .streams
-                .input
-                .as_ref()
-                .is_some_and(|input| input.is_full());
-            let client = &mut self.clients[index];
-            if full && has_input(client) {
+            if self.is_held(&self.clients[index]) {
                 return Ok(());
             }
+            let client = &mut self.clients[index];
             let line = match client.role {
                 Role::New | Role::Attached { .. } => client.next_line(),
                 Role::Waits | Role::Answered => None,
@@ -320,6 +319,12 @@ impl Server {
                 self.obey_frame(index, &line)?;
             }
         }
+    }
+
+    /// Whether what the client sends has to wait for room in the workload's input.
+    fn is_held(&self, client: &Client) -> bool {
+        let input = self.workload.streams.input.as_ref();
+        input.is_some_and(|input| input.is_full()) && has_input(client)
     }
 
     fn answer(&mut self, index: usize, line: &[u8]) {
