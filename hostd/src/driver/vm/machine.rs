@@ -119,24 +119,7 @@ pub(super) fn machine(parts: Parts, limits: &Limits) -> (Spec, Vec<Descriptor>) 
             size_mib: memory / MIB,
             ..Memory::default()
         },
-        disks: vec![
-            Disk {
-                path: fds.file(parts.image, false),
-                format: DiskFormat::Raw,
-                backing: Vec::new(),
-                read_only: true,
-                serial: Some(IMAGE_SERIAL.to_owned()),
-                limits: DiskLimits::default(),
-            },
-            Disk {
-                path: fds.file(parts.writable, true),
-                format: DiskFormat::Raw,
-                backing: Vec::new(),
-                read_only: false,
-                serial: Some(WRITABLE_SERIAL.to_owned()),
-                limits: disk_limits(&limits.disk),
-            },
-        ],
+        disks: disks(&mut fds, parts.image, parts.writable, &limits.disk),
         nets: parts
             .net
             .into_iter()
@@ -169,6 +152,33 @@ pub(super) fn machine(parts: Parts, limits: &Limits) -> (Spec, Vec<Descriptor>) 
         })),
     };
     (spec, fds.0)
+}
+
+/// The image, and the disk on which the instance writes, in the order that [`WRITABLE_DISK`] counts in.
+fn disks(
+    fds: &mut Descriptors,
+    image: PathBuf,
+    writable: PathBuf,
+    limits: &types::DiskLimits,
+) -> Vec<Disk> {
+    vec![
+        Disk {
+            path: fds.file(image, false),
+            format: DiskFormat::Raw,
+            backing: Vec::new(),
+            read_only: true,
+            serial: Some(IMAGE_SERIAL.to_owned()),
+            limits: DiskLimits::default(),
+        },
+        Disk {
+            path: fds.file(writable, true),
+            format: DiskFormat::Raw,
+            backing: Vec::new(),
+            read_only: false,
+            serial: Some(WRITABLE_SERIAL.to_owned()),
+            limits: disk_limits(limits),
+        },
+    ]
 }
 
 /// The workload's standard streams are the VMM's own, so that its monitor has them.
