@@ -22,7 +22,7 @@ const INSTRUMENTATION: &str = "-Ccodegen-units=1 -Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-pc-table";
 
 /// How long each target runs in `scripts/test`.
-const SECONDS: u32 = 8;
+const SECONDS: u32 = 4;
 
 /// An input that takes longer is a hang.
 const INPUT_SECONDS_MAX: u32 = 10;
