@@ -8,7 +8,6 @@
 mod handle;
 mod statistics;
 
-use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -235,21 +234,11 @@ impl VirtioDevice for Balloon {
                 any = true;
             }
         }
-        Ok(if any {
-            Signal::queue(index)
-        } else {
-            Signal::NONE
-        })
+        Ok(Signal::queue_if(index, any))
     }
 
     fn interests(&self) -> Vec<Interest> {
-        let fd: RawFd = self.shared.fd();
-        vec![Interest {
-            token: 0,
-            fd,
-            readable: true,
-            writable: false,
-        }]
+        vec![Interest::readable(0, self.shared.fd())]
     }
 
     /// Somebody has asked for another size, or for fresh statistics.

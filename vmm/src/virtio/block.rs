@@ -13,7 +13,7 @@ mod state;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::time::Instant;
@@ -362,13 +362,17 @@ impl VirtioDevice for Block {
     }
 
     fn interests(&self) -> Vec<Interest> {
-        let mut interests = vec![readable(LIMITS, self.shared.fd())];
+        let mut interests = vec![Interest::readable(LIMITS, self.shared.fd())];
         if !self.reads.parked.is_empty() || !self.writes.parked.is_empty() {
-            interests.push(readable(TIMER, self.timer.as_fd().as_raw_fd()));
+            interests.push(Interest::readable(TIMER, self.timer.as_fd().as_raw_fd()));
         }
         // Always: it is readable only when there are completions, and changing the set costs as much
         // as a small read.
-        interests.extend(self.engine.fd().map(|fd| readable(COMPLETIONS, fd)));
+        interests.extend(
+            self.engine
+                .fd()
+                .map(|fd| Interest::readable(COMPLETIONS, fd)),
+        );
         interests
     }
 
@@ -463,17 +467,9 @@ fn size_of_disk(file: &File) -> Result<u64, BlockError> {
     file.seek(SeekFrom::End(0)).map_err(BlockError::Size)
 }
 
-fn readable(token: u32, fd: RawFd) -> Interest {
-    Interest {
-        token,
-        fd,
-        readable: true,
-        writable: false,
-    }
-}
-
+/// The one queue has used buffers, or there is nothing to tell.
 fn signal(used: bool) -> Signal {
-    if used { Signal::queue(0) } else { Signal::NONE }
+    Signal::queue_if(0, used)
 }
 
 fn host(action: &'static str) -> impl FnOnce(io::Error) -> DeviceError {

@@ -110,11 +110,7 @@ pub(crate) fn answer_all(
         let written = each(chain)?;
         chain.give_back(index, queue, memory, written)?;
     }
-    Ok(if chains.is_empty() {
-        Signal::NONE
-    } else {
-        Signal::queue(index)
-    })
+    Ok(Signal::queue_if(index, !chains.is_empty()))
 }
 
 impl Chain {

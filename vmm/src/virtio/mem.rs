@@ -252,12 +252,7 @@ impl VirtioDevice for Mem {
     }
 
     fn interests(&self) -> Vec<Interest> {
-        vec![Interest {
-            token: 0,
-            fd: self.shared.fd(),
-            readable: true,
-            writable: false,
-        }]
+        vec![Interest::readable(0, self.shared.fd())]
     }
 
     /// Somebody has asked for another size.

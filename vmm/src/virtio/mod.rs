@@ -67,6 +67,11 @@ impl Signal {
         }
     }
 
+    /// Queue `index` has used buffers, or there is nothing to tell.
+    pub const fn queue_if(index: usize, used: bool) -> Signal {
+        if used { Self::queue(index) } else { Self::NONE }
+    }
+
     /// Both.
     pub const fn and(self, other: Signal) -> Signal {
         Signal {
@@ -173,4 +178,16 @@ pub struct Interest {
     pub fd: RawFd,
     pub readable: bool,
     pub writable: bool,
+}
+
+impl Interest {
+    /// Until there is something to read.
+    pub const fn readable(token: u32, fd: RawFd) -> Interest {
+        Interest {
+            token,
+            fd,
+            readable: true,
+            writable: false,
+        }
+    }
 }

@@ -393,7 +393,7 @@ impl VirtioDevice for Net {
             })?;
             self.send(queue, mem)?
         };
-        Ok(signal(index, used))
+        Ok(Signal::queue_if(index, used))
     }
 
     fn is_fast(&self) -> bool {
@@ -426,7 +426,7 @@ impl VirtioDevice for Net {
         };
         let received = self.receive(receive, mem)?;
         let sent = self.blocked && self.send(transmit, mem)?;
-        Ok(signal(RECEIVE, received).and(signal(TRANSMIT, sent)))
+        Ok(Signal::queue_if(RECEIVE, received).and(Signal::queue_if(TRANSMIT, sent)))
     }
 
     fn reset(&mut self) {
@@ -460,14 +460,6 @@ fn offloads(features: u64) -> u32 {
         libc::TUN_F_CSUM
     } else {
         offloads
-    }
-}
-
-fn signal(index: usize, used: bool) -> Signal {
-    if used {
-        Signal::queue(index)
-    } else {
-        Signal::NONE
     }
 }
 

@@ -171,11 +171,7 @@ impl Vsock {
             return Ok(Signal::NONE);
         };
         let sent = self.send(queue, mem)?;
-        Ok(if sent {
-            Signal::queue(RECEIVE)
-        } else {
-            Signal::NONE
-        })
+        Ok(Signal::queue_if(RECEIVE, sent))
     }
 }
 
@@ -246,12 +242,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn interests(&self) -> Vec<Interest> {
-        vec![Interest {
-            token: MUXER,
-            fd: self.muxer.fd(),
-            readable: true,
-            writable: false,
-        }]
+        vec![Interest::readable(MUXER, self.muxer.fd())]
     }
 
     fn on_ready(
