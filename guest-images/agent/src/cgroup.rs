@@ -13,6 +13,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Delegated to the groups as far as the kernel has them.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
+/// What `memory.stat` counts pages in.
+const PAGE_BYTES: u64 = 4096;
+
 #[derive(Debug, thiserror::Error)]
 #[error("Failed to use the control group file {}", path.display())]
 pub(crate) struct CgroupError {
@@ -26,6 +29,18 @@ pub(crate) struct Cgroups {
     workload: PathBuf,
     /// The number of the next exec.
     next: AtomicU64,
+}
+
+/// What a group has of the memory that it may have.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Usage {
+    pub(crate) limit_bytes: u64,
+    /// What cannot be had again once it is dropped.
+    pub(crate) kept_bytes: u64,
+    /// What could be read again.
+    pub(crate) droppable_bytes: u64,
+    /// What was read again after it had been dropped, since the group was made.
+    pub(crate) refaulted_bytes: u64,
 }
 
 /// A group for one process and its children.
@@ -74,6 +89,29 @@ impl Cgroups {
             return Ok(());
         }
         write(&file, &bytes.to_string())
+    }
+
+    /// What the workload's group uses of its memory; `None` if that is not limited.
+    pub(crate) fn usage(&self) -> Result<Option<Usage>, CgroupError> {
+        let file = self.workload.join("memory.max");
+        if !file.exists() {
+            return Ok(None);
+        }
+        // `max` is no number.
+        let Ok(limit_bytes) = read(&file)?.trim().parse() else {
+            return Ok(None);
+        };
+        let stat = read(&self.workload.join("memory.stat"))?;
+        Ok(Some(Usage::of(limit_bytes, &stat)))
+    }
+
+    /// Has the kernel kill a process for want of memory. Under a limit that leaves no room for what can
+    /// be dropped, nothing can be read again, and the kernel runs out of pages to drop.
+    pub(crate) fn kill_for_memory(&self, usage: Usage) -> Result<(), CgroupError> {
+        // A little less than is kept, so that dropping all the rest is not enough.
+        let killed = self.set_memory_max(usage.kept_bytes - usage.kept_bytes / 64);
+        self.set_memory_max(usage.limit_bytes)?;
+        killed
     }
 
     /// Processes and threads.
@@ -126,10 +164,28 @@ impl Cgroup {
 }
 
 fn has_oom_kill(events: &str) -> bool {
-    let count = events
-        .lines()
-        .find_map(|line| line.strip_prefix("oom_kill "));
-    count.is_some_and(|count| count.trim() != "0")
+    entry(events, "oom_kill") != 0
+}
+
+/// The number after `name` in a file of names and numbers.
+fn entry(text: &str, name: &str) -> u64 {
+    let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+    let value = lines.find_map(|(key, value)| (key == name).then_some(value));
+    value
+        .and_then(|value| value.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+impl Usage {
+    fn of(limit_bytes: u64, stat: &str) -> Self {
+        let sum = |names: &[&str]| names.iter().map(|name| entry(stat, name)).sum::<u64>();
+        Self {
+            limit_bytes,
+            kept_bytes: sum(&["anon", "shmem", "kernel"]),
+            droppable_bytes: sum(&["file"]).saturating_sub(sum(&["shmem"])),
+            refaulted_bytes: sum(&["workingset_refault_file"]).saturating_mul(PAGE_BYTES),
+        }
+    }
 }
 
 impl Drop for Cgroup {
@@ -181,6 +237,20 @@ fn write(path: &Path, text: &str) -> Result<(), CgroupError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_group_uses_is_told_apart() {
+        let stat = "anon 9000\nfile 5000\nkernel 300\nshmem 700\nanon_thp 1\n\
+                    workingset_refault_anon 8\nworkingset_refault_file 2\n";
+        let usage = Usage {
+            limit_bytes: 20_000,
+            kept_bytes: 10_000,
+            droppable_bytes: 4300,
+            refaulted_bytes: 8192,
+        };
+        assert_eq!(Usage::of(20_000, stat), usage);
+        assert_eq!(entry("file x\n", "file"), 0);
+    }
 
     #[test]
     fn a_kill_for_want_of_memory_is_found_among_the_events() {

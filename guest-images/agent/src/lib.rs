@@ -21,5 +21,6 @@ mod start;
 pub mod status;
 mod streams;
 mod sys;
+mod thrash;
 pub mod transport;
 mod workload;

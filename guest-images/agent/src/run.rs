@@ -15,6 +15,7 @@ use crate::protocol::Config;
 use crate::reaper::{Reaper, STACK_BYTES};
 use crate::server::{Agent, Slots, serve};
 use crate::status::End;
+use crate::thrash;
 use crate::transport::Transport;
 use crate::workload::{HostStreams, Workload};
 
@@ -121,6 +122,7 @@ pub fn run(
         }
         Err(error) => say(&format!("The host cannot reach the agent: {error}")),
     }
+    thrash::watch(Arc::clone(&agent)).map_err(RunError::Serve)?;
     ready();
     let end = agent.workload.wait().map_err(RunError::Serve)?;
     outputs.finish();
