@@ -26,8 +26,12 @@ use super::links::{Links, is_errno, missing};
 /// The least rate in bytes per second: below it, one full packet takes over a second.
 pub(crate) const RATE_BPS_MIN: u64 = 2_000;
 
+/// What the size of a bucket is a multiple of.
+const BURST_STEP: u64 = 4 * 1024;
 /// A bucket must hold one packet of the largest MTU in use; segmentation-offloaded ones are split.
-const BURST_BYTES_MIN: u64 = 16 * 1024;
+const BURST_STEPS_MIN: u64 = 4;
+/// Beyond it handles (see [`handle`]) end, and no packet is as large.
+const BURST_STEPS_MAX: u64 = 0x7fff;
 /// 20 ms at the rate: enough tokens to keep the rate up when the timer is late.
 const BURST_PER_SECOND: u64 = 50;
 /// The queue holds 100 ms at the rate: TCP keeps the link busy, and delay stays bearable.
@@ -97,11 +101,11 @@ async fn set_bucket(
     let options = bucket(rate_bps).into_iter().map(TcOption::Other).collect();
     let mut message = TcMessage::with_index(index.cast_signed());
     message.header.parent = TcHandle::ROOT;
+    message.header.handle = handle(rate_bps);
     message.attributes = vec![
         TcAttribute::Kind("tbf".into()),
         TcAttribute::Options(options),
     ];
-    // Replacing one bucket by another keeps its queue, so a live change loses no packet.
     let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewQueueDiscipline(message));
     request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
     acknowledged(links, request)
@@ -176,10 +180,28 @@ async fn remove_qdisc(
     }
 }
 
+/// The size of the bucket for this rate.
+fn burst_steps(rate_bps: u64) -> u64 {
+    let steps = (rate_bps / BURST_PER_SECOND).div_ceil(BURST_STEP);
+    steps.clamp(BURST_STEPS_MIN, BURST_STEPS_MAX)
+}
+
+/// The handle of a bucket says its size. A change to one of the same size is made in place and loses no
+/// packet. One of another size is another qdisc, which takes the place of the old one and its queue in
+/// one step: in place, a packet that is larger than the new bucket would wait for it to be full enough
+/// for ever, and every other packet with it.
+fn handle(rate_bps: u64) -> TcHandle {
+    let steps = burst_steps(rate_bps);
+    TcHandle {
+        major: u16::try_from(steps).unwrap_or(u16::MAX),
+        minor: 0,
+    }
+}
+
 /// The attributes of a `tbf` of this rate: `struct tc_tbf_qopt` and what has outgrown it.
 fn bucket(rate_bps: u64) -> Vec<DefaultNla> {
     let rate = rate_bps.max(RATE_BPS_MIN);
-    let burst = (rate / BURST_PER_SECOND).max(BURST_BYTES_MIN);
+    let burst = burst_steps(rate) * BURST_STEP;
     let queue = burst.saturating_add((rate / QUEUE_PER_SECOND).max(QUEUE_BYTES_MIN));
     let narrow = |wide: u64| u32::try_from(wide).unwrap_or(u32::MAX);
 
@@ -208,6 +230,22 @@ mod tests {
     use rtnetlink::packet_core::Nla;
 
     use super::*;
+
+    #[test]
+    fn buckets_of_one_handle_are_of_one_size() {
+        let burst = |rate| bucket(rate).pop().unwrap();
+        let size = |rate| {
+            let mut bytes = [0; 4];
+            burst(rate).emit_value(&mut bytes);
+            u32::from_ne_bytes(bytes)
+        };
+        for rate in [1, 800_000, 1_000_000, 2_000_000, 2_000_001, 1 << 33] {
+            let major = u32::from(handle(rate).major);
+            assert_eq!(size(rate), major * 4096, "{rate}");
+        }
+        assert_eq!(size(800_000), 16_384);
+        assert_eq!(size(u64::MAX), 0x7fff * 4096);
+    }
 
     #[test]
     fn a_bucket_has_the_size_of_the_kernels_struct_and_wide_rates_get_their_own_attribute() {
