@@ -178,12 +178,13 @@ fn entry(text: &str, name: &str) -> u64 {
 
 impl Usage {
     fn of(limit_bytes: u64, stat: &str) -> Self {
-        let sum = |names: &[&str]| names.iter().map(|name| entry(stat, name)).sum::<u64>();
+        let shmem = entry(stat, "shmem");
         Self {
             limit_bytes,
-            kept_bytes: sum(&["anon", "shmem", "kernel"]),
-            droppable_bytes: sum(&["file"]).saturating_sub(sum(&["shmem"])),
-            refaulted_bytes: sum(&["workingset_refault_file"]).saturating_mul(PAGE_BYTES),
+            kept_bytes: entry(stat, "anon") + shmem + entry(stat, "kernel"),
+            // Shared memory counts as file, and cannot be dropped.
+            droppable_bytes: entry(stat, "file").saturating_sub(shmem),
+            refaulted_bytes: entry(stat, "workingset_refault_file").saturating_mul(PAGE_BYTES),
         }
     }
 }

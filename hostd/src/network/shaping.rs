@@ -30,7 +30,8 @@ pub(crate) const RATE_BPS_MIN: u64 = 2_000;
 const BURST_STEP: u64 = 4 * 1024;
 /// A bucket must hold one packet of the largest MTU in use; segmentation-offloaded ones are split.
 const BURST_STEPS_MIN: u64 = 4;
-/// Beyond it handles (see [`handle`]) end, and no packet is as large.
+/// Handles (see [`handle`]) from 0x8000 on are those that the kernel gives out itself, and no packet is
+/// as large.
 const BURST_STEPS_MAX: u64 = 0x7fff;
 /// 20 ms at the rate: enough tokens to keep the rate up when the timer is late.
 const BURST_PER_SECOND: u64 = 50;

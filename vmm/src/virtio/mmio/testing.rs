@@ -133,12 +133,7 @@ impl VirtioDevice for Echo {
     }
 
     fn interests(&self) -> Vec<Interest> {
-        vec![Interest {
-            token: 7,
-            fd: 99,
-            readable: true,
-            writable: false,
-        }]
+        vec![Interest::readable(7, 99)]
     }
 
     fn reset(&mut self) {
