@@ -215,6 +215,11 @@ fn from_driver(error: &DriverError) -> ApiError {
         DriverError::NotRunning => {
             ApiError::new(StatusCode::CONFLICT, "not_running", detail).hint("start it first")
         }
+        DriverError::Paused => {
+            ApiError::new(StatusCode::CONFLICT, "paused", detail).hint("resume it first")
+        }
+        DriverError::Memory { .. } => ApiError::new(StatusCode::CONFLICT, "guest_memory", detail)
+            .hint("ask for a size nearer to what it had, or set it before the next start"),
         DriverError::Io { .. } | DriverError::Helper { .. } => {
             ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "driver_failed", detail)
         }
