@@ -131,7 +131,8 @@ impl From<InstanceError> for ApiError {
     fn from(error: InstanceError) -> Self {
         let detail = driver::chain(&error);
         match error {
-            InstanceError::NotFound(_) => Self::new(StatusCode::NOT_FOUND, "not_found", detail),
+            InstanceError::NotFound(_) => Self::new(StatusCode::NOT_FOUND, "not_found", detail)
+                .hint("`hostctl list --all` shows those that there are"),
             InstanceError::NoImage(image) => {
                 Self::new(StatusCode::NOT_FOUND, "image_not_found", detail)
                     .field("/image")
@@ -144,7 +145,8 @@ impl From<InstanceError> for ApiError {
                 Self::new(StatusCode::INSUFFICIENT_STORAGE, "full", detail).retryable()
             }
             InstanceError::Refused(refused) => {
-                let error = Self::new(StatusCode::CONFLICT, "refused", detail);
+                let error =
+                    Self::new(StatusCode::CONFLICT, "refused", detail).hint(refused.remedy());
                 if refused.is_retryable() {
                     error.retryable()
                 } else {
