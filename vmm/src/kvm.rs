@@ -25,10 +25,10 @@ use std::thread::JoinHandle;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_LOG_DIRTY_PAGES,
-    KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry,
+    KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_msi,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -69,6 +69,7 @@ const CAPABILITIES: &[Cap] = &[
     Cap::Irqfd,
     Cap::Ioeventfd,
     Cap::ImmediateExit,
+    Cap::SignalMsi,
     Cap::ExtCpuid,
     Cap::MpState,
 ];
@@ -200,19 +201,35 @@ impl Vm {
             .map_err(refused("create a virtual processor"))
     }
 
-    /// From now on a guest's 32-bit write of `value` to `address` writes to `event` instead of
-    /// coming out of the processor.
-    pub fn add_kick(&self, event: &EventFd, address: u64, value: u32) -> io::Result<()> {
-        self.fd
-            .register_ioevent(event, &IoEventAddress::Mmio(address), value)
-            .map_err(Into::into)
+    /// From now on a guest's 32-bit write of `value` to `address`, or any write without one, writes
+    /// to `event` instead of coming out of the processor.
+    pub fn add_kick(&self, event: &EventFd, address: u64, value: Option<u32>) -> io::Result<()> {
+        let address = IoEventAddress::Mmio(address);
+        let added = match value {
+            Some(value) => self.fd.register_ioevent(event, &address, value),
+            None => self.fd.register_ioevent(event, &address, NoDatamatch),
+        };
+        added.map_err(Into::into)
     }
 
     /// The opposite of [`add_kick`](Self::add_kick), with the same arguments.
-    pub fn remove_kick(&self, event: &EventFd, address: u64, value: u32) -> io::Result<()> {
-        self.fd
-            .unregister_ioevent(event, &IoEventAddress::Mmio(address), value)
-            .map_err(Into::into)
+    pub fn remove_kick(&self, event: &EventFd, address: u64, value: Option<u32>) -> io::Result<()> {
+        let address = IoEventAddress::Mmio(address);
+        let removed = match value {
+            Some(value) => self.fd.unregister_ioevent(event, &address, value),
+            None => self.fd.unregister_ioevent(event, &address, NoDatamatch),
+        };
+        removed.map_err(Into::into)
+    }
+
+    /// Sends an interrupt to processors. One that the guest has addressed to nobody is lost.
+    pub fn send_message(&self, message: Message) {
+        // The kernel takes whatever is written, and says whether it has reached anybody.
+        let _ = self.fd.signal_msi(kvm_msi {
+            address_lo: message.address,
+            data: message.data,
+            ..Default::default()
+        });
     }
 }
 

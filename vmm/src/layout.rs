@@ -8,7 +8,8 @@
 //!              bytes below the kernel are the reset vector
 //! 0x0010_0000  kernel; the initramfs ends where low memory ends
 //! 0xc000_0000  end of low memory; boot timer
-//! 0xd000_0000  virtio windows
+//! 0xd000_0000  virtio windows, of a machine without PCI
+//! 0xe000_0000  of a machine with PCI: configuration spaces, and at 0xe010_0000 windows
 //! 0xfec0_0000  I/O APIC
 //! 0xfee0_0000  local APICs (KVM's own)
 //! 1 << 32      the rest of memory
@@ -59,6 +60,16 @@ pub const BOOT_TIMER: u64 = 0xc000_0000;
 pub const VIRTIO: u64 = 0xd000_0000;
 /// One virtio window.
 pub const VIRTIO_BYTES: u64 = 0x1000;
+/// The configuration spaces of PCI functions, 4 KiB each, of one bus.
+pub const PCI_CONFIG: u64 = 0xe000_0000;
+/// The size of all of them.
+pub const PCI_CONFIG_BYTES: u64 = 1 << 20;
+/// Where windows of PCI functions can be.
+pub const PCI_MEMORY: u64 = PCI_CONFIG + PCI_CONFIG_BYTES;
+/// The end of that.
+pub const PCI_END: u64 = 0xf000_0000;
+/// The window of a virtio function.
+pub const PCI_WINDOW_BYTES: u64 = 0x8000;
 /// The I/O APIC's registers.
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// The size of a small device's window.

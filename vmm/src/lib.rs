@@ -29,6 +29,7 @@ pub mod layout;
 pub mod listen;
 pub mod machine;
 pub mod memory;
+pub mod pci;
 pub mod plan;
 pub mod platform;
 pub mod rate_limit;

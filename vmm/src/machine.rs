@@ -27,12 +27,13 @@ use crate::footprint;
 use crate::kvm::{self, KvmError, Vm};
 use crate::layout;
 use crate::listen::Listener;
-use crate::memory::{Memory, MemoryError};
+use crate::memory::{Memory, MemoryError, MemoryPlan};
 use crate::plan::{DiskPlan, ListenPlan, NetPlan, Origin, Plan, TapPlan, VsockPlan};
 use crate::seccomp::{self, Filter, SeccompError, Thread};
 use crate::signals::SignalError;
 use crate::snapshot::memory::{MemoryFileError, Region};
 use crate::snapshot::take::Snapshotter;
+use crate::snapshot::thread::SnapshotThread;
 use crate::terminal::RawTerminal;
 use crate::vcpu::{VcpuError, Vcpus};
 use crate::virtio::VirtioDevice;
@@ -149,7 +150,7 @@ impl Machine {
         generation::renew(&memory.all)?;
         let vm = Arc::new(Vm::new(&kvm, memory.all, plan.spec.memory.track_dirty)?);
         let virtio = VirtioDevices::new(&mut plan)?;
-        let mut parts = Parts::new(vm.clone())?;
+        let mut parts = Parts::new(vm.clone(), plan.spec.transport)?;
         let saved_port = plan.saved().map(|state| state.devices.serial.clone());
         let (serial, terminal) = parts.add_serial_port(plan.console, saved_port.as_ref())?;
         let power_button = parts.add_power()?;
@@ -158,14 +159,14 @@ impl Machine {
         parts.add_all_virtio(virtio.devices, &plan.windows)?;
         let io_apic = parts.finish();
 
-        let fds = (0..plan.cpus).map(|id| vm.create_vcpu(id));
-        let fds: Vec<_> = fds.collect::<Result<_, _>>()?;
+        let fds = create_vcpus(&vm, plan.cpus)?;
         let bare = Bare {
             kvm: &kvm,
             vm: &vm,
             boot_memory: &memory.boot,
             vcpus: &fds,
             template: plan.cpu_template,
+            transport: plan.spec.transport,
             windows: &plan.windows,
             parts: &parts,
             io_apic: &io_apic,
@@ -175,33 +176,33 @@ impl Machine {
         let filters = Filters::new(options);
         let vcpus = start_threads(fds, &mut parts, &filters)?;
         if let Some(listen) = plan.control {
+            let counters = parts.counters();
             let snapshotter = Snapshotter {
+                exit: parts.exit.clone(),
                 vm,
                 vcpus: vcpus.clone(),
                 saver: Saver::new(&kvm, begun.features)?,
                 io_apic,
                 serial,
                 readiness: parts.readiness.clone(),
-                transports: parts.transports.clone(),
+                transports: parts.transports,
+                functions: parts.functions,
                 windows: plan.windows,
                 spec: plan.spec,
                 anonymous: memory.anonymous,
                 last: Mutex::new(begun.from),
             };
+            let snapshots = start_snapshots(snapshotter, &filters)?;
             let controls = Controls {
+                counters,
                 vcpus: vcpus.clone(),
                 exit: parts.exit.clone(),
                 readiness: parts.readiness,
                 power_button,
-                transports: parts.transports,
                 disks: virtio.disks,
                 nets: virtio.nets,
-                memory: MemoryControls {
-                    boot_bytes: plan.memory.boot_bytes,
-                    balloon: virtio.balloon,
-                    mem: virtio.mem,
-                },
-                snapshotter: Some(snapshotter),
+                memory: memory_controls(&plan.memory, virtio.balloon, virtio.mem),
+                snapshots: Some(snapshots),
             };
             serve(&mut parts.events, control_listener(listen)?, controls)?;
         }
@@ -251,6 +252,7 @@ struct Filters {
     event_loop: Option<Filter>,
     vcpu: Option<Filter>,
     device: Option<Filter>,
+    snapshot: Option<Filter>,
 }
 
 impl Filters {
@@ -260,6 +262,7 @@ impl Filters {
             event_loop: filter(Thread::EventLoop),
             vcpu: filter(Thread::Vcpu),
             device: filter(Thread::Device),
+            snapshot: filter(Thread::Snapshot),
         }
     }
 
@@ -276,6 +279,31 @@ impl Filters {
             }
         })
     }
+}
+
+fn create_vcpus(vm: &Vm, count: u8) -> Result<Vec<VcpuFd>, KvmError> {
+    (0..count).map(|id| vm.create_vcpu(id)).collect()
+}
+
+fn memory_controls(
+    memory: &MemoryPlan,
+    balloon: Option<BalloonHandle>,
+    mem: Option<MemHandle>,
+) -> MemoryControls {
+    MemoryControls {
+        boot_bytes: memory.boot_bytes,
+        balloon,
+        mem,
+    }
+}
+
+/// Starts the thread that writes snapshots, which waits.
+fn start_snapshots(
+    snapshotter: Snapshotter,
+    filters: &Filters,
+) -> Result<SnapshotThread, MachineError> {
+    let enter = Filters::enter(&filters.snapshot, &snapshotter.exit);
+    SnapshotThread::start(snapshotter, enter).map_err(host("start the thread of snapshots"))
 }
 
 /// Starts the devices' threads, and the processors', which wait.
@@ -424,7 +452,9 @@ fn memory(plan: &Plan) -> Result<Memory, MachineError> {
     // What the guest has written to an image is its own, so all of it is in the snapshot.
     ranges.extend(plan.images.iter().map(|image| image.range.clone()));
     let regions: Vec<_> = ranges.into_iter().map(Region::from).collect();
-    let all = snapshot.loaded.map_memory(&regions)?;
+    let all = snapshot
+        .loaded
+        .map_memory(&regions, plan.memory.huge_pages)?;
     Ok(Memory {
         boot: all.clone(),
         all,

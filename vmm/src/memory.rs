@@ -13,6 +13,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr;
+use std::slice;
 use std::sync::Arc;
 
 use vm_memory::mmap::{FromRangesError, MmapRegion, MmapRegionBuilder, MmapRegionError};
@@ -151,23 +152,60 @@ fn region(range: &Range<u64>, pages: HugePages) -> Result<Arc<GuestRegionMmap>, 
 /// The file, and nothing behind it. It is mapped privately, so that writes by the guest, and by its
 /// devices on its behalf, go to pages of the machine's own.
 fn image_region(image: &Image) -> Result<Arc<GuestRegionMmap>, MemoryError> {
+    let whole = 0..image.bytes;
+    let origin = FileRegion {
+        file: &image.file,
+        offset: 0,
+        extents: slice::from_ref(&whole),
+    };
+    file_region(&image.range, HugePages::None, &origin)
+}
+
+/// The file that a region's content is in.
+#[derive(Debug)]
+pub(crate) struct FileRegion<'a> {
+    pub(crate) file: &'a File,
+    /// Where in the file the region starts, in whole pages.
+    pub(crate) offset: u64,
+    /// The parts of the region that the file has, from the region's start, in whole pages. The
+    /// others hold nothing.
+    pub(crate) extents: &'a [Range<u64>],
+}
+
+/// Memory at guest addresses `range` that has the content of a file, and keeps changes to itself.
+/// What the file does not have is kept in such `pages`; in hugetlbfs there are none for it.
+pub(crate) fn file_region(
+    range: &Range<u64>,
+    pages: HugePages,
+    origin: &FileRegion<'_>,
+) -> Result<Arc<GuestRegionMmap>, MemoryError> {
     let length = |bytes: u64| usize::try_from(bytes).expect("usize is 64 bits");
-    let mapping = map_aligned(
-        length(image.range.end - image.range.start),
-        libc::MADV_NOHUGEPAGE,
-    )?;
-    let start = mapping.as_ptr().cast();
-    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
-    let (read_write, fd) = (libc::PROT_READ | libc::PROT_WRITE, image.file.as_raw_fd());
-    // SAFETY: it replaces the beginning of a mapping that was just made and that nothing points into.
-    let mapped = unsafe { libc::mmap(start, length(image.bytes), read_write, flags, fd, 0) };
-    if mapped == libc::MAP_FAILED {
-        return Err(MemoryError::Map {
-            bytes: image.bytes,
-            source: io::Error::last_os_error(),
-        });
+    let advice = match pages {
+        HugePages::Transparent | HugePages::Hugetlbfs => libc::MADV_HUGEPAGE,
+        HugePages::None => libc::MADV_NOHUGEPAGE,
+    };
+    let size = length(range.end - range.start);
+    let mapping = map_aligned(size, advice)?;
+    for extent in origin.extents {
+        let bytes = extent.end - extent.start;
+        let refused = |source| MemoryError::Map { bytes, source };
+        let (at, room) = (length(extent.start), length(bytes));
+        let place = origin.offset.checked_add(extent.start);
+        let place = place.and_then(|place| libc::off_t::try_from(place).ok());
+        let Some(place) = place.filter(|_| at.checked_add(room).is_some_and(|end| end <= size))
+        else {
+            return Err(refused(io::ErrorKind::InvalidInput.into()));
+        };
+        let start = mapping.as_ptr().wrapping_add(at).cast();
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        let (read_write, fd) = (libc::PROT_READ | libc::PROT_WRITE, origin.file.as_raw_fd());
+        // SAFETY: it replaces a part of a mapping that was just made and that nothing points into.
+        let mapped = unsafe { libc::mmap(start, room, read_write, flags, fd, place) };
+        if mapped == libc::MAP_FAILED {
+            return Err(refused(io::Error::last_os_error()));
+        }
     }
-    let region = GuestRegionMmap::new(mapping, GuestAddress(image.range.start));
+    let region = GuestRegionMmap::new(mapping, GuestAddress(range.start));
     Ok(Arc::new(region.expect("ranges end below 2^64")))
 }
 

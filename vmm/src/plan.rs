@@ -21,8 +21,8 @@ use crate::memory::{Image, MemoryPlan};
 use crate::snapshot::load::{LoadError, Loaded, OpenFiles, load};
 use crate::snapshot::restore::{ClockPolicy, OverrideError, Restore};
 use crate::snapshot::state::State;
-use crate::spec::{Balloon, CpuTemplate, OneOrMany, Spec};
-use crate::virtio::mmio::Window;
+use crate::spec::{Balloon, CpuTemplate, OneOrMany, Spec, Transport};
+use crate::virtio::transport::Window;
 use crate::virtio::vsock::HostStream;
 
 /// The most processors: local APIC numbers fit in every table.
@@ -163,7 +163,12 @@ pub struct ConsolePlan {
 impl Plan {
     /// Checks `spec` and opens what it names.
     pub fn new(spec: &Spec) -> Result<Plan, PlanError> {
-        let cmdline = boot::cmdline(&spec.boot.cmdline, &windows(spec)?)?;
+        let named = match spec.transport {
+            Transport::Mmio => windows(spec)?,
+            // A guest finds them by itself.
+            Transport::Pci => Vec::new(),
+        };
+        let cmdline = boot::cmdline(&spec.boot.cmdline, &named)?;
         let initramfs = initramfs_paths(spec)?;
         let mut open = Opener::default();
         let origin = Origin::Kernel(KernelPlan {
@@ -251,7 +256,11 @@ fn windows(spec: &Spec) -> Result<Vec<Window>, PlanError> {
     if devices > layout::VIRTIO_DEVICES_MAX {
         return Err(PlanError::Devices { devices });
     }
-    Ok((0..devices).map(Window::nth).collect())
+    let place = match spec.transport {
+        Transport::Mmio => Window::nth,
+        Transport::Pci => Window::slot,
+    };
+    Ok((0..devices).map(place).collect())
 }
 
 fn initramfs_paths(spec: &Spec) -> Result<Vec<PathBuf>, PlanError> {

@@ -36,6 +36,8 @@ pub enum Thread {
     Vcpu,
     /// Serves one disk or network device.
     Device,
+    /// Writes snapshots.
+    Snapshot,
 }
 
 impl Thread {
@@ -44,14 +46,16 @@ impl Thread {
             Thread::EventLoop => "the event loop",
             Thread::Vcpu => "a virtual processor",
             Thread::Device => "a device",
+            Thread::Snapshot => "the thread of snapshots",
         }
     }
 
-    fn rules(self) -> [&'static [Rule]; 2] {
+    fn rules(self) -> [&'static [Rule]; 3] {
         match self {
-            Thread::EventLoop => [SHARED, EVENT_LOOP],
-            Thread::Vcpu => [SHARED, VCPU],
-            Thread::Device => [SHARED, &[]],
+            Thread::EventLoop => [SHARED, INTERRUPTS, EVENT_LOOP],
+            Thread::Vcpu => [SHARED, INTERRUPTS, VCPU],
+            Thread::Device => [SHARED, INTERRUPTS, &[]],
+            Thread::Snapshot => [SHARED, INTERRUPTS, SNAPSHOT],
         }
     }
 }
@@ -89,6 +93,7 @@ const EXECUTABLE: u64 = 4;
 const KVM_RUN: u64 = 0xae80;
 const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
 const KVM_IRQFD: u64 = 0x4020_ae76;
+const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 const KVM_GET_DIRTY_LOG: u64 = 0x4010_ae42;
@@ -216,6 +221,13 @@ const SHARED: &[Rule] = &[
     rule(libc::SYS_exit_group, Always, "the end"),
 ];
 
+/// What threads need that interrupt processors.
+const INTERRUPTS: &[Rule] = &[rule(
+    libc::SYS_ioctl,
+    OneOf(1, &[KVM_SIGNAL_MSI]),
+    "interrupts by PCI functions",
+)];
+
 const VCPU: &[Rule] = &[rule(
     libc::SYS_ioctl,
     OneOf(
@@ -238,6 +250,20 @@ const EVENT_LOOP: &[Rule] = &[
         OneOf(1, &[FIONBIO, TCSETS, TCGETS]),
         "clients that do not block; the terminal at the end",
     ),
+    rule(
+        libc::SYS_accept4,
+        Always,
+        "clients of the control socket and of vsock",
+    ),
+    rule(
+        libc::SYS_unlink,
+        Always,
+        "sockets that were made, at the end",
+    ),
+    rule(libc::SYS_lseek, Always, "the exit status"),
+];
+
+const SNAPSHOT: &[Rule] = &[
     rule(
         libc::SYS_ioctl,
         OneOf(
@@ -279,21 +305,7 @@ const EVENT_LOOP: &[Rule] = &[
         Always,
         "the length of a snapshot's files",
     ),
-    rule(
-        libc::SYS_accept4,
-        Always,
-        "clients of the control socket and of vsock",
-    ),
-    rule(
-        libc::SYS_unlink,
-        Always,
-        "sockets that were made, at the end",
-    ),
-    rule(
-        libc::SYS_lseek,
-        Always,
-        "holes in a snapshot's memory, the exit status",
-    ),
+    rule(libc::SYS_lseek, Always, "holes in memory"),
 ];
 
 /// A compiled filter.
@@ -383,7 +395,12 @@ mod tests {
 
     #[test]
     fn every_rule_has_a_reason() {
-        for thread in [Thread::EventLoop, Thread::Vcpu, Thread::Device] {
+        for thread in [
+            Thread::EventLoop,
+            Thread::Vcpu,
+            Thread::Device,
+            Thread::Snapshot,
+        ] {
             for rule in thread.rules().into_iter().flatten() {
                 assert!(rule.reason.len() > 4, "system call {}", rule.call);
             }

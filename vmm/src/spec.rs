@@ -27,6 +27,9 @@ pub struct Spec {
     pub nets: Vec<Net>,
     #[serde(default)]
     pub vsock: Option<Vsock>,
+    /// How the guest finds its devices.
+    #[serde(default)]
+    pub transport: Transport,
     /// virtio-rng is there unless this is false.
     #[serde(default = "yes")]
     pub rng: bool,
@@ -126,6 +129,17 @@ impl Default for Memory {
             track_dirty: false,
         }
     }
+}
+
+/// How a guest finds its virtio devices and speaks to them.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    /// By registers in memory, where the ACPI tables and the kernel's command line say.
+    #[default]
+    Mmio,
+    /// As functions of a PCI bus, which interrupt by messages (MSI-X).
+    Pci,
 }
 
 /// In what pages the host keeps the guest's memory.

@@ -20,7 +20,8 @@ use crate::step::{command, run, step};
 
 /// What the agent loads. ext4 is built into the kernel.
 const MODULES: &[&str] = &[
-    "virtio_mmio",                // The bus of hostd-vmm.
+    "virtio_mmio",                // How devices are found,
+    "virtio_pci",                 // or on PCI.
     "virtio_blk",                 // Disks.
     "erofs",                      // The image disk.
     "overlay",                    // Joins it with the writable disk.

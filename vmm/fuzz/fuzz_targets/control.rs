@@ -16,10 +16,10 @@ use vmm::exit::ExitSwitch;
 use vmm::listen::Listener;
 use vmm::vcpu::{Buses, Vcpus};
 
-/// Tokens of the server: the listener, the guest's readiness, and then clients as they come.
+/// Tokens of the server: the listener, the guest's readiness, snapshots, and then clients as they come.
 const LISTENER: u32 = 0;
 const GUEST_READY: u32 = 1;
-const CLIENT: u32 = 2;
+const CLIENT: u32 = 3;
 
 /// A machine without a processor or a device.
 fn server(listener: UnixListener) -> (Server, EventLoop) {
@@ -33,10 +33,10 @@ fn server(listener: UnixListener) -> (Server, EventLoop) {
         exit,
         readiness: GuestReadiness::new().expect("an event can be made"),
         power_button: event().expect("an event can be made"),
-        transports: Vec::new(),
+        counters: Vec::new(),
         disks: Vec::new(),
         nets: Vec::new(),
-        snapshotter: None,
+        snapshots: None,
         memory: MemoryControls {
             boot_bytes: 32 << 20,
             balloon: None,

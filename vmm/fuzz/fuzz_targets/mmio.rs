@@ -10,8 +10,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm::bus::BusDevice;
 use vmm::events::{Readiness, Source};
 use vmm::virtio::block::{Block, BlockOptions};
-use vmm::virtio::mmio::{KICK_TOKEN, Kick, MmioTransport, Platform};
-use vmm::virtio::{DeviceError, Interest};
+use vmm::virtio::transport::{KICK_TOKEN, Kick, Transport, Platform};
+use vmm::virtio::{DeviceError, Interest, Signal};
 
 const MEMORY_BYTES: usize = 0x1_0000;
 
@@ -49,7 +49,7 @@ enum Act {
 struct World;
 
 impl Platform for World {
-    fn interrupt(&self) -> io::Result<()> {
+    fn interrupt(&self, _told: Signal) -> io::Result<()> {
         Ok(())
     }
     fn watch_kicks(&mut self, _queues: usize) -> io::Result<()> {
@@ -69,17 +69,17 @@ impl Platform for World {
     }
 }
 
-fn transport(memory: &GuestMemoryMmap) -> Mutex<MmioTransport> {
+fn transport(memory: &GuestMemoryMmap) -> Mutex<Transport> {
     let file = tempfile::tempfile().expect("a file can be made");
     file.set_len(1 << 20).expect("a file can be made larger");
     let block = Block::new(file, BlockOptions::default()).expect("a file can be a disk");
     let (device, world) = (Box::new(block), Box::new(World));
-    let transport = MmioTransport::new("disk0".to_owned(), device, memory.clone(), world);
+    let transport = Transport::new("disk0".to_owned(), device, memory.clone(), world);
     Mutex::new(transport.expect("its queues are possible"))
 }
 
-fn act(transport: &Mutex<MmioTransport>, memory: &GuestMemoryMmap, act: Act) {
-    let bus = |access: &dyn Fn(&mut MmioTransport)| {
+fn act(transport: &Mutex<Transport>, memory: &GuestMemoryMmap, act: Act) {
+    let bus = |access: &dyn Fn(&mut Transport)| {
         access(&mut transport.lock().expect("nothing panics"));
     };
     let word = |register: u64, value: u32| {

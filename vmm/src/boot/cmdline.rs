@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::layout::{CMDLINE_BYTES_MAX, VIRTIO_BYTES};
-use crate::virtio::mmio::Window;
+use crate::virtio::transport::Window;
 
 /// The command line cannot be passed on.
 #[derive(Debug, thiserror::Error)]

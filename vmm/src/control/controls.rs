@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -12,13 +12,13 @@ use super::{
     Stats,
 };
 use crate::devices::guest_status::Readiness;
-use crate::exit::{ExitSwitch, chain};
+use crate::exit::ExitSwitch;
 use crate::snapshot::file::Kind;
-use crate::snapshot::take::{Snapshotter, TakeError};
+use crate::snapshot::thread::{Busy, Order, SnapshotThread};
 use crate::spec::DiskLimits;
 use crate::vcpu::Vcpus;
 use crate::virtio::block::BlockHandle;
-use crate::virtio::mmio::MmioTransport;
+use crate::virtio::counters::Counters;
 use crate::virtio::net::NetHandle;
 
 /// The parts.
@@ -28,12 +28,13 @@ pub struct Controls {
     pub readiness: Readiness,
     /// Its interrupt line.
     pub power_button: EventFd,
-    pub transports: Vec<Arc<Mutex<MmioTransport>>>,
+    /// Of all devices, in the order of their addresses.
+    pub counters: Vec<Arc<Counters>>,
     pub disks: Vec<BlockHandle>,
     pub nets: Vec<NetHandle>,
     pub memory: MemoryControls,
     /// Absent where there is nothing behind the controls.
-    pub snapshotter: Option<Snapshotter>,
+    pub snapshots: Option<SnapshotThread>,
 }
 
 opaque_debug!(Controls);
@@ -44,6 +45,8 @@ pub enum Answer {
     Now(Response),
     /// [`Response::Done`], once the guest has said that it is ready.
     WhenReady,
+    /// What [`SnapshotThread::take_result`] gives, once it does.
+    WhenTaken,
 }
 
 impl Controls {
@@ -63,6 +66,7 @@ impl Controls {
                 self.vcpus.pause();
                 done
             }
+            Request::Resume {} if self.busy() => busy(),
             Request::Resume {} => {
                 self.vcpus.resume();
                 done
@@ -73,7 +77,7 @@ impl Controls {
             Request::SetDiskLimits { disk, limits } => self.set_disk_limits(*disk, *limits),
             Request::Memory { size_mib } => self.memory.resize(*size_mib),
             Request::Balloon { target_mib } => self.memory.inflate(*target_mib),
-            Request::Snapshot { kind } => self.snapshot(*kind, descriptors),
+            Request::Snapshot { kind } => return self.snapshot(*kind, descriptors),
             Request::Kill {} => {
                 self.exit.end(ExitStatus::new(ExitReason::Killed));
                 done
@@ -93,24 +97,32 @@ impl Controls {
         }
     }
 
-    fn snapshot(&self, kind: Kind, descriptors: &mut Vec<OwnedFd>) -> Response {
+    /// Whether a snapshot is being written.
+    fn busy(&self) -> bool {
+        self.snapshots.as_ref().is_some_and(SnapshotThread::busy)
+    }
+
+    fn snapshot(&self, kind: Kind, descriptors: &mut Vec<OwnedFd>) -> Answer {
         let mut files = descriptors.drain(..).map(File::from);
-        let (Some(mut state), Some(mut memory)) = (files.next(), files.next()) else {
-            return Response::Error {
+        let (Some(state), Some(memory)) = (files.next(), files.next()) else {
+            return Answer::Now(Response::Error {
                 message: "send two descriptors with the request: the state file's and the memory \
                           file's; `hostd-vmm --snapshot` does"
                     .to_owned(),
-            };
+            });
         };
-        let taken = match &self.snapshotter {
-            Some(snapshotter) => snapshotter.take(kind, &mut state, &mut memory),
-            None => Err(TakeError::Nothing),
+        let Some(thread) = &self.snapshots else {
+            return Answer::Now(Response::Error {
+                message: "there is no machine".to_owned(),
+            });
         };
-        match taken {
-            Ok(snapshot) => Response::Snapshot { snapshot },
-            Err(error) => Response::Error {
-                message: chain(&error),
-            },
+        match thread.begin(Order {
+            kind,
+            state,
+            memory,
+        }) {
+            Ok(()) => Answer::WhenTaken,
+            Err(Busy) => Answer::Now(busy()),
         }
     }
 
@@ -127,18 +139,24 @@ impl Controls {
     }
 
     fn stats(&self) -> Stats {
-        let devices = self.transports.iter().map(|transport| {
-            let transport = transport.lock().expect("no device panics");
-            transport.stats()
-        });
         Stats {
             vcpu_exits: self.vcpus.exits(),
-            devices: devices.collect(),
+            devices: self
+                .counters
+                .iter()
+                .map(|counters| counters.stats())
+                .collect(),
             disks: self.disks.iter().map(disk_stats).collect(),
             nets: self.nets.iter().map(net_stats).collect(),
             memory: self.memory.stats(),
             balloon: self.memory.balloon.as_ref().map(BalloonStats::of),
         }
+    }
+}
+
+fn busy() -> Response {
+    Response::Error {
+        message: "busy: a snapshot is being written".to_owned(),
     }
 }
 

@@ -15,15 +15,18 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use super::controls::{Answer, Controls};
 use super::{CLIENTS_MAX, DESCRIPTORS_MAX, REQUEST_BYTES_MAX, Response};
 use crate::events::{Poller, Readiness, Source};
+use crate::exit::chain;
 use crate::listen::Listener;
+use crate::snapshot::thread::SnapshotThread;
 
 /// Answers that a client has not read yet, in bytes; with more, its requests wait.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
 
-/// Tokens: the listener, the guest's readiness, and clients from here up.
+/// Tokens: the listener, the guest's readiness, snapshots that were taken, and clients from here up.
 const LISTENER: u32 = 0;
 const READY: u32 = 1;
-const FIRST_CLIENT: u32 = 2;
+const TAKEN: u32 = 2;
+const FIRST_CLIENT: u32 = 3;
 
 /// The server.
 pub struct Server {
@@ -48,12 +51,19 @@ struct Client {
     /// For requests to come.
     descriptors: Vec<OwnedFd>,
     output: Vec<u8>,
-    /// An answer is owed when the guest is ready.
-    waiting: bool,
+    /// What the next answer waits for.
+    waiting: Option<Wait>,
     /// It will send no more.
     finished: bool,
     /// What the event loop waits for.
     watched: Readiness,
+}
+
+/// What an answer may have to wait for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Wait {
+    Ready,
+    Snapshot,
 }
 
 /// What a client is to be.
@@ -76,6 +86,9 @@ impl Server {
         let ready = controls.readiness.wake_fd();
         poller.add(source, LISTENER, socket.as_raw_fd(), Readiness::READABLE)?;
         poller.add(source, READY, ready, Readiness::READABLE)?;
+        if let Some(snapshots) = &controls.snapshots {
+            poller.add(source, TAKEN, snapshots.done_fd(), Readiness::READABLE)?;
+        }
         Ok(Self {
             listener,
             controls,
@@ -103,7 +116,7 @@ impl Server {
             input: Vec::new(),
             descriptors: Vec::new(),
             output: Vec::new(),
-            waiting: false,
+            waiting: None,
             finished: false,
             watched: Readiness::READABLE,
         };
@@ -117,16 +130,34 @@ impl Server {
     /// The guest has said that it is ready.
     fn on_guest_ready(&self, clients: &mut Clients) {
         self.controls.readiness.acknowledge();
-        for client in clients
-            .by_token
-            .values_mut()
-            .filter(|client| client.waiting)
-        {
-            client.waiting = false;
-            client.send(&Response::Done {});
+        self.answer_all(clients, Wait::Ready, &Response::Done {});
+    }
+
+    /// A snapshot has been taken, or not.
+    fn on_taken(&self, clients: &mut Clients) {
+        let snapshots = self.controls.snapshots.as_ref();
+        let response = match snapshots.and_then(SnapshotThread::take_result) {
+            None => return,
+            Some(Ok(snapshot)) => Response::Snapshot { snapshot },
+            Some(Err(error)) => Response::Error {
+                message: chain(&error),
+            },
+        };
+        // One at most; none if it is gone.
+        self.answer_all(clients, Wait::Snapshot, &response);
+    }
+
+    /// Answers those that wait for that, and goes on with them.
+    fn answer_all(&self, clients: &mut Clients, wait: Wait, response: &Response) {
+        let mut answered = Vec::new();
+        for (token, client) in &mut clients.by_token {
+            if client.waiting == Some(wait) {
+                client.waiting = None;
+                client.send(response);
+                answered.push(*token);
+            }
         }
-        let tokens: Vec<u32> = clients.by_token.keys().copied().collect();
-        for token in tokens {
+        for token in answered {
             self.serve(clients, token, false);
         }
     }
@@ -162,6 +193,7 @@ impl Source for Server {
         match token {
             LISTENER => self.accept(&mut clients),
             READY => self.on_guest_ready(&mut clients),
+            TAKEN => self.on_taken(&mut clients),
             token => self.serve(&mut clients, token, readiness.readable),
         }
     }
@@ -169,7 +201,7 @@ impl Source for Server {
 
 impl Client {
     fn wants_input(&self) -> bool {
-        !self.waiting && !self.finished && self.output.len() < ANSWER_BYTES_MAX
+        self.waiting.is_none() && !self.finished && self.output.len() < ANSWER_BYTES_MAX
     }
 
     fn go_on(&mut self, controls: &Controls, readable: bool) -> Fate {
@@ -190,13 +222,13 @@ impl Client {
         if self.write().is_err() {
             return Fate::Close;
         }
-        let done = self.finished && self.output.is_empty() && !self.waiting;
+        let done = self.finished && self.output.is_empty() && self.waiting.is_none();
         if done { Fate::Close } else { Fate::Keep }
     }
 
     /// Whether the next request may be looked at.
     fn wants_answer(&self) -> bool {
-        !self.waiting && self.output.len() < ANSWER_BYTES_MAX
+        self.waiting.is_none() && self.output.len() < ANSWER_BYTES_MAX
     }
 
     /// Takes what is there, at most the rest of one longest request.
@@ -240,7 +272,8 @@ impl Client {
         };
         match answer {
             Answer::Now(response) => self.send(&response),
-            Answer::WhenReady => self.waiting = true,
+            Answer::WhenReady => self.waiting = Some(Wait::Ready),
+            Answer::WhenTaken => self.waiting = Some(Wait::Snapshot),
         }
     }
 

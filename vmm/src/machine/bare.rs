@@ -24,9 +24,10 @@ use crate::snapshot::file::Id;
 use crate::snapshot::restore::ClockPolicy;
 use crate::snapshot::state::State;
 use crate::snapshot::take::host_clock;
-use crate::spec::CpuTemplate;
-use crate::virtio::mmio::Window;
-use crate::virtio::state::expect;
+use crate::spec::{CpuTemplate, Transport};
+use crate::virtio::pci::FunctionState;
+use crate::virtio::state::{StateError, expect};
+use crate::virtio::transport::Window;
 
 /// The parts of a machine that have a state, all new.
 pub(super) struct Bare<'a> {
@@ -37,6 +38,8 @@ pub(super) struct Bare<'a> {
     pub(super) vcpus: &'a [VcpuFd],
     /// What a guest that boots is shown of the processor.
     pub(super) template: CpuTemplate,
+    /// How it finds its devices.
+    pub(super) transport: Transport,
     /// In the order of the transports.
     pub(super) windows: &'a [Window],
     /// Its serial port is what it will be.
@@ -82,7 +85,7 @@ impl Bare<'_> {
         let memory = self.boot_memory;
         let entry = boot::load(memory, &mut plan.kernel, &mut plan.initramfs, &plan.cmdline)?;
         let cpus = u8::try_from(self.vcpus.len()).expect("the plan allows 32");
-        acpi::write(memory, cpus, self.windows)?;
+        acpi::write(memory, cpus, self.transport, self.windows)?;
         Ok(x86_64::configure(
             self.kvm,
             self.vcpus,
@@ -140,15 +143,37 @@ impl Bare<'_> {
         let transports = &self.parts.transports;
         expect("number of devices", &saved.len(), &transports.len())
             .map_err(unrestorable("the machine"))?;
-        for ((transport, window), saved) in transports.iter().zip(self.windows).zip(saved) {
+        for (index, ((transport, window), saved)) in
+            transports.iter().zip(self.windows).zip(saved).enumerate()
+        {
+            // Before its transport is held: the function has to do with that.
+            let function = self.restore_function(index, saved.function.as_ref());
             let mut transport = transport.lock().expect("no device panics");
-            let name = transport.stats().name;
+            let name = transport.counters().name().to_owned();
             let result = expect("name", &saved.name, &name)
                 .and_then(|()| expect("address", &saved.address, &window.address))
                 .and_then(|()| expect("interrupt", &saved.interrupt, &window.gsi))
+                .and(function)
                 .and_then(|()| transport.restore(&saved.transport));
             result.map_err(unrestorable(format!("device `{name}`")))?;
         }
         Ok(())
+    }
+
+    /// Makes the function of device `index`, if it is one, what was saved: its driver is told by it
+    /// when the device goes on.
+    fn restore_function(
+        &self,
+        index: usize,
+        saved: Option<&FunctionState>,
+    ) -> Result<(), StateError> {
+        let function = self.parts.functions.get(index);
+        expect("being on PCI", &saved.is_some(), &function.is_some())?;
+        match (function, saved) {
+            (Some(function), Some(saved)) => {
+                function.lock().expect("no function panics").restore(saved)
+            }
+            _ => Ok(()),
+        }
     }
 }

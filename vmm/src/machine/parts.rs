@@ -19,13 +19,21 @@ use crate::exit::ExitSwitch;
 use crate::guest_status;
 use crate::kvm::{KernelRoutes, Vm};
 use crate::layout;
+use crate::pci::bus::PciBus;
 use crate::plan::ConsolePlan;
-use crate::platform::DevicePlatform;
+use crate::platform::{DevicePlatform, Wiring};
 use crate::signals;
+use crate::spec;
 use crate::terminal::RawTerminal;
 use crate::vcpu::Buses;
 use crate::virtio::VirtioDevice;
-use crate::virtio::mmio::{MmioTransport, Window};
+use crate::virtio::counters::Counters;
+use crate::virtio::pci::interrupts::Interrupts;
+use crate::virtio::pci::{Place, VirtioFunction};
+use crate::virtio::transport::{Transport, Window};
+
+/// What a function on PCI shares with its device's platform.
+type FunctionParts = (Arc<Mutex<Interrupts>>, Place);
 
 /// The machine while it is put together.
 pub(super) struct Parts {
@@ -36,11 +44,16 @@ pub(super) struct Parts {
     pub(super) buses: Buses,
     /// The devices' ends of the interrupt lines.
     lines: BTreeMap<u32, EventFd>,
-    pub(super) transports: Vec<Arc<Mutex<MmioTransport>>>,
+    pub(super) transports: Vec<Arc<Mutex<Transport>>>,
+    /// There until [`finish`](Self::finish), if the machine has one.
+    pci: Option<PciBus>,
+    /// In the order of the transports, if the machine has PCI.
+    pub(super) functions: Vec<Arc<Mutex<VirtioFunction>>>,
 }
 
 impl Parts {
-    pub(super) fn new(vm: Arc<Vm>) -> Result<Self, MachineError> {
+    /// With devices that are found in this way.
+    pub(super) fn new(vm: Arc<Vm>, transport: spec::Transport) -> Result<Self, MachineError> {
         let exit = ExitSwitch::new().map_err(host("make an event"))?;
         let mut events = EventLoop::new(exit.clone()).map_err(host("make an event loop"))?;
         signals::end_machine(&mut events, &exit)?;
@@ -52,6 +65,11 @@ impl Parts {
             buses: Buses::default(),
             lines: BTreeMap::new(),
             transports: Vec::new(),
+            pci: match transport {
+                spec::Transport::Mmio => None,
+                spec::Transport::Pci => Some(PciBus::new()),
+            },
+            functions: Vec::new(),
         })
     }
 
@@ -138,7 +156,7 @@ impl Parts {
         device: Box<dyn VirtioDevice>,
         window: Window,
     ) -> Result<(), MachineError> {
-        let line = self.line(window.gsi)?;
+        let (wiring, pci) = self.wiring(&*device, window)?;
         let events = if device.is_fast() {
             let branch = self.events.branch(&name);
             branch.map_err(host("make an event loop"))?
@@ -150,19 +168,61 @@ impl Parts {
             self.vm.clone(),
             events.poller(),
             self.exit.clone(),
-            window,
+            wiring,
             source,
-            line,
         );
         let memory = self.vm.memory().clone();
-        let transport = MmioTransport::new(name.clone(), device, memory, Box::new(platform))
+        let transport = Transport::new(name.clone(), device, memory, Box::new(platform))
             .map_err(|source| MachineError::Queues { name, source })?;
         let transport = Arc::new(Mutex::new(transport));
         events.attach(source, transport.clone());
         self.transports.push(transport.clone());
-        let registers = window.address..window.address + layout::VIRTIO_BYTES;
-        self.buses.memory.insert(registers, transport);
+        let Some((interrupts, place)) = pci else {
+            let registers = window.address..window.address + layout::VIRTIO_BYTES;
+            self.buses.memory.insert(registers, transport);
+            return Ok(());
+        };
+        let function = VirtioFunction::new(window.address, transport, interrupts, place);
+        let function = Arc::new(Mutex::new(function));
+        self.functions.push(function.clone());
+        if let Some(bus) = &mut self.pci {
+            bus.insert(window.gsi, function);
+        }
         Ok(())
+    }
+
+    /// How a device is to reach its driver, and what its function on PCI, if it is one, has of that.
+    fn wiring(
+        &mut self,
+        device: &dyn VirtioDevice,
+        window: Window,
+    ) -> Result<(Wiring, Option<FunctionParts>), MachineError> {
+        if self.pci.is_none() {
+            let line = self.line(window.gsi)?;
+            return Ok((Wiring::Registers { window, line }, None));
+        }
+        let queues = device.info().queue_sizes.len();
+        let interrupts = Interrupts::new(queues, Box::new(self.vm.clone()));
+        let (interrupts, place) = (Arc::new(Mutex::new(interrupts)), Place::default());
+        let wiring = Wiring::Function {
+            interrupts: interrupts.clone(),
+            place: place.clone(),
+        };
+        Ok((wiring, Some((interrupts, place))))
+    }
+
+    /// What all virtio devices count, in the order of their addresses.
+    pub(super) fn counters(&self) -> Vec<Arc<Counters>> {
+        let transports = self.transports.iter();
+        transports
+            .map(|transport| {
+                transport
+                    .lock()
+                    .expect("no device panics")
+                    .counters()
+                    .clone()
+            })
+            .collect()
     }
 
     /// Joins all lines to the I/O APIC: the last part.
@@ -170,6 +230,10 @@ impl Parts {
         let lines = std::mem::take(&mut self.lines);
         let routes = KernelRoutes::new(self.vm.clone(), lines, self.exit.clone());
         let chip = Arc::new(Mutex::new(IoApic::new(routes)));
+        if let Some(bus) = self.pci.take() {
+            let bus = Arc::new(Mutex::new(bus));
+            self.buses.memory.insert(PciBus::range(), bus);
+        }
         let page = layout::IOAPIC..layout::IOAPIC + layout::PAGE_BYTES;
         self.buses.memory.insert(page, chip.clone());
         chip

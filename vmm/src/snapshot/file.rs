@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! hostd-vmm snapshot
-//! {"format":1,"vmm":"0.1.0","arch":"x86_64","kind":"full","id":"5f…","parent":null}
+//! {"format":2,"vmm":"0.1.0","arch":"x86_64","kind":"full","id":"5f…","parent":null}
 //! {"machine":{…},"clock":{…},"processors":[…],"devices":{…},"memory":{…}}
 //! sha256 3b…
 //! ```
@@ -23,7 +23,7 @@ use super::hex;
 use super::state::State;
 
 /// The format that is written, and the newest that is read.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// The most bytes of a state file: with 32 processors and a difference of any kind it is less.
 pub const STATE_BYTES_MAX: u64 = 64 << 20;
@@ -156,8 +156,7 @@ pub fn write(file: &mut File, header: &Header, state: &State) -> io::Result<u64>
     text.push(b'\n');
     serde_json::to_writer(&mut text, state)?;
     text.push(b'\n');
-    let digest = hex::encode(&Sha256::digest(&text));
-    text.extend(format!("{DIGEST}{digest}\n").bytes());
+    text.extend(checksum(&text).bytes());
     let bytes = text.len() as u64;
     if bytes > STATE_BYTES_MAX {
         return Err(io::ErrorKind::FileTooLarge.into());
@@ -178,7 +177,14 @@ pub fn read(file: &File) -> Result<(Header, State), FileError> {
     parse(&text)
 }
 
-fn parse(text: &[u8]) -> Result<(Header, State), FileError> {
+/// The last line of a state file that begins with `text`.
+pub fn checksum(text: &[u8]) -> String {
+    let digest = hex::encode(&Sha256::digest(text));
+    format!("{DIGEST}{digest}\n")
+}
+
+/// Reads the text of a state file.
+pub fn parse(text: &[u8]) -> Result<(Header, State), FileError> {
     let rest = text
         .strip_prefix(MAGIC.as_bytes())
         .ok_or(FileError::Magic)?;
@@ -190,8 +196,7 @@ fn parse(text: &[u8]) -> Result<(Header, State), FileError> {
     }
     let (state_line, digest_line) = line(rest).ok_or(FileError::Digest)?;
     let signed = &text[..text.len() - digest_line.len()];
-    let digest = hex::encode(&Sha256::digest(signed));
-    if digest_line != format!("{DIGEST}{digest}\n").as_bytes() {
+    if digest_line != checksum(signed).as_bytes() {
         return Err(FileError::Digest);
     }
     let header: Header = serde_json::from_slice(header_line).map_err(header)?;

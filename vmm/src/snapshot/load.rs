@@ -8,6 +8,10 @@ use super::file::{self, FileError, Id, Kind};
 use super::memory::{self, MemoryFileError, Region, Run};
 use super::restore::LAYERS_MAX;
 use super::state::State;
+use crate::spec::HugePages;
+
+/// The most runs of pages in all differences together, which take 128 MiB.
+const RUNS_MAX: usize = 8 << 20;
 
 /// Why snapshots are of no use.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +33,10 @@ pub enum LoadError {
     SecondBase { index: usize },
     #[error("snapshot {index} (from 0) does not lie over the one before it")]
     Order { index: usize },
+    #[error(
+        "the differences have {runs} runs of pages; at most {RUNS_MAX} can be held; take a full one"
+    )]
+    Runs { runs: usize },
 }
 
 /// The open files of one snapshot.
@@ -77,6 +85,10 @@ pub fn load(files: Vec<OpenFiles>) -> Result<Loaded, LoadError> {
                 }
                 let written = state.memory.written.clone().unwrap_or_default();
                 below.differences.push((memory, written));
+                let runs = below.differences.iter().map(|(_, runs)| runs.len()).sum();
+                if runs > RUNS_MAX {
+                    return Err(LoadError::Runs { runs });
+                }
                 Loaded {
                     id: header.id,
                     state: Box::new(state),
@@ -91,7 +103,11 @@ pub fn load(files: Vec<OpenFiles>) -> Result<Loaded, LoadError> {
 impl Loaded {
     /// The memory of a machine that has it in these regions. What is not in a difference is read
     /// when it is first used.
-    pub fn map_memory(&self, regions: &[Region]) -> Result<GuestMemoryMmap, MemoryFileError> {
+    pub fn map_memory(
+        &self,
+        regions: &[Region],
+        pages: HugePages,
+    ) -> Result<GuestMemoryMmap, MemoryFileError> {
         let saved = &self.state.memory.regions;
         if saved != regions {
             return Err(MemoryFileError::Regions {
@@ -99,7 +115,7 @@ impl Loaded {
                 wanted: format!("{regions:x?}"),
             });
         }
-        let memory = memory::map(&self.base, regions)?;
+        let memory = memory::map(&self.base, regions, pages)?;
         for (file, runs) in &self.differences {
             memory::overlay(&memory, file, runs)?;
         }

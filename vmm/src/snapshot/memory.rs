@@ -7,21 +7,26 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 
+use rustix::fs::{SeekFrom as SeekTo, seek};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError,
-    GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+    Address, Bytes, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MemoryRegionAddress,
 };
 
 use super::file::Id;
 use super::touched::touched;
 use crate::dirty::PAGE_BYTES;
+use crate::memory::{self, FileRegion, HUGE_PAGE_BYTES, MemoryError};
+use crate::spec::HugePages;
 
 /// The most that is written in one go, in pages: 4 MiB.
 const RUN_PAGES_MAX: u64 = 1024;
+
+/// The most parts of a region that are mapped from the file by themselves.
+const EXTENTS_MAX: usize = 256;
 
 /// How much of a page is looked at before all of it is.
 const GLANCE_BYTES: usize = 64;
@@ -56,7 +61,7 @@ pub enum MemoryFileError {
     #[error("memory of {found} does not fit a machine whose memory is {wanted}")]
     Regions { found: String, wanted: String },
     #[error("the memory file cannot be mapped")]
-    Map(#[source] vm_memory::mmap::MmapRegionError),
+    Map(#[source] MemoryError),
     #[error("the regions of memory cannot be put together")]
     Together(#[source] vm_memory::GuestRegionCollectionError),
     #[error("a difference names page {page}, which is not there, or not its turn")]
@@ -79,15 +84,13 @@ fn total(regions: &[Region]) -> u64 {
     bytes.fold(0, u64::saturating_add)
 }
 
-/// Writes all of `memory` that is not zero to `file`. Returns how many bytes. The regions that start
-/// at `anonymous` addresses are no file's.
-pub fn write_all(
+/// Writes all of `memory` that is not zero. Returns how many bytes. The regions that start at
+/// `anonymous` addresses are no file's.
+pub(super) fn write_all(
     memory: &GuestMemoryMmap,
-    file: &mut File,
-    id: &Id,
+    writer: &mut Writer<'_>,
     anonymous: &[u64],
 ) -> io::Result<u64> {
-    let mut writer = Writer::new(file, memory, id)?;
     let mut start = 0;
     for region in memory.iter() {
         let known = anonymous.contains(&region.start_addr().raw_value());
@@ -99,6 +102,9 @@ pub fn write_all(
         };
         let mut run: Option<Run> = None;
         for page in 0..pages(region) {
+            if page % RUN_PAGES_MAX == 0 {
+                writer.check()?;
+            }
             if untouched(page) || is_zero(region, page)? {
                 continue;
             }
@@ -118,14 +124,12 @@ pub fn write_all(
     Ok(writer.written)
 }
 
-/// Writes those pages of `memory` to `file`. Returns how many bytes.
-pub fn write_runs(
+/// Writes those pages of `memory`. Returns how many bytes.
+pub(super) fn write_runs(
     memory: &GuestMemoryMmap,
-    file: &mut File,
-    id: &Id,
+    writer: &mut Writer<'_>,
     runs: &[Run],
 ) -> io::Result<u64> {
-    let mut writer = Writer::new(file, memory, id)?;
     let mut start = 0;
     for region in memory.iter() {
         let end = start + pages(region);
@@ -140,20 +144,39 @@ pub fn write_runs(
     Ok(writer.written)
 }
 
-struct Writer<'a> {
+/// Writes a memory file.
+pub(super) struct Writer<'a> {
     file: &'a mut File,
     written: u64,
+    goes_on: &'a dyn Fn() -> bool,
 }
 
 impl<'a> Writer<'a> {
-    /// Makes the file as long as it will be.
-    fn new(file: &'a mut File, memory: &GuestMemoryMmap, id: &Id) -> io::Result<Self> {
+    /// Makes `file` as long as it will be. Writing fails once it is not `goes_on` any more.
+    pub(super) fn new(
+        file: &'a mut File,
+        memory: &GuestMemoryMmap,
+        id: &Id,
+        goes_on: &'a dyn Fn() -> bool,
+    ) -> io::Result<Self> {
         let bytes = total(&regions(memory));
         file.set_len(0)?;
         file.set_len(bytes)?;
         file.seek(SeekFrom::Start(bytes))?;
         file.write_all(mark(id).as_bytes())?;
-        Ok(Self { file, written: 0 })
+        Ok(Self {
+            file,
+            written: 0,
+            goes_on,
+        })
+    }
+
+    fn check(&self) -> io::Result<()> {
+        if (self.goes_on)() {
+            Ok(())
+        } else {
+            Err(io::Error::other("the machine has ended"))
+        }
     }
 
     /// Writes pages of `region`, whose first page is number `start` of the file.
@@ -161,6 +184,7 @@ impl<'a> Writer<'a> {
         let Some((first, count)) = run else {
             return Ok(());
         };
+        self.check()?;
         let page_bytes = PAGE_BYTES as u64;
         self.file
             .seek(SeekFrom::Start((start + first) * page_bytes))?;
@@ -226,28 +250,55 @@ pub fn check(file: &File, id: &Id, regions: &[Region]) -> Result<(), MemoryFileE
     }
 }
 
-/// The memory in `file`, as a guest's that nobody else sees changes of. Nothing is read yet.
-pub fn map(file: &File, regions: &[Region]) -> Result<GuestMemoryMmap, MemoryFileError> {
-    let file = Arc::new(file.try_clone().map_err(MemoryFileError::Read)?);
-    let mut offset = 0;
+/// The memory in `file`, as a guest's that nobody else sees changes of. Nothing is read yet. What is
+/// zero for long enough is no file's, and kept in such `pages` as memory that was never written.
+pub fn map(
+    file: &File,
+    regions: &[Region],
+    pages: HugePages,
+) -> Result<GuestMemoryMmap, MemoryFileError> {
+    let mut offset: u64 = 0;
     let mut mapped = Vec::new();
     for region in regions {
-        let impossible = || MemoryFileError::Regions {
-            found: format!("{regions:x?}"),
-            wanted: "smaller".to_owned(),
+        let addresses = region.address..region.address.saturating_add(region.bytes);
+        let end = offset.saturating_add(region.bytes);
+        let origin = FileRegion {
+            file,
+            offset,
+            extents: &extents(file, offset..end),
         };
-        let length = usize::try_from(region.bytes).map_err(|_| impossible())?;
-        let mapping = MmapRegionBuilder::new(length)
-            .with_file_offset(FileOffset::from_arc(file.clone(), offset))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
-            .build()
-            .map_err(MemoryFileError::Map)?;
-        offset += region.bytes;
-        let address = GuestAddress(region.address);
-        mapped.push(GuestRegionMmap::new(mapping, address).ok_or_else(impossible)?);
+        mapped.push(memory::file_region(&addresses, pages, &origin).map_err(MemoryFileError::Map)?);
+        offset = end;
     }
-    GuestMemoryMmap::from_regions(mapped).map_err(MemoryFileError::Together)
+    GuestMemoryMmap::from_arc_regions(mapped).map_err(MemoryFileError::Together)
+}
+
+/// Where `range` of `file` holds anything, from the start of the range, in units of huge pages. A few
+/// at most: each costs a mapping.
+fn extents(file: &File, range: Range<u64>) -> Vec<Range<u64>> {
+    let bytes = range.end - range.start;
+    let mut extents: Vec<Range<u64>> = Vec::new();
+    let mut at = 0;
+    while at < bytes {
+        let data = match seek(file, SeekTo::Data(range.start + at)) {
+            Ok(data) => data - range.start,
+            Err(Errno::NXIO) => break, // There is no more.
+            Err(_) => at,              // The file system cannot tell.
+        };
+        let hole = seek(file, SeekTo::Hole(range.start + data)).unwrap_or(range.end);
+        let start = data / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+        at = (hole - range.start).next_multiple_of(HUGE_PAGE_BYTES);
+        if start >= bytes {
+            break;
+        }
+        let end = at.min(bytes);
+        let full = extents.len() >= EXTENTS_MAX;
+        match extents.last_mut() {
+            Some(last) if full || last.end >= start => last.end = end,
+            _ => extents.push(start..end),
+        }
+    }
+    extents
 }
 
 /// Puts those pages of a difference's `file` over `memory`.
@@ -316,6 +367,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use tempfile::tempfile;
+    use vm_memory::GuestAddress;
 
     use super::*;
 
@@ -336,6 +388,21 @@ mod tests {
         memory.read_obj(GuestAddress(address)).unwrap()
     }
 
+    fn write(memory: &GuestMemoryMmap, file: &mut File, id: &Id, anonymous: &[u64]) -> u64 {
+        let mut writer = Writer::new(file, memory, id, &|| true).unwrap();
+        write_all(memory, &mut writer, anonymous).unwrap()
+    }
+
+    #[test]
+    fn nothing_more_is_written_once_the_machine_has_ended() {
+        let (memory, id, mut file) = (memory(), Id::random().unwrap(), tempfile().unwrap());
+        put(&memory, 0, 1);
+        let mut writer = Writer::new(&mut file, &memory, &id, &|| false).unwrap();
+        let error = write_all(&memory, &mut writer, &[0]).unwrap_err();
+        assert!(error.to_string().contains("has ended"), "{error}");
+        write_runs(&memory, &mut writer, &[(0, 1)]).unwrap_err();
+    }
+
     #[test]
     fn memory_comes_back_as_it_was_and_zeroes_take_no_space() {
         let (memory, id, mut file) = (memory(), Id::random().unwrap(), tempfile().unwrap());
@@ -351,20 +418,48 @@ mod tests {
         for (byte, place) in (1..).zip(places) {
             put(&memory, place, byte);
         }
-        let written = write_all(&memory, &mut file, &id, &[0]).unwrap();
+        let written = write(&memory, &mut file, &id, &[0]);
         assert_eq!(written, 7 * PAGE_BYTES as u64);
         assert!(file.metadata().unwrap().blocks() * 512 < 16 * PAGE_BYTES as u64);
 
         let regions = regions(&memory);
         check(&file, &id, &regions).unwrap();
-        let copy = map(&file, &regions).unwrap();
+        let copy = map(&file, &regions, HugePages::Transparent).unwrap();
         for (byte, place) in (1..).zip(places) {
             assert_eq!(get(&copy, place), byte, "{place:#x}");
         }
         assert_eq!(get(&copy, 0x1000 - 1), 0);
         // What one machine writes, no other sees.
         put(&copy, 0, 99);
-        assert_eq!(get(&map(&file, &regions).unwrap(), 0), 1);
+        assert_eq!(
+            get(&map(&file, &regions, HugePages::Transparent).unwrap(), 0),
+            1
+        );
+    }
+
+    #[test]
+    fn what_holds_nothing_is_not_mapped_from_the_file() {
+        let huge = HUGE_PAGE_BYTES;
+        let file = tempfile().unwrap();
+        let range = huge..10 * huge + 0x10_0000;
+        file.set_len(range.end).unwrap();
+        assert_eq!(extents(&file, range.clone()), []);
+        for at in [0, 3 * huge, 4 * huge - 1, 6 * huge + 5, range.end - 1] {
+            file.write_all_at(&[1], at).unwrap();
+        }
+        let part = |range: Range<u64>| range.start * huge..range.end * huge;
+        let want = [part(2..3), part(5..6), 9 * huge..9 * huge + 0x10_0000];
+        assert_eq!(extents(&file, range), want);
+        // Many small parts become few large ones.
+        let many = tempfile().unwrap();
+        for index in 0..2 * EXTENTS_MAX as u64 {
+            many.write_all_at(&[1], 2 * index * huge).unwrap();
+        }
+        let end = (4 * EXTENTS_MAX as u64 - 1) * huge;
+        many.set_len(end).unwrap();
+        let extents = extents(&many, 0..end);
+        assert_eq!(extents.len(), EXTENTS_MAX);
+        assert_eq!(extents.last().unwrap().end, end);
     }
 
     #[test]
@@ -374,16 +469,17 @@ mod tests {
         for place in [0, 0x1000, LOW - 1] {
             put(&memory, place, 1);
         }
-        write_all(&memory, &mut base, &id, &[0, HIGH]).unwrap();
+        write(&memory, &mut base, &id, &[0, HIGH]);
         for (place, byte) in [(0x1000, 0), (LOW - 1, 2), (HIGH, 3)] {
             put(&memory, place, byte);
         }
         let last = LOW / 4096 - 1;
         let runs = [(1, 1), (last, 2)];
-        let written = write_runs(&memory, &mut difference, &id, &runs).unwrap();
+        let mut writer = Writer::new(&mut difference, &memory, &id, &|| true).unwrap();
+        let written = write_runs(&memory, &mut writer, &runs).unwrap();
         assert_eq!(written, 3 * 4096);
 
-        let copy = map(&base, &regions(&memory)).unwrap();
+        let copy = map(&base, &regions(&memory), HugePages::None).unwrap();
         overlay(&copy, &difference, &runs).unwrap();
         for (place, byte) in [(0, 1), (0x1000, 0), (LOW - 1, 2), (HIGH, 3)] {
             assert_eq!(get(&copy, place), byte, "{place:#x}");
@@ -393,7 +489,7 @@ mod tests {
     #[test]
     fn another_snapshots_file_and_one_that_was_cut_are_refused() {
         let (memory, id, mut file) = (memory(), Id::random().unwrap(), tempfile().unwrap());
-        write_all(&memory, &mut file, &id, &[]).unwrap();
+        write(&memory, &mut file, &id, &[]);
         let regions = regions(&memory);
         check(&file, &Id::random().unwrap(), &regions).unwrap_err();
         check(&file, &id, &regions[..1]).unwrap_err();

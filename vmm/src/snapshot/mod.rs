@@ -12,6 +12,7 @@
 //! Snapshots are input that anybody may have made or damaged. The checksum is against accidents
 //! only; against the rest, everything is checked again by what it concerns.
 
+pub mod bounded;
 pub mod client;
 pub mod file;
 pub mod hex;
@@ -20,6 +21,7 @@ pub mod memory;
 pub mod restore;
 pub mod state;
 pub mod take;
+pub mod thread;
 mod touched;
 
 /// The name of the state file in a snapshot's folder.

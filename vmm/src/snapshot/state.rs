@@ -3,12 +3,14 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::bounded;
 use super::memory::{Region, Run};
 use crate::arch::x86_64::state::ProcessorState;
 use crate::devices::ioapic::IoApicState;
 use crate::devices::serial::SerialPortState;
 use crate::spec::Spec;
-use crate::virtio::mmio::TransportState;
+use crate::virtio::pci::FunctionState;
+use crate::virtio::transport::TransportState;
 
 /// A machine as it was saved.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -16,6 +18,7 @@ use crate::virtio::mmio::TransportState;
 pub struct State {
     /// What it was made from, without what belongs to a run: the console, the control socket, the
     /// exit status, and the device that KVM was reached through.
+    #[serde(deserialize_with = "bounded::part")]
     pub machine: Spec,
     pub clock: ClockState,
     pub processors: Vec<ProcessorState>,
@@ -54,8 +57,12 @@ pub struct VirtioState {
     /// As in the machine's statistics.
     pub name: String,
     pub address: u64,
+    /// On PCI, the number of the device there.
     pub interrupt: u32,
     pub transport: TransportState,
+    /// On PCI. Since format 2.
+    #[serde(default)]
+    pub function: Option<FunctionState>,
 }
 
 /// Where memory is, and what of it is in the memory file.

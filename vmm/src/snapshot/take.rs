@@ -9,7 +9,7 @@ use kvm_ioctls::VcpuFd;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::file::{self, Header, Id, Kind};
-use super::memory::{self, Run};
+use super::memory::{self, Run, Writer};
 use super::state::{ClockState, DevicesState, MemoryState, State, VirtioState};
 use crate::arch::x86_64::ArchError;
 use crate::arch::x86_64::state::{Saver, time_stamp};
@@ -18,18 +18,18 @@ use crate::devices::guest_status::Readiness;
 use crate::devices::ioapic::IoApic;
 use crate::devices::serial::SerialPort;
 use crate::dirty::{self, PAGE_BYTES};
+use crate::exit::ExitSwitch;
 use crate::kvm::{KernelRoutes, KvmError, Vm};
 use crate::layout;
 use crate::spec::Spec;
 use crate::vcpu::Vcpus;
-use crate::virtio::mmio::{MmioTransport, Window};
+use crate::virtio::pci::VirtioFunction;
 use crate::virtio::state::StateError;
+use crate::virtio::transport::{Transport, Window};
 
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeError {
-    #[error("there is no machine")]
-    Nothing,
     #[error("the machine runs; pause it first")]
     Running,
     #[error(
@@ -57,11 +57,15 @@ pub enum TakeError {
 pub struct Snapshotter {
     pub vm: Arc<Vm>,
     pub vcpus: Arc<Vcpus>,
+    /// Once it is thrown, nothing more is written.
+    pub exit: ExitSwitch,
     pub saver: Saver,
     pub io_apic: Arc<Mutex<IoApic<KernelRoutes>>>,
     pub serial: Arc<Mutex<SerialPort>>,
     pub readiness: Readiness,
-    pub transports: Vec<Arc<Mutex<MmioTransport>>>,
+    pub transports: Vec<Arc<Mutex<Transport>>>,
+    /// In the order of the transports, if the machine has PCI.
+    pub functions: Vec<Arc<Mutex<VirtioFunction>>>,
     /// In the order of the transports.
     pub windows: Vec<Window>,
     /// What the machine was made from.
@@ -92,10 +96,9 @@ impl Snapshotter {
         }
         let parent = self.parent(kind)?;
         let id = Id::random().map_err(TakeError::Id)?;
-        // Held to the end: devices have threads of their own, which write to the guest's memory.
-        let mut devices: Vec<_> = self.transports.iter().map(hold).collect();
         // They first: they end their work in the guest's memory and interrupt processors.
-        let mut state = self.state(&mut devices)?;
+        let held = Held::hold(&self.transports);
+        let mut state = self.state()?;
         let tracked = self.spec.memory.track_dirty;
         // From here on what was written is forgotten, so that a failure leaves nothing to be a
         // difference to.
@@ -105,12 +108,8 @@ impl Snapshotter {
         } else {
             Vec::new()
         };
-        let memory = self.vm.memory();
-        let memory_bytes = match kind {
-            Kind::Full => memory::write_all(memory, memory_file, &id, &self.anonymous),
-            Kind::Diff => memory::write_runs(memory, memory_file, &id, &written),
-        };
-        let memory_bytes = memory_bytes.map_err(TakeError::Memory)?;
+        let memory_bytes = self.write_memory(kind, memory_file, &id, &written)?;
+        drop(held);
         state.memory.written = (kind == Kind::Diff).then_some(written);
         let header = Header::new(kind, id.clone(), parent.clone());
         let state_bytes = rewind(state_file)
@@ -126,6 +125,23 @@ impl Snapshotter {
         })
     }
 
+    fn write_memory(
+        &self,
+        kind: Kind,
+        file: &mut File,
+        id: &Id,
+        written: &[Run],
+    ) -> Result<u64, TakeError> {
+        let memory = self.vm.memory();
+        let goes_on = || self.exit.status().is_none();
+        let mut writer = Writer::new(file, memory, id, &goes_on).map_err(TakeError::Memory)?;
+        let bytes = match kind {
+            Kind::Full => memory::write_all(memory, &mut writer, &self.anonymous),
+            Kind::Diff => memory::write_runs(memory, &mut writer, written),
+        };
+        bytes.map_err(TakeError::Memory)
+    }
+
     fn last(&self) -> MutexGuard<'_, Option<Id>> {
         self.last.lock().expect("nothing panics in here")
     }
@@ -138,17 +154,22 @@ impl Snapshotter {
         }
     }
 
-    fn state(&self, transports: &mut [MutexGuard<'_, MmioTransport>]) -> Result<State, TakeError> {
+    fn state(&self) -> Result<State, TakeError> {
         let mut virtio = Vec::new();
-        for (transport, window) in transports.iter_mut().zip(&self.windows) {
-            transport.quiesce();
-            let name = transport.stats().name;
+        for (index, (transport, window)) in self.transports.iter().zip(&self.windows).enumerate() {
+            let function = self.functions.get(index).map(|function| {
+                let function = function.lock().expect("no function panics");
+                function.save()
+            });
+            let transport = lock(transport);
+            let name = transport.counters().name().to_owned();
             match transport.save() {
                 Ok(state) => virtio.push(VirtioState {
                     name,
                     address: window.address,
                     interrupt: window.gsi,
                     transport: state,
+                    function,
                 }),
                 Err(source) => return Err(TakeError::Device { name, source }),
             }
@@ -219,7 +240,27 @@ impl Snapshotter {
     }
 }
 
-fn hold(transport: &Arc<Mutex<MmioTransport>>) -> MutexGuard<'_, MmioTransport> {
+/// Devices that leave the guest's memory as it is.
+struct Held<'a>(&'a [Arc<Mutex<Transport>>]);
+
+impl<'a> Held<'a> {
+    fn hold(transports: &'a [Arc<Mutex<Transport>>]) -> Self {
+        for transport in transports {
+            lock(transport).hold();
+        }
+        Self(transports)
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        for transport in self.0 {
+            lock(transport).release();
+        }
+    }
+}
+
+fn lock(transport: &Mutex<Transport>) -> MutexGuard<'_, Transport> {
     transport.lock().expect("no device panics")
 }
 

@@ -8,10 +8,11 @@
 pub mod balloon;
 pub mod block;
 mod chain;
+pub mod counters;
 mod discard;
 pub mod mem;
-pub mod mmio;
 pub mod net;
+pub mod pci;
 pub mod pmem;
 pub mod registers;
 pub mod rng;
@@ -19,6 +20,7 @@ pub mod state;
 pub mod tap;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod transport;
 pub mod vsock;
 
 use std::io;
@@ -57,6 +59,12 @@ impl Signal {
     pub const NONE: Signal = Signal {
         queues: 0,
         config: false,
+    };
+
+    /// The configuration space changed.
+    pub const CONFIG: Signal = Signal {
+        queues: 0,
+        config: true,
     };
 
     /// Queue `index` has used buffers.

@@ -19,7 +19,7 @@
 //!    machine runs, a kick of each queue. Interrupts are raised by the transport.
 //!
 //! Queues, features, status and interrupts are the transport's
-//! ([`mmio::TransportState`](super::mmio::TransportState)).
+//! ([`transport::TransportState`](super::transport::TransportState)).
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

@@ -58,6 +58,12 @@ impl Guest {
             .store_long(entry + 4, low(page >> 32))
     }
 
+    /// Stores 16 bits in memory, or in what lies there.
+    pub(crate) fn store_word(self, address: u32, value: u16) -> Self {
+        let (address, value) = (address.to_le_bytes(), value.to_le_bytes());
+        self.then(&[&[0xb9], &address, &[0x66, 0xc7, 0x01], &value])
+    }
+
     /// As [`store_long`](Self::store_long), at any address.
     pub(crate) fn store_far(self, address: u64, value: u32) -> Self {
         let (address, value) = (address.to_le_bytes(), value.to_le_bytes());

@@ -1,8 +1,8 @@
 //! Runs `hostd-vmm` in a folder of its own, and ends it whatever becomes of the test.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm::control::{ExitStatus, Request, Response, SnapshotReport};
@@ -264,6 +265,16 @@ impl Client {
     pub(crate) fn send(&mut self, line: &str) {
         // A machine that has closed the connection in between does not answer: that is the test's.
         let _ = writeln!(self.stream.get_mut(), "{line}");
+    }
+
+    /// Sends a request and what belongs to it.
+    pub(crate) fn send_with(&mut self, request: &Request, files: &[File]) {
+        let line = format!("{}\n", serde_json::to_string(request).unwrap());
+        let descriptors: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&descriptors)];
+        let (socket, text) = (self.stream.get_ref().as_raw_fd(), line.as_bytes());
+        let flags = MsgFlags::empty();
+        sendmsg::<()>(socket, &[IoSlice::new(text)], &rights, flags, None).unwrap();
     }
 
     /// Sends `line` as often as the machine takes it, and returns how often that was.

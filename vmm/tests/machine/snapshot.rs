@@ -5,9 +5,14 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use nix::pty::openpty;
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
 use serde_json::json;
+use tempfile::tempfile;
 use vmm::control::{MachineState, Request, Response};
 use vmm::snapshot::file::Kind;
+use vmm::spec::Transport;
 use vmm::{guest_status, layout};
 
 use crate::guest::Guest;
@@ -206,12 +211,20 @@ fn a_machine_is_restored_from_descriptors_alone_and_talks_to_another_terminal() 
     assert!(seen[..count].ends_with(b"k"), "{:?}", &seen[..count]);
 }
 
-/// A guest that writes `requests` sectors of a disk, each full of 0x5a, and then waits for them.
-fn writing(requests: u16) -> Guest {
+/// Where the queue of a guest's disk is.
+const QUEUE: [u32; 3] = [0x20_0000, 0x20_1000, 0x20_2000];
+
+/// A guest that has started its disk, and the register by which it kicks that.
+fn started(transport: Transport) -> (Guest, u32) {
+    match transport {
+        Transport::Mmio => started_by_registers(),
+        Transport::Pci => started_on_pci(),
+    }
+}
+
+fn started_by_registers() -> (Guest, u32) {
     let window = u32::try_from(layout::VIRTIO).unwrap();
-    let (table, available, used) = (0x20_0000, 0x20_1000, 0x20_2000);
-    let (headers, data, statuses) = (0x20_3000, 0x20_4000, 0x20_5000);
-    let register = |guest: Guest, offset, value| guest.store_long(window + offset, value);
+    let [table, available, used] = QUEUE;
     let negotiation = [
         (0x70, 0),
         (0x70, 1),
@@ -227,11 +240,37 @@ fn writing(requests: u16) -> Guest {
         (0x44, 1),
         (0x70, 15),
     ];
-    let mut guest = negotiation
-        .into_iter()
-        .fold(guest(), |guest, (offset, value)| {
-            register(guest, offset, value)
-        });
+    let store = |guest: Guest, (offset, value)| guest.store_long(window + offset, value);
+    let guest = negotiation.into_iter().fold(guest(), store);
+    (guest, window + 0x50)
+}
+
+fn started_on_pci() -> (Guest, u32) {
+    let space = u32::try_from(layout::PCI_CONFIG).unwrap() + (1 << 15);
+    let window = u32::try_from(layout::PCI_MEMORY).unwrap();
+    let [table, available, used] = QUEUE;
+    let guest = guest()
+        .store_word(space + 4, 6) // Answer, and access memory.
+        .store_byte(window + 0x14, 1)
+        .store_byte(window + 0x14, 3)
+        .store_long(window + 0x08, 1)
+        .store_long(window + 0x0c, 1) // VERSION_1.
+        .store_byte(window + 0x14, 11)
+        .store_word(window + 0x16, 0)
+        .store_word(window + 0x18, 32)
+        .store_long(window + 0x20, table)
+        .store_long(window + 0x28, available)
+        .store_long(window + 0x30, used)
+        .store_word(window + 0x1c, 1)
+        .store_byte(window + 0x14, 15);
+    (guest, window + 0x3000)
+}
+
+/// A guest that writes `requests` sectors of a disk, each full of 0x5a, and then waits for them.
+fn writing(requests: u16, transport: Transport) -> Guest {
+    let [table, available, used] = QUEUE;
+    let (headers, data, statuses) = (0x20_3000, 0x20_4000, 0x20_5000);
+    let (mut guest, kick) = started(transport);
     for word in 0..512 / 4 {
         guest = guest.store_long(data + 4 * word, 0x5a5a_5a5a);
     }
@@ -254,15 +293,24 @@ fn writing(requests: u16) -> Guest {
     }
     let index = available + 2;
     let count = requests.to_le_bytes();
-    register(guest.store_byte(index, count[0]), 0x50, 0)
+    guest
+        .store_byte(index, count[0])
+        .store_long(kick, 0)
         .wait_for(used + 2, requests)
         .exit(6)
 }
 
 #[test]
 fn requests_that_are_under_way_are_in_the_snapshot_and_on_the_disk() {
+    for transport in [Transport::Mmio, Transport::Pci] {
+        snapshot_of_requests(transport);
+    }
+}
+
+fn snapshot_of_requests(transport: Transport) {
     let requests = 8;
-    let mut machine = Machine::new(writing(requests));
+    let mut machine = Machine::new(writing(requests, transport));
+    machine.spec["transport"] = json!(transport);
     let disk = machine.path("disk");
     File::create(&disk).unwrap().set_len(1 << 20).unwrap();
     // They come one a second: all but the first are waiting when the machine is paused.
@@ -302,4 +350,70 @@ fn memory_that_was_written_by_a_machine_is_not_written_to_its_snapshot() {
     let mut after = vec![0; memory.len()];
     file.read_exact_at(&mut after, 0).unwrap();
     assert!(after == memory);
+}
+
+/// A thread that stands still, in whatever it does, until this is dropped.
+struct Stopped(Pid);
+
+impl Stopped {
+    /// The thread of that name.
+    fn thread(process: i32, name: &str) -> Stopped {
+        let folder = format!("/proc/{process}/task");
+        let mut threads = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+        let named = threads.find(|entry| {
+            let comm = fs::read_to_string(entry.path().join("comm")).unwrap();
+            comm.trim_end() == name
+        });
+        let thread = named.unwrap().file_name().into_string().unwrap();
+        let thread = Pid::from_raw(thread.parse().unwrap());
+        ptrace::seize(thread, ptrace::Options::empty()).unwrap();
+        ptrace::interrupt(thread).unwrap();
+        waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+        Stopped(thread)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        // It may have ended with its process.
+        let _ = ptrace::detach(self.0, None);
+    }
+}
+
+#[test]
+fn a_machine_answers_while_its_snapshot_is_written_but_does_not_go_on() {
+    let running = counting().start();
+    wait_ready(&running);
+    let mut client = running.control();
+    assert_eq!(client.ask(&Request::Pause {}), Response::Done {});
+    let stopped = Stopped::thread(running.pid(), "snapshot");
+    let [mut first, mut second] = [(); 2].map(|()| running.control());
+    let order = Request::Snapshot { kind: Kind::Full };
+    let files = || [tempfile().unwrap(), tempfile().unwrap()];
+    first.send_with(&order, &files());
+
+    let Response::Stats { stats } = client.ask(&Request::Stats {}) else {
+        panic!("no statistics");
+    };
+    assert_eq!(stats.devices.len(), 2);
+    let Response::Error { message } = client.ask(&Request::Resume {}) else {
+        panic!("it goes on");
+    };
+    assert!(message.contains("busy"), "{message}");
+    second.send_with(&order, &files());
+    assert!(matches!(second.answer(), Some(Response::Error { .. })));
+    let paused = Response::State {
+        state: MachineState::Paused,
+        ready: true,
+    };
+    assert_eq!(client.ask(&Request::State {}), paused);
+
+    drop(stopped);
+    assert!(matches!(first.answer(), Some(Response::Snapshot { .. })));
+    assert_eq!(client.ask(&Request::Resume {}), Response::Done {});
+    second.send_with(&order, &files());
+    let Some(Response::Error { message }) = second.answer() else {
+        panic!("it runs");
+    };
+    assert!(message.contains("pause it first"), "{message}");
 }

@@ -2,14 +2,15 @@
 //! Hardware-reduced (ACPI 6.5, section 4.1): there is no legacy hardware to describe.
 
 use acpi_tables::aml::{
-    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package,
-    Path, ResourceTemplate, Scope, ZERO,
+    AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, Equal, IO, If, Interrupt,
+    Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate, Scope, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
-use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::gas::{AccessSize, AddressSpace as Space, GAS};
 use acpi_tables::madt::{
     EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
 };
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -18,7 +19,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::devices::power;
 use crate::layout;
-use crate::virtio::mmio::Window;
+use crate::spec::Transport;
+use crate::virtio::transport::Window;
 
 const OEM: [u8; 6] = *b"HOSTD ";
 const OEM_TABLE: [u8; 8] = *b"HOSTDVMM";
@@ -44,8 +46,13 @@ pub enum AcpiError {
 
 /// Writes the tables of a machine with `cpus` processors and these devices to their place. The
 /// root pointer is at [`layout::ACPI`].
-pub fn write(memory: &GuestMemoryMmap, cpus: u8, windows: &[Window]) -> Result<(), AcpiError> {
-    let bytes = tables(cpus, windows);
+pub fn write(
+    memory: &GuestMemoryMmap,
+    cpus: u8,
+    transport: Transport,
+    windows: &[Window],
+) -> Result<(), AcpiError> {
+    let bytes = tables(cpus, transport, windows);
     let room = layout::ACPI_END - layout::ACPI;
     if u64::try_from(bytes.len()).is_ok_and(|length| length <= room) {
         memory
@@ -60,14 +67,17 @@ pub fn write(memory: &GuestMemoryMmap, cpus: u8, windows: &[Window]) -> Result<(
 }
 
 /// All tables in a row, the root pointer first.
-fn tables(cpus: u8, windows: &[Window]) -> Vec<u8> {
+fn tables(cpus: u8, transport: Transport, windows: &[Window]) -> Vec<u8> {
     let mut bytes = vec![0; Rsdp::len()];
-    let dsdt = append(&mut bytes, &dsdt(windows));
+    let dsdt = append(&mut bytes, &dsdt(transport, windows));
     let fadt = append(&mut bytes, &fadt(dsdt));
     let madt = append(&mut bytes, &madt(cpus));
     let mut list = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     list.add_entry(fadt);
     list.add_entry(madt);
+    if transport == Transport::Pci {
+        list.add_entry(append(&mut bytes, &mcfg()));
+    }
     let list = append(&mut bytes, &list);
 
     let mut root = Vec::new();
@@ -87,7 +97,7 @@ fn append(bytes: &mut Vec<u8>, table: &dyn Aml) -> u64 {
 fn fadt(dsdt: u64) -> impl Aml {
     let register = |offset: u16| {
         GAS::new(
-            AddressSpace::SystemIo,
+            Space::SystemIo,
             8,
             0,
             AccessSize::ByteAccess,
@@ -122,14 +132,27 @@ fn madt(cpus: u8) -> impl Aml {
     madt
 }
 
-fn dsdt(windows: &[Window]) -> impl Aml {
+/// Where the configuration spaces of PCI functions are.
+fn mcfg() -> impl Aml {
+    let (segment, first_bus, last_bus) = (0, 0, 0);
+    let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
+    mcfg.add_ecam(layout::PCI_CONFIG, segment, first_bus, last_bus);
+    mcfg
+}
+
+fn dsdt(transport: Transport, windows: &[Window]) -> impl Aml {
     let mut body = Vec::new();
     serial_port(&mut body);
     power_button(&mut body);
     generation(&mut body);
     events(&mut body);
-    for (index, window) in windows.iter().enumerate() {
-        virtio_device(&mut body, index, window);
+    match transport {
+        Transport::Mmio => {
+            for (index, window) in windows.iter().enumerate() {
+                virtio_device(&mut body, index, window);
+            }
+        }
+        Transport::Pci => pci(&mut body),
     }
     let off = power::SOFT_OFF;
     Name::new("_S5_".into(), &Package::new(vec![&off, &ZERO])).to_aml_bytes(&mut body);
@@ -238,6 +261,44 @@ fn virtio_device(sink: &mut dyn AmlSink, index: usize, window: &Window) {
     );
 }
 
+/// The bus, on which guests find devices by themselves. Its configuration spaces are a board's
+/// resource, without which Linux does not believe the table that tells where they are.
+fn pci(sink: &mut dyn AmlSink) {
+    let long = |address: u64| u32::try_from(address).expect("below 4 GiB");
+    let (config, bytes) = (layout::PCI_CONFIG, layout::PCI_CONFIG_BYTES);
+    let board = Memory32Fixed::new(true, long(config), long(bytes));
+    let resources = ResourceTemplate::new(vec![&board]).to_vec();
+    device(
+        sink,
+        "MBRD",
+        &[
+            name("_HID", &EISAName::new("PNP0C02")),
+            name("_UID", &ZERO),
+            name("_CRS", &Raw(resources)),
+        ],
+    );
+    let (start, last) = (long(layout::PCI_MEMORY), long(layout::PCI_END - 1));
+    let cached = AddressSpaceCacheable::NotCacheable;
+    let resources = ResourceTemplate::new(vec![
+        &AddressSpace::new_bus_number(0_u16, 0),
+        &AddressSpace::new_memory(cached, true, start, last, None),
+    ])
+    .to_vec();
+    device(
+        sink,
+        "PCI0",
+        &[
+            name("_HID", &EISAName::new("PNP0A08")),
+            name("_CID", &EISAName::new("PNP0A03")),
+            name("_UID", &ZERO),
+            name("_SEG", &ZERO),
+            name("_BBN", &ZERO),
+            name("_CCA", &acpi_tables::aml::ONE),
+            name("_CRS", &Raw(resources)),
+        ],
+    );
+}
+
 /// `\_SB.NAME` with these objects in it.
 fn device(sink: &mut dyn AmlSink, name: &str, objects: &[Vec<u8>]) {
     let objects: Vec<Raw> = objects.iter().cloned().map(Raw).collect();
@@ -297,7 +358,13 @@ mod tests {
 
     #[test]
     fn every_table_is_found_from_the_root_and_adds_up_to_zero() {
-        let bytes = tables(32, &windows(layout::VIRTIO_DEVICES_MAX));
+        for transport in [Transport::Mmio, Transport::Pci] {
+            check(transport);
+        }
+    }
+
+    fn check(transport: Transport) {
+        let bytes = tables(32, transport, &windows(layout::VIRTIO_DEVICES_MAX));
         assert!(bytes.len() < usize::try_from(layout::ACPI_END - layout::ACPI).unwrap());
         assert_eq!(&bytes[..8], b"RSD PTR ");
         assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));
@@ -316,5 +383,10 @@ mod tests {
             assert_eq!(sum(table), 0, "{signature:?}");
         }
         assert_eq!(madt.len(), 44 + 32 * 8 + 12);
+        if transport == Transport::Pci {
+            let mcfg = table(&bytes, word(list, 52));
+            assert_eq!((&mcfg[..4], sum(mcfg)), (&b"MCFG"[..], 0));
+            assert_eq!(word(mcfg, 44), layout::PCI_CONFIG);
+        }
     }
 }

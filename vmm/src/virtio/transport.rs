@@ -1,14 +1,19 @@
-//! The virtio transport over memory-mapped registers, version 2 (virtio 1.2, section 4.2).
+//! What stands between a virtio device and its driver, whatever registers the driver sees: those of
+//! memory-mapped devices ([`mmio`]) or those of PCI functions ([`pci`] and
+//! [`virtio::pci`](super::pci)).
 //!
 //! It owns negotiation, status, queue addresses, suppression of notifications in both directions,
 //! and interrupts. A driver that leaves the order of section 3.1 finds its write ignored.
 
-mod access;
 mod busy;
+mod hold;
+mod mmio;
+pub(super) mod pci;
 mod setup;
 mod state;
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -19,9 +24,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use self::setup::{QueueSetup, configure};
 pub use self::state::TransportState;
+use super::counters::{Counters, count};
 use super::registers::{self as register, status};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
-use crate::control::DeviceStats;
 use crate::layout;
 
 /// Tokens from here up are kicks of a queue; a device's own are below.
@@ -30,7 +35,7 @@ pub const KICK_TOKEN: u32 = 1 << 31;
 /// How often a queue is served in one go before other devices get their turn.
 const ROUNDS_MAX: usize = 4;
 
-/// Where a device's registers and its interrupt line are.
+/// Where a device's registers are, at first, and its interrupt line, or, on PCI, its number there.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Window {
     pub address: u64,
@@ -38,6 +43,15 @@ pub struct Window {
 }
 
 impl Window {
+    /// The place of device number `index` on PCI. Number 0 there is the bridge to the processors.
+    pub fn slot(index: usize) -> Window {
+        let number = u32::try_from(index).expect("a few devices");
+        Window {
+            address: layout::PCI_MEMORY + u64::from(number) * layout::PCI_WINDOW_BYTES,
+            gsi: number + 1,
+        }
+    }
+
     /// The place of device number `index`.
     pub fn nth(index: usize) -> Window {
         let number = u32::try_from(index).expect("a few devices");
@@ -50,14 +64,19 @@ impl Window {
 
 /// What the transport needs of the machine around it.
 pub trait Platform: Send {
-    /// Raises the device's interrupt line.
-    fn interrupt(&self) -> io::Result<()>;
+    /// Interrupts the driver for what it is told.
+    fn interrupt(&self, told: Signal) -> io::Result<()>;
 
     /// Hands kicks of `queues` queues to the event loop, as tokens from [`KICK_TOKEN`].
     fn watch_kicks(&mut self, queues: usize) -> io::Result<()>;
 
     /// The end of [`watch_kicks`](Self::watch_kicks).
     fn unwatch_kicks(&mut self) -> io::Result<()>;
+
+    /// The device's registers are elsewhere from now on.
+    fn moved(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Takes notice of a kick, or makes one as the driver does.
     fn kick(&self, queue: usize, kick: Kick) -> io::Result<()>;
@@ -77,7 +96,7 @@ pub enum Kick {
 }
 
 /// A device and its registers.
-pub struct MmioTransport {
+pub struct Transport {
     device: Box<dyn VirtioDevice>,
     info: DeviceInfo,
     platform: Box<dyn Platform>,
@@ -94,15 +113,17 @@ pub struct MmioTransport {
     config_generation: u32,
     /// Bit N: queue N is looked after, and its driver has not been asked for kicks.
     busy_queues: u32,
-    stats: DeviceStats,
+    /// Nothing moves until [`release`](Self::release).
+    held: bool,
+    counters: Arc<Counters>,
 }
 
-opaque_debug!(MmioTransport);
+opaque_debug!(Transport);
 
 /// What is behind a call into the device.
 type Outcome = Result<Signal, DeviceError>;
 
-impl MmioTransport {
+impl Transport {
     /// `device`, reset, in front of a driver.
     ///
     /// # Errors
@@ -136,16 +157,24 @@ impl MmioTransport {
             interrupt_status: 0,
             config_generation: 0,
             busy_queues: 0,
-            stats: DeviceStats {
-                name,
-                ..DeviceStats::default()
-            },
+            held: false,
+            counters: Arc::new(Counters::new(name)),
         })
     }
 
     /// What the device has done so far.
-    pub fn stats(&self) -> DeviceStats {
-        self.stats.clone()
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    /// The type of the device, virtio 1.2 section 5.
+    pub fn device_id(&self) -> u32 {
+        self.info.id
+    }
+
+    /// How many queues it has.
+    pub fn queue_count(&self) -> usize {
+        self.queues.len()
     }
 
     fn offered_features(&self) -> u64 {
@@ -157,7 +186,8 @@ impl MmioTransport {
 
     /// Whether the device may touch its queues.
     fn active(&self) -> bool {
-        self.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
+        let live = self.status & (status::DRIVER_OK | status::NEEDS_RESET);
+        live == status::DRIVER_OK && !self.held
     }
 
     fn has(&self, bit: u32) -> bool {
@@ -367,18 +397,18 @@ impl MmioTransport {
     }
 
     fn signal(&mut self, signal: Signal) -> Result<(), DeviceError> {
-        let mut used = false;
+        let mut told = Signal::NONE;
         for index in 0..self.queues.len() {
             if signal.queues & 1 << index != 0 && self.wants_interrupt(index)? {
-                used = true;
+                told = told.and(Signal::queue(index));
             }
         }
-        if used {
-            self.interrupt(register::INTERRUPT_USED);
+        if told.queues != 0 {
+            self.interrupt(told);
         }
         if signal.config {
             self.config_generation = self.config_generation.wrapping_add(1);
-            self.interrupt(register::INTERRUPT_CONFIG);
+            self.interrupt(Signal::CONFIG);
         }
         Ok(())
     }
@@ -398,10 +428,15 @@ impl MmioTransport {
         Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
-    fn interrupt(&mut self, cause: u32) {
-        self.interrupt_status |= cause;
-        self.stats.interrupts = self.stats.interrupts.wrapping_add(1);
-        if let Err(error) = self.platform.interrupt() {
+    fn interrupt(&mut self, told: Signal) {
+        if told.queues != 0 {
+            self.interrupt_status |= register::INTERRUPT_USED;
+        }
+        if told.config {
+            self.interrupt_status |= register::INTERRUPT_CONFIG;
+        }
+        count(&self.counters.interrupts);
+        if let Err(error) = self.platform.interrupt(told) {
             self.host_failure("raise an interrupt", error);
         }
     }
@@ -409,9 +444,9 @@ impl MmioTransport {
     /// The driver broke the rules: nothing moves until it resets the device (section 2.1.2).
     fn need_reset(&mut self) {
         self.status |= status::NEEDS_RESET;
-        self.stats.failures = self.stats.failures.wrapping_add(1);
+        count(&self.counters.failures);
         if self.has(status::DRIVER_OK) {
-            self.interrupt(register::INTERRUPT_CONFIG);
+            self.interrupt(Signal::CONFIG);
         }
     }
 
@@ -420,8 +455,9 @@ impl MmioTransport {
         self.platform.fail(DeviceError::Host { action, source });
     }
 
-    fn on_kick(&mut self, index: usize) {
-        self.stats.kicks = self.stats.kicks.wrapping_add(1);
+    /// The driver kicks a queue by a register.
+    pub(super) fn on_kick(&mut self, index: usize) {
+        count(&self.counters.kicks);
         self.process(index);
     }
 }
@@ -429,6 +465,6 @@ impl MmioTransport {
 #[cfg(test)]
 mod noise;
 #[cfg(test)]
-mod testing;
+pub(super) mod testing;
 #[cfg(test)]
 mod tests;

@@ -4,7 +4,7 @@ use proptest::prelude::{Just, Strategy, any, prop_oneof, proptest};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::TransportState;
-use super::testing::{AVAILABLE, DESCRIPTORS, Driver, EVENT_IDX, USED, VERSION_1};
+use super::testing::{DESCRIPTORS, Driver, EVENT_IDX, VERSION_1};
 use crate::bus::BusDevice;
 use crate::virtio::registers as register;
 use crate::virtio::state::QueueState;
@@ -94,17 +94,10 @@ fn act(driver: &mut Driver, acts: Vec<Act>) {
 /// Whatever has happened, an honest driver can start anew.
 fn start_anew(driver: &mut Driver) {
     driver.write(register::STATUS, 0);
-    for ring in [AVAILABLE, USED] {
-        driver.memory.write_obj(0_u32, GuestAddress(ring)).unwrap();
-    }
+    driver.forget();
     driver.negotiate(VERSION_1);
     driver.set_up_queue(8, DESCRIPTORS);
     driver.write(register::STATUS, 15);
-    driver.available = 0;
-    let first = GuestAddress(AVAILABLE + 4);
-    driver.memory.write_obj(0_u16, first).unwrap();
-    let descriptors = GuestAddress(DESCRIPTORS);
-    driver.memory.write_obj([0_u8; 16], descriptors).unwrap();
     driver.add_buffer();
     driver.kick();
     assert_eq!(driver.used(), 1);

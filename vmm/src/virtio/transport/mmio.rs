@@ -3,11 +3,11 @@
 
 use virtio_queue::QueueT;
 
-use super::MmioTransport;
+use super::Transport;
 use crate::bus::BusDevice;
 use crate::virtio::registers::{self as register, status};
 
-impl MmioTransport {
+impl Transport {
     fn read_register(&self, offset: u64) -> u32 {
         match offset {
             register::MAGIC => register::MAGIC_VALUE,
@@ -106,7 +106,7 @@ pub(super) fn half(value: u64, select: u32) -> u32 {
     u32::try_from(shifted & 0xffff_ffff).expect("masked")
 }
 
-impl BusDevice for MmioTransport {
+impl BusDevice for Transport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(register::CONFIG) {
             self.read_config(offset, data);

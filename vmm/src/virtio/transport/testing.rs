@@ -5,33 +5,39 @@ use std::sync::{Arc, Mutex};
 use serde_json::Value;
 use virtio_queue::QueueOwnedT;
 
-use super::access::half;
+use super::mmio::half;
 use super::*;
 use crate::bus::BusDevice;
 use crate::virtio::registers::QUEUE_NOTIFY;
 use crate::virtio::state::{self, DeviceState, StateError};
 
-pub(super) const DESCRIPTORS: u64 = 0x1000;
-pub(super) const AVAILABLE: u64 = 0x2000;
-pub(super) const USED: u64 = 0x3000;
-pub(super) const QUEUE_SIZE: u16 = 8;
+pub(in crate::virtio) const DESCRIPTORS: u64 = 0x1000;
+pub(in crate::virtio) const AVAILABLE: u64 = 0x2000;
+pub(in crate::virtio) const USED: u64 = 0x3000;
+pub(in crate::virtio) const QUEUE_SIZE: u16 = 8;
 
 /// What happened around the transport.
 #[derive(Debug, Default, PartialEq)]
-pub(super) struct World {
-    pub(super) interrupts: u32,
-    pub(super) watched_queues: usize,
-    pub(super) postponed: u32,
-    pub(super) watched: Vec<Interest>,
-    pub(super) failures: Vec<String>,
+pub(in crate::virtio) struct World {
+    pub(in crate::virtio) interrupts: u32,
+    /// What all of them were for.
+    pub(in crate::virtio) told: Signal,
+    pub(in crate::virtio) watched_queues: usize,
+    pub(in crate::virtio) postponed: u32,
+    pub(in crate::virtio) watched: Vec<Interest>,
+    pub(in crate::virtio) failures: Vec<String>,
+    /// How often the registers were put elsewhere.
+    pub(in crate::virtio) moves: u32,
 }
 
 #[derive(Clone, Default)]
-pub(super) struct TestPlatform(pub(super) Arc<Mutex<World>>);
+pub(in crate::virtio) struct TestPlatform(pub(in crate::virtio) Arc<Mutex<World>>);
 
 impl Platform for TestPlatform {
-    fn interrupt(&self) -> io::Result<()> {
-        self.0.lock().unwrap().interrupts += 1;
+    fn interrupt(&self, told: Signal) -> io::Result<()> {
+        let mut world = self.0.lock().unwrap();
+        world.interrupts += 1;
+        world.told = world.told.and(told);
         Ok(())
     }
 
@@ -42,6 +48,11 @@ impl Platform for TestPlatform {
 
     fn unwatch_kicks(&mut self) -> io::Result<()> {
         self.watch_kicks(0)
+    }
+
+    fn moved(&mut self) -> io::Result<()> {
+        self.0.lock().unwrap().moves += 1;
+        Ok(())
     }
 
     fn kick(&self, _queue: usize, kick: Kick) -> io::Result<()> {
@@ -69,13 +80,13 @@ struct Echo {
     active: bool,
 }
 
-pub(super) const ORDER: GuestAddress = GuestAddress(0);
-pub(super) const BEHAVE: u8 = 0;
-pub(super) const FAIL_ON_HOST: u8 = 1;
+pub(in crate::virtio) const ORDER: GuestAddress = GuestAddress(0);
+pub(in crate::virtio) const BEHAVE: u8 = 0;
+pub(in crate::virtio) const FAIL_ON_HOST: u8 = 1;
 /// Take no buffers.
-pub(super) const DECLINE: u8 = 2;
+pub(in crate::virtio) const DECLINE: u8 = 2;
 /// Add another buffer for each that was taken, as a driver on another processor would.
-pub(super) const NEVER_ENDING: u8 = 3;
+pub(in crate::virtio) const NEVER_ENDING: u8 = 3;
 
 impl VirtioDevice for Echo {
     fn info(&self) -> DeviceInfo {
@@ -151,31 +162,31 @@ impl VirtioDevice for Echo {
 }
 
 /// A driver, and what is behind its device.
-pub(super) struct Driver {
-    pub(super) transport: MmioTransport,
-    pub(super) platform: TestPlatform,
-    pub(super) memory: GuestMemoryMmap,
-    pub(super) available: u16,
+pub(in crate::virtio) struct Driver {
+    pub(in crate::virtio) transport: Transport,
+    pub(in crate::virtio) platform: TestPlatform,
+    pub(in crate::virtio) memory: GuestMemoryMmap,
+    pub(in crate::virtio) available: u16,
 }
 
-pub(super) const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
-pub(super) const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+pub(in crate::virtio) const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+pub(in crate::virtio) const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 
 impl Driver {
-    pub(super) fn new() -> Self {
+    pub(in crate::virtio) fn new() -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
         Self::over(memory)
     }
 
     /// A driver that has this memory.
-    pub(super) fn over(memory: GuestMemoryMmap) -> Self {
+    pub(in crate::virtio) fn over(memory: GuestMemoryMmap) -> Self {
         let platform = TestPlatform::default();
         let device = Box::new(Echo {
             taken: 0,
             active: false,
         });
         let boxed = Box::new(platform.clone());
-        let transport = MmioTransport::new("echo".into(), device, memory.clone(), boxed).unwrap();
+        let transport = Transport::new("echo".into(), device, memory.clone(), boxed).unwrap();
         Self {
             transport,
             platform,
@@ -184,8 +195,26 @@ impl Driver {
         }
     }
 
+    /// The transport; there is another in its place, of which nobody hears.
+    pub(in crate::virtio) fn take_transport(&mut self) -> Transport {
+        let other = Self::over(self.memory.clone()).transport;
+        std::mem::replace(&mut self.transport, other)
+    }
+
+    /// Forgets everything but that descriptor 0 is a buffer, as another driver.
+    pub(in crate::virtio) fn forget(&mut self) {
+        self.available = 0;
+        for ring in [AVAILABLE, USED] {
+            self.memory.write_obj(0_u32, GuestAddress(ring)).unwrap();
+        }
+        let first = GuestAddress(AVAILABLE + 4);
+        self.memory.write_obj(0_u16, first).unwrap();
+        let descriptors = GuestAddress(DESCRIPTORS);
+        self.memory.write_obj([0_u8; 16], descriptors).unwrap();
+    }
+
     /// A driver whose device is in use.
-    pub(super) fn active(features: u64) -> Self {
+    pub(in crate::virtio) fn active(features: u64) -> Self {
         let mut driver = Self::new();
         driver.negotiate(features);
         driver.set_up_queue(QUEUE_SIZE.into(), DESCRIPTORS);
@@ -194,17 +223,17 @@ impl Driver {
         driver
     }
 
-    pub(super) fn read(&mut self, offset: u64) -> u32 {
+    pub(in crate::virtio) fn read(&mut self, offset: u64) -> u32 {
         let mut data = [0; 4];
         self.transport.read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 
-    pub(super) fn write(&mut self, offset: u64, value: u32) {
+    pub(in crate::virtio) fn write(&mut self, offset: u64, value: u32) {
         self.transport.write(offset, &value.to_le_bytes());
     }
 
-    pub(super) fn negotiate(&mut self, features: u64) {
+    pub(in crate::virtio) fn negotiate(&mut self, features: u64) {
         self.write(register::STATUS, 1);
         self.write(register::STATUS, 3);
         for select in [0, 1] {
@@ -214,7 +243,7 @@ impl Driver {
         self.write(register::STATUS, 11);
     }
 
-    pub(super) fn set_up_queue(&mut self, size: u32, descriptors: u64) {
+    pub(in crate::virtio) fn set_up_queue(&mut self, size: u32, descriptors: u64) {
         self.write(register::QUEUE_SELECT, 0);
         self.write(register::QUEUE_SIZE, size);
         for (low, address) in [
@@ -229,40 +258,40 @@ impl Driver {
     }
 
     /// Makes descriptor 0 available once more.
-    pub(super) fn add_buffer(&mut self) {
+    pub(in crate::virtio) fn add_buffer(&mut self) {
         self.available = self.available.wrapping_add(1);
         self.memory
             .write_obj(self.available, GuestAddress(AVAILABLE + 2))
             .unwrap();
     }
 
-    pub(super) fn kick(&mut self) {
+    pub(in crate::virtio) fn kick(&mut self) {
         self.write(QUEUE_NOTIFY, 0);
     }
 
-    pub(super) fn order(&self, order: u8) {
+    pub(in crate::virtio) fn order(&self, order: u8) {
         self.memory.write_obj(order, ORDER).unwrap();
     }
 
-    pub(super) fn used(&self) -> u16 {
+    pub(in crate::virtio) fn used(&self) -> u16 {
         self.memory.read_obj(GuestAddress(USED + 2)).unwrap()
     }
 
-    pub(super) fn set_used_event(&self, value: u16) {
+    pub(in crate::virtio) fn set_used_event(&self, value: u16) {
         let at = AVAILABLE + 4 + 2 * u64::from(QUEUE_SIZE);
         self.memory.write_obj(value, GuestAddress(at)).unwrap();
     }
 
-    pub(super) fn available_event(&self) -> u16 {
+    pub(in crate::virtio) fn available_event(&self) -> u16 {
         let at = USED + 4 + 8 * u64::from(QUEUE_SIZE);
         self.memory.read_obj(GuestAddress(at)).unwrap()
     }
 
-    pub(super) fn interrupts(&self) -> u32 {
+    pub(in crate::virtio) fn interrupts(&self) -> u32 {
         self.platform.0.lock().unwrap().interrupts
     }
 
-    pub(super) fn needs_reset(&mut self) -> bool {
+    pub(in crate::virtio) fn needs_reset(&mut self) -> bool {
         self.read(register::STATUS) & status::NEEDS_RESET != 0
     }
 }

@@ -6,11 +6,12 @@ use std::sync::atomic::Ordering;
 
 use virtio_queue::QueueT;
 
-use super::{KICK_TOKEN, Kick, MmioTransport};
+use super::{KICK_TOKEN, Kick, Transport};
 use crate::events::{Readiness, Source};
 use crate::virtio::DeviceError;
+use crate::virtio::counters::count;
 
-impl MmioTransport {
+impl Transport {
     /// From now on queue `index` is looked at again and again, and its driver need not kick.
     pub(super) fn look_after(&mut self, index: usize) {
         if self.busy_queues & 1 << index == 0 {
@@ -33,7 +34,7 @@ impl MmioTransport {
     }
 
     /// Serves those queues that are looked after and have something.
-    fn poll(&mut self) -> bool {
+    pub(super) fn poll(&mut self) -> bool {
         let mut worked = false;
         for index in 0..self.queues.len() {
             if self.active() && self.busy_queues & 1 << index != 0 && self.has_buffers(index) {
@@ -53,7 +54,7 @@ impl MmioTransport {
 
     /// Asks for kicks again. Queues that have got buffers in between are served, and still looked
     /// after.
-    fn rest(&mut self) -> bool {
+    pub(super) fn rest(&mut self) -> bool {
         let mut worked = false;
         for index in 0..self.queues.len() {
             let bit = 1 << index;
@@ -86,7 +87,7 @@ impl MmioTransport {
     }
 }
 
-impl Source for Mutex<MmioTransport> {
+impl Source for Mutex<Transport> {
     fn on_ready(&self, token: u32, _readiness: Readiness) {
         let mut transport = self.lock().expect("no device panics");
         match token.checked_sub(KICK_TOKEN) {
@@ -98,7 +99,7 @@ impl Source for Mutex<MmioTransport> {
                     return;
                 }
                 if transport.device.is_fast() {
-                    transport.stats.kicks = transport.stats.kicks.wrapping_add(1);
+                    count(&transport.counters.kicks);
                     transport.serve(index);
                 } else {
                     transport.on_kick(index);

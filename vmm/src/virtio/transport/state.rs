@@ -5,7 +5,8 @@ use serde_json::Value;
 use virtio_queue::{Queue, QueueT};
 
 use super::setup::{QueueSetup, configure};
-use super::{Kick, MmioTransport};
+use super::{Kick, Transport};
+use crate::snapshot::bounded;
 use crate::virtio::registers::{self as register, status};
 use crate::virtio::state::{QueueState, StateError, expect};
 use crate::virtio::{DeviceError, Signal};
@@ -25,6 +26,7 @@ pub struct TransportState {
     pub config_generation: u32,
     pub queues: Vec<QueueState>,
     /// The device's own.
+    #[serde(deserialize_with = "bounded::part")]
     pub device: Value,
 }
 
@@ -37,7 +39,7 @@ const STAGES: [u32; 5] = [
     status::HAS_FEATURES | status::DRIVER_OK,
 ];
 
-impl MmioTransport {
+impl Transport {
     /// Ends what the host does for the guest, and tells the driver what has come of it. No
     /// processor runs.
     pub fn quiesce(&mut self) {
@@ -145,7 +147,8 @@ impl MmioTransport {
                 .kick(index, Kick::Make)
                 .map_err(host("make a kick"))?;
         }
-        self.interrupt(register::INTERRUPT_USED);
+        let queues = (0..self.queues.len()).map(Signal::queue);
+        self.interrupt(queues.fold(Signal::NONE, Signal::and));
         Ok(())
     }
 }
@@ -173,7 +176,9 @@ fn impossible(what: &'static str, found: impl Into<u64>) -> StateError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::virtio::mmio::testing::{DESCRIPTORS, Driver, EVENT_IDX, QUEUE_SIZE, VERSION_1};
+    use crate::virtio::transport::testing::{
+        DESCRIPTORS, Driver, EVENT_IDX, QUEUE_SIZE, VERSION_1,
+    };
 
     /// The same guest, with another device that became the one that was saved.
     fn restored(driver: &Driver, state: &TransportState) -> Result<Driver, StateError> {

@@ -95,7 +95,7 @@ fn buffers_go_round_and_the_driver_hears_of_it() {
     assert_eq!(driver.read(register::INTERRUPT_STATUS), 0);
     driver.kick();
     assert_eq!((driver.used(), driver.interrupts()), (2, 1));
-    let stats = driver.transport.stats();
+    let stats = driver.transport.counters().stats();
     assert_eq!((stats.kicks, stats.interrupts, stats.failures), (2, 1, 0));
 }
 
@@ -218,7 +218,7 @@ fn a_queue_in_use_is_neither_moved_nor_enlarged_by_starting_again() {
     }
     assert_eq!(driver.read(register::STATUS), 15);
     assert_eq!(driver.transport.driver_features, VERSION_1);
-    assert_eq!(driver.transport.stats().failures, 0);
+    assert_eq!(driver.transport.counters().stats().failures, 0);
     driver.add_buffer();
     driver.kick();
     assert_eq!(driver.used(), 1);
@@ -240,7 +240,7 @@ fn an_index_that_jumps_stops_the_device_until_it_is_reset() {
     assert_eq!(driver.read(register::INTERRUPT_STATUS), 2);
     assert_eq!(driver.platform.0.lock().unwrap().watched, []);
     assert_eq!(driver.platform.0.lock().unwrap().failures, [""; 0]);
-    assert_eq!(driver.transport.stats().failures, 1);
+    assert_eq!(driver.transport.counters().stats().failures, 1);
 
     driver.kick();
     assert_eq!(driver.used(), 0);
