@@ -55,7 +55,7 @@ pub enum Grant {
 
 /// A request that the state does not allow.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("an instance that is {} cannot be asked to {}", name(*.state), .request.verb())]
+#[error("cannot {} an instance that is {}", .request.verb(), name(*.state))]
 pub struct Refused {
     pub state: InstanceState,
     pub request: Request,
@@ -68,6 +68,16 @@ impl Refused {
             self.state,
             InstanceState::Starting | InstanceState::Stopping
         )
+    }
+
+    /// What to do instead.
+    pub fn remedy(&self) -> &'static str {
+        match (self.state, self.request) {
+            (_, Request::Remove) => "stop it first, or force it (`rm --force`, `?force=true`)",
+            (InstanceState::Starting, _) => "wait until it runs and ask again",
+            (InstanceState::Stopping, _) => "wait until it has stopped and ask again",
+            _ => "start it first",
+        }
     }
 }
 

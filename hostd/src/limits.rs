@@ -135,22 +135,27 @@ fn check_memory(limits: &Limits, rules: &Rules, host: &Capacity) -> Result<(), F
         return Err(FieldError::new(
             "/limits/memory/max",
             format!(
-                "must be at least {} bytes, not {max}",
-                rules.memory_min_bytes
+                "must be at least {}, not {max}",
+                in_bytes(rules.memory_min_bytes)
             ),
         ));
     }
     if max > most {
         return Err(FieldError::new(
             "/limits/memory/max",
-            format!("must be at most {most} bytes, not {max}"),
+            format!("must be at most {}, not {max}", in_bytes(most)),
         )
         .hint(format!(
-            "this host has {} bytes of memory",
-            host.memory_bytes
+            "this host has {} MiB of memory",
+            host.memory_bytes / MIB
         )));
     }
     Ok(())
+}
+
+/// An amount as the field has it, and as people say it.
+fn in_bytes(bytes: u64) -> String {
+    format!("{bytes} bytes ({} MiB)", bytes / MIB)
 }
 
 fn check_disk(disk: &DiskLimits, rules: &Rules) -> Result<(), FieldError> {
@@ -166,7 +171,9 @@ fn check_disk(disk: &DiskLimits, rules: &Rules) -> Result<(), FieldError> {
             return Err(FieldError::new(
                 "/limits/disk/size",
                 format!(
-                    "must be from {DISK_SIZE_MIN_BYTES} to {DISK_SIZE_MAX_BYTES} bytes, not {size}"
+                    "must be from {} to {}, not {size}",
+                    in_bytes(DISK_SIZE_MIN_BYTES),
+                    in_bytes(DISK_SIZE_MAX_BYTES)
                 ),
             ));
         }

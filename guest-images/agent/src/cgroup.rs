@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Delegated to the groups as far as the kernel has them.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
@@ -29,6 +30,8 @@ pub(crate) struct Cgroups {
     workload: PathBuf,
     /// The number of the next exec.
     next: AtomicU64,
+    /// The workload's limit of memory in bytes, which holds except while the kernel is made to kill.
+    memory_max: Mutex<Option<u64>>,
 }
 
 /// What a group has of the memory that it may have.
@@ -60,6 +63,7 @@ impl Cgroups {
         Ok(Self {
             workload,
             next: AtomicU64::new(0),
+            memory_max: Mutex::default(),
         })
     }
 
@@ -84,21 +88,27 @@ impl Cgroups {
     /// Limits memory, page cache included, in bytes. Does nothing where the kernel does not control
     /// memory.
     pub(crate) fn set_memory_max(&self, bytes: u64) -> Result<(), CgroupError> {
-        let file = self.workload.join("memory.max");
-        if !file.exists() {
-            return Ok(());
+        let mut memory_max = self.memory_max();
+        if self.memory_file().exists() {
+            write(&self.memory_file(), &bytes.to_string())?;
+            *memory_max = Some(bytes);
         }
-        write(&file, &bytes.to_string())
+        Ok(())
+    }
+
+    fn memory_max(&self) -> MutexGuard<'_, Option<u64>> {
+        self.memory_max
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn memory_file(&self) -> PathBuf {
+        self.workload.join("memory.max")
     }
 
     /// What the workload's group uses of its memory; `None` if that is not limited.
     pub(crate) fn usage(&self) -> Result<Option<Usage>, CgroupError> {
-        let file = self.workload.join("memory.max");
-        if !file.exists() {
-            return Ok(None);
-        }
-        // `max` is no number.
-        let Ok(limit_bytes) = read(&file)?.trim().parse() else {
+        let Some(limit_bytes) = *self.memory_max() else {
             return Ok(None);
         };
         let stat = read(&self.workload.join("memory.stat"))?;
@@ -108,9 +118,13 @@ impl Cgroups {
     /// Has the kernel kill a process for want of memory. Under a limit that leaves no room for what can
     /// be dropped, nothing can be read again, and the kernel runs out of pages to drop.
     pub(crate) fn kill_for_memory(&self, usage: Usage) -> Result<(), CgroupError> {
+        let memory_max = self.memory_max();
         // A little less than is kept, so that dropping all the rest is not enough.
-        let killed = self.set_memory_max(usage.kept_bytes - usage.kept_bytes / 64);
-        self.set_memory_max(usage.limit_bytes)?;
+        let less = usage.kept_bytes - usage.kept_bytes / 64;
+        let killed = write(&self.memory_file(), &less.to_string());
+        if let Some(bytes) = *memory_max {
+            write(&self.memory_file(), &bytes.to_string())?;
+        }
         killed
     }
 

@@ -11,6 +11,9 @@ const MEMINFO_BYTES_MAX: usize = 8 * 1024;
 /// sixteenth, and this much at least.
 const RESERVE_BYTES_MIN: u64 = 8 * 1024 * 1024;
 
+/// How many bytes of memory Linux describes by one: 64 for each page.
+const DESCRIBED_BY_ONE: u64 = 64;
+
 /// What /proc/meminfo says, in bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Memory {
@@ -29,6 +32,19 @@ impl Memory {
             total: bytes(&text, "MemTotal:"),
             available: bytes(&text, "MemAvailable:"),
         })
+    }
+
+    /// What it would have been in a machine of `now` bytes instead of `at_start`.
+    pub(crate) fn resized(self, at_start: u64, now: u64) -> Self {
+        let lost = at_start.saturating_sub(now);
+        let more = now.saturating_sub(at_start);
+        // The kernel describes each page of what is plugged in, in memory that was there before.
+        let won = more - more / DESCRIBED_BY_ONE;
+        let resize = |bytes: u64| bytes.saturating_sub(lost).saturating_add(won);
+        Self {
+            total: resize(self.total),
+            available: resize(self.available),
+        }
     }
 
     /// What the workload may have. Without a limit of its own, a workload that wants more than there
@@ -57,6 +73,19 @@ mod tests {
         let text = "MemTotal:         121028 kB\nMemFree:  90000 kB\n";
         assert_eq!(bytes(text, "MemTotal:"), 121_028 * 1024);
         assert_eq!(bytes(text, "MemAvailable:"), 0);
+    }
+
+    #[test]
+    fn the_share_follows_the_machine() {
+        const MIB: u64 = 1024 * 1024;
+        let memory = Memory {
+            total: 120 * MIB,
+            available: 96 * MIB,
+        };
+        for (now, available) in [(128, 96), (192, 159), (64, 32), (16, 0)] {
+            let resized = memory.resized(128 * MIB, now * MIB);
+            assert_eq!(resized.available, available * MIB, "{now}");
+        }
     }
 
     #[test]

@@ -37,7 +37,8 @@ pub const CONFIG_PATH: &str = "/hostd/config.json";
 /// machine at a panic. hostd-vmm has no PCI; the self-test of the timer fails by chance on a busy
 /// host, and that of ciphers takes time.
 pub const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 pci=off no_timer_check \
-    random.trust_cpu=on cryptomgr.notests";
+    random.trust_cpu=on cryptomgr.notests \
+    memhp_default_state=online memory_hotplug.online_policy=auto-movable";
 
 /// What the agent is to set up and run. Written by hostd into the VM's initramfs.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
@@ -119,6 +120,12 @@ pub enum Request {
     /// Changes the limit on the workload's processes; `None` takes it away.
     SetPidsMax {
         max: Option<u32>,
+    },
+    /// Changes the workload's share of memory to that of a machine with `now_bytes` of it, which had
+    /// `at_start_bytes`.
+    SetMemory {
+        at_start_bytes: u64,
+        now_bytes: u64,
     },
 }
 

@@ -111,6 +111,7 @@ pub fn run(
         description: config.process.clone(),
         execs: Slots::default(),
         memory: surroundings.memory,
+        memory_at_start: memory,
     });
     match listener {
         Ok(listener) => {

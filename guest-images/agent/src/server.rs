@@ -51,6 +51,8 @@ pub(crate) struct Agent {
     pub(crate) execs: Slots,
     /// /proc/meminfo, open, since the workload may unmount /proc.
     pub(crate) memory: File,
+    /// Before the workload ran.
+    pub(crate) memory_at_start: Memory,
 }
 
 /// How many of something there are, with a bound.
@@ -179,6 +181,13 @@ fn respond(agent: &Agent, request: &Request) -> Result<Response, RequestError> {
         }
         Request::Stats {} => return stats(agent),
         Request::SetPidsMax { max } => agent.cgroups.set_pids_max(*max)?,
+        Request::SetMemory {
+            at_start_bytes,
+            now_bytes,
+        } => {
+            let memory = agent.memory_at_start.resized(*at_start_bytes, *now_bytes);
+            agent.cgroups.set_memory_max(memory.for_workload())?;
+        }
     }
     Ok(Response::Done {})
 }

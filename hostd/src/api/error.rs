@@ -131,7 +131,8 @@ impl From<InstanceError> for ApiError {
     fn from(error: InstanceError) -> Self {
         let detail = driver::chain(&error);
         match error {
-            InstanceError::NotFound(_) => Self::new(StatusCode::NOT_FOUND, "not_found", detail),
+            InstanceError::NotFound(_) => Self::new(StatusCode::NOT_FOUND, "not_found", detail)
+                .hint("`hostctl list --all` shows those that there are"),
             InstanceError::NoImage(image) => {
                 Self::new(StatusCode::NOT_FOUND, "image_not_found", detail)
                     .field("/image")
@@ -144,7 +145,8 @@ impl From<InstanceError> for ApiError {
                 Self::new(StatusCode::INSUFFICIENT_STORAGE, "full", detail).retryable()
             }
             InstanceError::Refused(refused) => {
-                let error = Self::new(StatusCode::CONFLICT, "refused", detail);
+                let error =
+                    Self::new(StatusCode::CONFLICT, "refused", detail).hint(refused.remedy());
                 if refused.is_retryable() {
                     error.retryable()
                 } else {
@@ -215,6 +217,11 @@ fn from_driver(error: &DriverError) -> ApiError {
         DriverError::NotRunning => {
             ApiError::new(StatusCode::CONFLICT, "not_running", detail).hint("start it first")
         }
+        DriverError::Paused => {
+            ApiError::new(StatusCode::CONFLICT, "paused", detail).hint("resume it first")
+        }
+        DriverError::Memory { .. } => ApiError::new(StatusCode::CONFLICT, "guest_memory", detail)
+            .hint("ask for a size nearer to what it had, or set it before the next start"),
         DriverError::Io { .. } | DriverError::Helper { .. } => {
             ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "driver_failed", detail)
         }

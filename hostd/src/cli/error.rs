@@ -127,7 +127,8 @@ impl CliError {
             && let Some(field) = &problem.field
             && !problem.detail.contains(field.as_str())
         {
-            text.push_str(&format!(" (at {field})"));
+            let place = option_for(field).unwrap_or(field);
+            text.push_str(&format!(" (at {place})"));
         }
         if let Some(hint) = self.hint() {
             text.push_str(&format!(
@@ -137,6 +138,44 @@ impl CliError {
         }
         text
     }
+}
+
+/// The argument that sets this field of a request, or some part of it.
+fn option_for(field: &str) -> Option<&'static str> {
+    const OPTIONS: [(&str, &str); 25] = [
+        ("/name", "--name"),
+        ("/image", "IMAGE"),
+        ("/command", "COMMAND"),
+        ("/entrypoint", "--entrypoint"),
+        ("/env", "--env"),
+        ("/user", "--user"),
+        ("/working_dir", "--workdir"),
+        ("/hostname", "--hostname"),
+        ("/labels", "--label"),
+        ("/stop_timeout_s", "--stop-timeout"),
+        ("/auto_remove", "--rm"),
+        ("/network/ports", "--publish"),
+        ("/mounts", "--volume"),
+        ("/limits/cpu/cores", "--cpus"),
+        ("/limits/cpu/weight", "--cpu-weight"),
+        ("/limits/cpu/set", "--cpu-set"),
+        ("/limits/memory/max", "--memory"),
+        ("/limits/pids/max", "--pids"),
+        ("/limits/disk/size", "--disk-size"),
+        ("/limits/disk/read_bps", "--disk-read-bps"),
+        ("/limits/disk/write_bps", "--disk-write-bps"),
+        ("/limits/disk/read_iops", "--disk-read-iops"),
+        ("/limits/disk/write_iops", "--disk-write-iops"),
+        ("/limits/network/ingress_bps", "--net-ingress"),
+        ("/limits/network/egress_bps", "--net-egress"),
+    ];
+    let is_part = |of: &str| {
+        field
+            .strip_prefix(of)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    };
+    let found = OPTIONS.iter().find(|(pointer, _)| is_part(pointer));
+    found.map(|(_, option)| *option)
 }
 
 impl From<Problem> for CliError {
@@ -168,8 +207,13 @@ mod tests {
             (problem("no", None, None), "error: no"),
             (
                 problem("too many", pointer, None),
-                "error: too many (at /limits/cpu/cores)",
+                "error: too many (at --cpus)",
             ),
+            (
+                problem("no", Some("/mounts/0/target"), None),
+                "error: no (at --volume)",
+            ),
+            (problem("no", Some("/names"), None), "error: no (at /names)"),
             (
                 problem("/limits/cpu/cores: no", pointer, None),
                 "error: /limits/cpu/cores: no",

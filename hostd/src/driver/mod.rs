@@ -219,6 +219,12 @@ pub enum DriverError {
     Timeout { seconds: u64 },
     #[error("nothing of that name runs")]
     NotRunning,
+    /// It would have to do something for what was asked.
+    #[error("it is paused")]
+    Paused,
+    /// A guest has not come to the size that it was asked to have; it is asked to go back.
+    #[error("the guest was to have {wanted_mib} MiB of memory and is at {has_mib} MiB")]
+    Memory { wanted_mib: u64, has_mib: u64 },
     #[error("{action} failed")]
     Io { action: String, source: io::Error },
     #[error("{action} failed: {message}")]

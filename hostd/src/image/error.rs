@@ -126,6 +126,10 @@ impl ImageError {
                  ~/.docker/config.json of the user that hostd runs as"
                     .to_owned(),
             ),
+            Self::Unreachable { .. } => Some(
+                "check the name, and the host's network; `hostctl image list` shows what is here"
+                    .to_owned(),
+            ),
             _ => None,
         }
     }

@@ -11,6 +11,7 @@ use crate::process::start_idle;
 pub(crate) const TESTS: &[(&str, KindTest)] = &[
     ("a_memory_hog_is_stopped_and_the_exit_says_so", memory),
     ("memory_that_is_freed_comes_back", freed),
+    ("memory_grows_and_shrinks_while_it_runs", resize),
     ("a_fork_bomb_is_held", pids),
     ("processor_time_is_capped_and_the_cap_moves", cpu),
     (
@@ -54,6 +55,22 @@ fn freed(host: &Host, kind: Kind) {
         back
     });
     assert!(back, "the host has not got back what was freed");
+    host.hostctl(&["rm", "--force", &name]).ok();
+}
+
+fn resize(host: &Host, kind: Kind) {
+    let name = format!("resize-{}", kind.name());
+    start_idle(host, kind, &name, &["--memory", "128M"]);
+    let hog = "head -c 160m /dev/zero | tail -c 159m >/dev/null";
+    let hog = || host.hostctl(&["exec", &name, "sh", "-c", hog]);
+    hog().exits(137);
+    host.hostctl(&["update", "--memory", "384M", &name]).ok();
+    hog().exits(0);
+    host.hostctl(&["update", "--memory", "128M", &name]).ok();
+    hog().exits(137);
+    host.hostctl(&["update", "--memory", "96M", &name]).ok();
+    let said = host.hostctl(&["exec", &name, "echo", "alive"]).ok();
+    assert_eq!(said, "alive\n");
     host.hostctl(&["rm", "--force", &name]).ok();
 }
 

@@ -13,6 +13,7 @@ use vmm::spec::{
     Balloon, Boot, Console, ConsoleTarget, Cpus, Disk, DiskFormat, DiskLimits, Memory, Net,
     OneOrMany, Spec, StreamDirection, Transport, Vsock, VsockStream,
 };
+use vmm::virtio::mem::BLOCK_BYTES;
 
 use crate::api::types::{self, Limits};
 use crate::limits::{self, MIB};
@@ -96,8 +97,12 @@ impl Descriptors {
 }
 
 /// The machine, and the descriptors that it names. The first descriptor is to be the machine's own
-/// description.
-pub(super) fn machine(parts: Parts, limits: &Limits) -> (Spec, Vec<Descriptor>) {
+/// description. With time it can have up to `host_memory_bytes`, of which it pays for what it uses.
+pub(super) fn machine(
+    parts: Parts,
+    limits: &Limits,
+    host_memory_bytes: u64,
+) -> (Spec, Vec<Descriptor>) {
     let mut fds = Descriptors::default();
     fds.file(machine_file(&parts.run), false);
     let memory = memory_bytes(limits);
@@ -118,6 +123,7 @@ pub(super) fn machine(parts: Parts, limits: &Limits) -> (Spec, Vec<Descriptor>) 
         },
         memory: Memory {
             size_mib: memory / MIB,
+            max_mib: Some((memory + whole_blocks(host_memory_bytes.saturating_sub(memory))) / MIB),
             ..Memory::default()
         },
         disks: disks(&mut fds, parts.image, parts.writable, &limits.disk),
@@ -213,14 +219,23 @@ pub(super) fn disk_limits(limits: &types::DiskLimits) -> DiskLimits {
     }
 }
 
-/// The limits on the VMM's cgroup. `running` is what the machine was started with: its memory and
-/// processors cannot change while it runs.
-pub(super) fn cgroup_limits(limits: &Limits, running: Option<&Spec>) -> Limits {
+/// The guest's memory as near as the machine that runs can come to it: more is plugged in by blocks.
+pub(super) fn reachable_memory_bytes(running: &Spec, limits: &Limits) -> u64 {
+    let (at_start, wanted) = (running.memory.size_mib * MIB, memory_bytes(limits));
+    match wanted.checked_sub(at_start) {
+        Some(more) => at_start + whole_blocks(more),
+        None => wanted,
+    }
+}
+
+fn whole_blocks(bytes: u64) -> u64 {
+    bytes / BLOCK_BYTES * BLOCK_BYTES
+}
+
+/// The limits on the cgroup of a VMM with `vcpus`, whose number cannot change while it runs, and with
+/// `memory` bytes for the guest.
+pub(super) fn cgroup_limits(limits: &Limits, vcpus: u8, memory: u64) -> Limits {
     let mut limits = limits.clone();
-    let (memory, vcpus) = match running {
-        Some(spec) => (spec.memory.size_mib * MIB, spec.cpus.count),
-        None => (memory_bytes(&limits), limits::vcpu_count(&limits)),
-    };
     limits.memory.max = Some(memory);
     // The workload's own processes are counted in the guest.
     limits.pids.max = Some(u32::from(vcpus) + VMM_THREADS_MAX);
@@ -279,7 +294,7 @@ mod tests {
 
     #[test]
     fn every_descriptor_is_named_once_and_in_order() {
-        let (spec, descriptors) = machine(parts(), &Limits::default());
+        let (spec, descriptors) = machine(parts(), &Limits::default(), 1 << 30);
         let text = serde_json::to_string(&spec).unwrap();
         for number in 1..descriptors.len() {
             let name = format!("\"fd:{}\"", DESCRIPTOR_FIRST + number);
@@ -298,16 +313,33 @@ mod tests {
     }
 
     #[test]
-    fn the_cgroup_keeps_to_the_machine_that_runs() {
+    fn the_cgroup_counts_what_the_vmm_is_and_not_the_workload() {
         let mut limits = Limits::default();
-        limits.memory.max = Some(256 * MIB);
-        let (running, _) = machine(parts(), &limits);
         limits.memory.max = Some(512 * MIB);
         limits.pids.max = Some(5);
-        let applied = cgroup_limits(&limits, Some(&running));
+        let applied = cgroup_limits(&limits, 1, 256 * MIB);
         assert_eq!(applied.memory.max, Some(256 * MIB));
         assert_eq!(applied.pids.max, Some(1 + VMM_THREADS_MAX));
-        assert_eq!(cgroup_limits(&limits, None).memory.max, Some(512 * MIB));
+    }
+
+    #[test]
+    fn a_machine_grows_by_blocks_up_to_the_host_and_shrinks_by_mebibytes() {
+        let of = |mib: u64| {
+            let mut limits = Limits::default();
+            limits.memory.max = Some(mib * MIB);
+            limits
+        };
+        let (running, _) = machine(parts(), &of(255), 1 << 30);
+        assert_eq!(running.memory.max_mib, Some(1023));
+        for (wanted, reached) in [(255, 255), (256, 255), (258, 257), (1023, 1023), (100, 100)] {
+            assert_eq!(
+                reachable_memory_bytes(&running, &of(wanted)),
+                reached * MIB,
+                "{wanted}"
+            );
+        }
+        let (full, _) = machine(parts(), &of(1024), 1 << 30);
+        assert_eq!(full.memory.max_mib, Some(1024));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The driver for virtual machines: a container whose one process is a VMM, with an agent in the
 //! guest.
 
+mod apply;
 mod control;
 mod disk;
 mod guest;
@@ -23,7 +24,6 @@ use tokio::time;
 use vmm::control::{
     ExitStatus, MachineState, Request as MachineRequest, Response as MachineResponse,
 };
-use vmm::spec::Spec;
 
 use self::machine::Parts;
 use super::confined::{Engine, Launch, Phases, blocking};
@@ -63,7 +63,6 @@ pub const RULES: Rules = Rules {
 fn effect(pointer: &str, before: &Limits, after: &Limits) -> Result<Effect, &'static str> {
     match pointer {
         "/limits/disk/size" => Err("the size of a disk is fixed at creation"),
-        "/limits/memory/max" => Ok(Effect::AtRestart),
         // The time of the processors that it has can change, their number cannot.
         "/limits/cpu/cores" if limits::vcpu_count(after) != limits::vcpu_count(before) => {
             Ok(Effect::AtRestart)
@@ -127,11 +126,13 @@ impl VmDriver {
                 .and_then(|attachment| Some((attachment.tap?, format_mac(attachment.mac)))),
             run: run.clone(),
         };
-        let (machine, descriptors) = machine::machine(parts, &spec.limits);
+        let (machine, descriptors) =
+            machine::machine(parts, &spec.limits, engine.capacity.memory_bytes);
         let text = serde_json::to_vec(&machine).expect("paths of ours are UTF-8");
         fs::write(machine::machine_file(&run), text)
             .map_err(DriverError::io("writing the machine's description"))?;
-        let resources = self.to_resources(&spec.limits, Some(&machine))?;
+        let memory = machine.memory.size_mib * MIB;
+        let resources = self.to_resources(&spec.limits, machine.cpus.count, memory)?;
         let cgroup_path = engine.cgroup_path(&record.instance.name);
         let launch = Launch {
             spec: machine::config(uid, &cgroup_path, &resources),
@@ -146,9 +147,10 @@ impl VmDriver {
     fn to_resources(
         &self,
         limits: &Limits,
-        running: Option<&Spec>,
+        vcpus: u8,
+        memory: u64,
     ) -> Result<oci_spec::runtime::LinuxResources, DriverError> {
-        let limits = machine::cgroup_limits(limits, running);
+        let limits = machine::cgroup_limits(limits, vcpus, memory);
         limits::to_oci(&limits, VMM_OVERHEAD_BYTES, None, &self.engine.capacity).map_err(|error| {
             DriverError::Helper {
                 action: "putting limits into OCI terms".to_owned(),
@@ -232,29 +234,6 @@ impl VmDriver {
             );
         }
         Ok(())
-    }
-
-    async fn apply(&self, record: &Record, limits: &Limits) -> Result<(), DriverError> {
-        let run = self.engine.paths.instance_run(&record.instance.name);
-        let text = fs::read(machine::machine_file(&run))
-            .map_err(DriverError::io("reading the machine's description"))?;
-        let running: Spec = serde_json::from_slice(&text)
-            .map_err(|error| DriverError::io("reading the machine's description")(error.into()))?;
-        let resources = self.to_resources(limits, Some(&running))?;
-        self.engine.apply(record, resources).await?;
-        let request = MachineRequest::SetDiskLimits {
-            disk: machine::WRITABLE_DISK,
-            limits: machine::disk_limits(&limits.disk),
-        };
-        self.ask_machine(record, &request).await?;
-        // A paused guest is told when it is resumed.
-        if record.instance.state == InstanceState::Paused {
-            return Ok(());
-        }
-        let request = GuestRequest::SetPidsMax {
-            max: limits.pids.max,
-        };
-        self.ask_guest(record, &request).await.map(|_| ())
     }
 
     /// The host sees the whole VMM; how many processes the workload has, only the guest knows.
