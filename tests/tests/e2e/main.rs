@@ -9,6 +9,7 @@ mod lifecycle;
 mod limits;
 mod network;
 mod process;
+mod vmm;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -33,8 +34,11 @@ const KIND_TESTS: &[(&str, &[(&str, KindTest)])] = &[
 /// Those that take the daemon away from under everybody else, and so have it to themselves.
 const LONE_TESTS: &[(&str, &[(&str, KindTest)])] = &[("daemon", daemon::TESTS)];
 
-const HOST_TESTS: &[(&str, &[(&str, HostTest)])] =
-    &[("api", api::TESTS), ("images", images::TESTS)];
+const HOST_TESTS: &[(&str, &[(&str, HostTest)])] = &[
+    ("api", api::TESTS),
+    ("images", images::TESTS),
+    ("vmm", vmm::TESTS),
+];
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();

@@ -352,6 +352,25 @@ fn memory_that_was_written_by_a_machine_is_not_written_to_its_snapshot() {
     assert!(after == memory);
 }
 
+#[test]
+fn clones_of_a_machine_with_several_processors_go_on_all_at_once() {
+    let ready = guest()
+        .start_others(0x2000, 2)
+        .out_long(guest_status::PORT, guest_status::READY);
+    let mut machine = Machine::new(ready.forever(&guest().increment(COUNTER)));
+    machine.spec["cpus"] = json!({"count": 3});
+    let original = machine.start();
+    wait_ready(&original);
+    let snapshot = snapshot_beyond(&original, "first", 0);
+    let count = snapshot.long(COUNTER);
+    for _ in 0..4 {
+        let clones = [(); 2].map(|()| Machine::restored(&[&snapshot.folder]).start());
+        for clone in &clones {
+            snapshot_beyond(clone, "later", count);
+        }
+    }
+}
+
 /// A thread that stands still, in whatever it does, until this is dropped.
 struct Stopped(Pid);
 

@@ -1,0 +1,251 @@
+//! The VMM by itself, with a stock kernel: what hostd does not ask for.
+
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tests::{Host, Kind, kinds};
+
+use crate::HostTest;
+
+pub(crate) const TESTS: &[(&str, HostTest)] = &[(
+    "a_stock_kernel_finds_its_devices_on_pci_and_goes_on_when_it_is_restored",
+    pci,
+)];
+
+/// The kernel and the modules of hostd's own guests.
+const GUEST: &str = "/usr/lib/hostd/guest";
+
+/// The longest that a guest may take for a step in the simulated host.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Clones that are made of one snapshot.
+const CLONES: usize = 3;
+
+/// The first process: tells what it finds, and then again and again what it reads from the disk, past
+/// its caches.
+const INIT: &str = r#"#!/bin/busybox sh
+b=/bin/busybox
+$b mkdir -p /proc /sys
+$b mount -t proc proc /proc
+$b mount -t sysfs sysfs /sys
+$b mount -t devtmpfs devtmpfs /dev
+for module in $($b cat /hostd/modules); do $b insmod $module; done
+for device in /sys/bus/pci/devices/*; do
+    echo "pci $($b cat $device/device) $($b basename $($b readlink $device/driver))"
+done
+$b ip addr add 192.168.77.2/24 dev eth0
+$b ip link set eth0 up
+echo "messages $($b grep -c PCI-MSI /proc/interrupts)"
+number=0
+while true; do
+    echo 3 >/proc/sys/vm/drop_caches
+    echo "tick $number $($b dd if=/dev/vda bs=4k count=16 2>/dev/null | $b md5sum)"
+    number=$((number + 1))
+    $b sleep 0.2
+done
+"#;
+
+/// Runs `command` to its end, which is to be a good one, and returns what it said.
+fn run(command: &mut Command) -> String {
+    let output = command.output().expect("it can be started");
+    assert!(output.status.success(), "{command:?}: {output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A network of its own, with a tap in it.
+struct Network(String);
+
+impl Network {
+    fn new() -> Network {
+        let network = Network(format!("vmm-{}", std::process::id()));
+        let name = network.0.clone();
+        let inside = |arguments: &str| {
+            run(Command::new("ip")
+                .args(["-n", &name])
+                .args(arguments.split(' ')));
+        };
+        run(Command::new("ip").args(["netns", "add", &name]));
+        for tap in ["tap0", "tap1"] {
+            inside(&format!("tuntap add {tap} mode tap"));
+        }
+        network
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.0, program]);
+        command
+    }
+
+    /// The host's end is this tap, and no other.
+    fn address(&self, tap: &str) {
+        run(self
+            .command("ip")
+            .args(["addr", "add", "192.168.77.1/24", "dev", tap]));
+        run(self.command("ip").args(["link", "set", tap, "up"]));
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        // It goes with its last process.
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}
+
+/// A machine that runs.
+struct Machine {
+    child: Child,
+    folder: PathBuf,
+}
+
+impl Machine {
+    fn start(network: &Network, folder: &Path, spec: &Value, options: &[&str]) -> Machine {
+        fs::create_dir_all(folder).expect("a folder can be made");
+        fs::write(folder.join("vm.json"), spec.to_string()).expect("there is room");
+        // Consoles are added to.
+        let _ = fs::remove_file(folder.join("console"));
+        let log = fs::File::create(folder.join("log")).expect("there is room");
+        let child = network
+            .command("hostd-vmm")
+            .arg("--config")
+            .arg(folder.join("vm.json"))
+            .args(options)
+            .stdin(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("the VMM can be started");
+        Machine {
+            child,
+            folder: folder.to_owned(),
+        }
+    }
+
+    fn said(&self) -> String {
+        let read = |name| fs::read(self.folder.join(name)).unwrap_or_default();
+        let both = [read("log"), read("console")].concat();
+        String::from_utf8_lossy(&both).into_owned()
+    }
+
+    /// Waits until the guest has said so many lines that begin in this way; returns them.
+    fn wait_for(&mut self, start: &str, count: usize) -> Vec<String> {
+        let begun = Instant::now();
+        loop {
+            let said = self.said();
+            // The last one may be cut.
+            let whole = said.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            let lines = whole.lines().filter(|line| line.starts_with(start));
+            let lines: Vec<_> = lines.map(|line| line.trim_end().to_owned()).collect();
+            if lines.len() >= count {
+                return lines;
+            }
+            let ended = self.child.try_wait().expect("it is ours");
+            assert!(ended.is_none(), "{ended:?}: {said}");
+            assert!(begun.elapsed() < PATIENCE, "no `{start}`: {said}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The initramfs of hostd's guests, with another first process over it.
+fn initramfs(folder: &Path) -> Value {
+    let tree = folder.join("tree");
+    fs::create_dir_all(tree.join("bin")).expect("a folder can be made");
+    fs::copy("/bin/busybox", tree.join("bin/busybox")).expect("the host has busybox");
+    fs::write(tree.join("init"), INIT).expect("there is room");
+    let pack = "chmod 755 init && find . | cpio -o -H newc >../over.cpio";
+    run(Command::new("sh").args(["-c", pack]).current_dir(&tree));
+    json!([format!("{GUEST}/initramfs.cpio"), folder.join("over.cpio")])
+}
+
+fn pci(_host: &Host) {
+    if !kinds().contains(&Kind::Vm) {
+        return; // This host cannot boot a stock kernel.
+    }
+    let folder = TempDir::new().expect("a folder can be made");
+    let path = |name: &str| folder.path().join(name);
+    fs::write(path("disk"), [0x5a_u8; 1 << 16]).expect("there is room");
+    let sum = run(Command::new("md5sum").stdin(fs::File::open(path("disk")).expect("it is there")));
+    let network = Network::new();
+    network.address("tap0");
+    let spec = json!({
+        "transport": "pci",
+        "boot": {
+            "kernel": format!("{GUEST}/kernel"),
+            "initramfs": initramfs(folder.path()),
+            "cmdline": "console=ttyS0 quiet panic=-1",
+        },
+        "cpus": {"count": 2},
+        "memory": {"size_mib": 256},
+        "disks": [{"path": path("disk")}],
+        "nets": [{"tap": "tap0"}],
+        "console": {"path": path("one/console")},
+        "control": path("one/control"),
+    });
+    let mut one = Machine::start(&network, &path("one"), &spec, &[]);
+    let ticks = one.wait_for("tick", 3);
+    for tick in &ticks {
+        assert!(tick.ends_with(sum.trim_end()), "{tick}");
+    }
+    let found = one.wait_for("pci", 5);
+    for (device, driver) in [("0x1042", "virtio-pci"), ("0x1041", "virtio-pci")] {
+        let wanted = format!("pci {device} {driver}");
+        assert!(found.contains(&wanted), "{wanted}: {found:?}");
+    }
+    let messages = one.wait_for("messages", 1);
+    assert_ne!(messages, ["messages 0"]);
+    ping(&network);
+
+    let control = UnixStream::connect(path("one/control"));
+    drop(control.expect("somebody listens"));
+    run(Command::new("hostd-vmm")
+        .arg("--snapshot")
+        .arg(path("snapshot"))
+        .arg("--control")
+        .arg(path("one/control")));
+    drop(one);
+    run(network.command("ip").args(["addr", "flush", "dev", "tap0"]));
+    network.address("tap1");
+    let changes = json!({
+        "nets": {"net0": {"tap": "tap1"}},
+        "console": {"path": path("two/console")},
+    });
+    let snapshot = path("snapshot");
+    let options = ["--restore", snapshot.to_str().expect("it is a plain path")];
+    // One clone after the other, since they have one address.
+    for _ in 0..CLONES {
+        let mut two = Machine::start(&network, &path("two"), &changes, &options);
+        for tick in two.wait_for("tick", 3) {
+            assert!(tick.ends_with(sum.trim_end()), "{tick}");
+        }
+        ping(&network);
+    }
+}
+
+/// The guest answers.
+fn ping(network: &Network) {
+    let begun = Instant::now();
+    let once = ["-c", "1", "-W", "2", "192.168.77.2"];
+    while !network
+        .command("ping")
+        .args(once)
+        .stdout(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+    {
+        assert!(begun.elapsed() < PATIENCE, "the guest does not answer");
+    }
+}
