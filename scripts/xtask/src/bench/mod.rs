@@ -1,7 +1,10 @@
 //! `scripts/bench`: what hostd costs, beside its peers. Nothing here passes or fails: times of a
 //! machine that others use too are for a person to judge.
 
+mod hostd;
+mod measure;
 mod oci;
+mod place;
 mod statistics;
 mod vmm;
 
@@ -17,12 +20,14 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum What {
+    Hostd(hostd::Arguments),
     Oci(oci::Arguments),
     Vmm(vmm::Arguments),
 }
 
 pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
     match &arguments.what {
+        What::Hostd(arguments) => hostd::bench(arguments),
         What::Oci(arguments) => oci::bench(arguments),
         What::Vmm(arguments) => vmm::bench(arguments),
     }

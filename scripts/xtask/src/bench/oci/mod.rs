@@ -3,26 +3,21 @@
 
 mod bundle;
 mod goals;
-mod measure;
 mod report;
 mod runtime;
 mod scenes;
 mod seccomp;
 
-use std::fs;
 use std::io::{self, Write};
-use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::set_child_subreaper;
-use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use nix::unistd::Uid;
 
 use self::bundle::Bundles;
 use self::runtime::{Peer, Runtime};
+use crate::bench::place;
 use crate::step::step;
 use crate::{binaries, packages};
 
@@ -49,9 +44,6 @@ pub(crate) struct Arguments {
 /// memory.
 const PACKAGES: &[&str] = &["busybox-static", "golang-github-containers-common", "time"];
 
-/// Where hybrid hosts mount the hierarchy of cgroup v2 that has no controllers.
-const UNIFIED: &str = "/sys/fs/cgroup/unified";
-
 /// Measures, and prints the figures on standard output.
 pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
     if !Uid::effective().is_root() {
@@ -60,7 +52,7 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
     let peers = arguments.peers.iter().filter_map(|peer| peer.package());
     packages::ensure(&PACKAGES.iter().copied().chain(peers).collect::<Vec<_>>())?;
     binaries::build_one("hostd-oci")?;
-    enter_own_mounts()?;
+    place::enter_own_mounts()?;
     // What `create` leaves behind becomes our child: its end can be waited for, and its time counted.
     set_child_subreaper(true).context("Cannot become the reaper")?;
 
@@ -90,19 +82,4 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
     io::stdout()
         .write_all(report.as_bytes())
         .context("Cannot print the figures")
-}
-
-/// Takes a mount namespace in which crun runs on a hybrid host too: it refuses v1 controllers beside a
-/// v2 hierarchy, so that is taken away, from all alike. Mounts of containers stay in here.
-fn enter_own_mounts() -> Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS).context("Cannot make a mount namespace")?;
-    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    mount::<str, str, str, str>(None, "/", None, private, None)
-        .context("Cannot keep mounts to ourselves")?;
-    let unified = Path::new(UNIFIED);
-    let is_v2 = statfs(unified).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC);
-    if is_v2 && fs::symlink_metadata(unified).is_ok_and(|found| found.is_dir()) {
-        umount2(unified, MntFlags::MNT_DETACH).context("Cannot take the unified hierarchy away")?;
-    }
-    Ok(())
 }

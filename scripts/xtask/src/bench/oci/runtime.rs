@@ -8,7 +8,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result, bail};
 
 use crate::paths;
-use crate::step::{command, run};
+use crate::step::run;
 
 /// A runtime as named on the command line.
 #[derive(Clone, Debug)]
@@ -137,11 +137,6 @@ impl Drop for Background<'_> {
         // If it does not go there is nothing else to try.
         let _ = run(&mut self.runtime.call(["delete", "--force", &self.id]));
     }
-}
-
-/// The program that tells how much memory a command took at most.
-pub(super) fn time() -> Command {
-    command::<&str>("/usr/bin/time", [])
 }
 
 #[cfg(test)]

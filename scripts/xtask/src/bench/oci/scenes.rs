@@ -10,8 +10,8 @@ use serde::Serialize;
 
 use super::bundle::Bundles;
 use super::goals::{self, Goal};
-use super::measure::{self, Cost, memory, reap};
 use super::runtime::{Background, Runtime};
+use crate::bench::measure::{self, Cost, memory, reap};
 use crate::bench::statistics::Summary;
 
 /// Before anything counts, so that programs are in memory and caches are filled.

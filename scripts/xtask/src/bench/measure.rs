@@ -12,15 +12,15 @@ use nix::sys::time::TimeValLike;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use super::runtime::time;
+use crate::step::command;
 
 /// What something cost.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Cost {
+pub(crate) struct Cost {
     /// From the call to the end.
-    pub(super) wall: Duration,
+    pub(crate) wall: Duration,
     /// Of the command and of all its children that it waited for.
-    pub(super) processor: Duration,
+    pub(crate) processor: Duration,
 }
 
 impl std::ops::AddAssign for Cost {
@@ -31,7 +31,7 @@ impl std::ops::AddAssign for Cost {
 }
 
 /// Runs a command without input or output; it must succeed.
-pub(super) fn run(command: &mut Command) -> Result<Cost> {
+pub(crate) fn run(command: &mut Command) -> Result<Cost> {
     let mut errors = tempfile::tempfile().context("Cannot make a file for errors")?;
     command
         .stdin(Stdio::null())
@@ -39,7 +39,9 @@ pub(super) fn run(command: &mut Command) -> Result<Cost> {
         .stderr(errors.try_clone()?);
     let before = processor_time()?;
     let start = Instant::now();
-    let status = command.status().context("Cannot run a runtime")?;
+    let status = command
+        .status()
+        .with_context(|| format!("Cannot run {command:?}"))?;
     let wall = start.elapsed();
     if !status.success() {
         let mut text = String::new();
@@ -54,7 +56,7 @@ pub(super) fn run(command: &mut Command) -> Result<Cost> {
 }
 
 /// The most memory that a command, or one of its children, had at a time, in KiB.
-pub(super) fn memory(command: &Command, work: &Path) -> Result<u64> {
+pub(crate) fn memory(command: &Command, work: &Path) -> Result<u64> {
     let out = work.join("memory");
     // Another program starts it: the memory of a process counts from before its exec, when it still is
     // a copy of its parent, and this one is not small.
@@ -66,8 +68,13 @@ pub(super) fn memory(command: &Command, work: &Path) -> Result<u64> {
     text.trim().parse().context("time(1) wrote no number")
 }
 
+/// The program that tells how much memory a command took at most.
+pub(crate) fn time() -> Command {
+    command::<&str>("/usr/bin/time", [])
+}
+
 /// Waits for a process that a runtime left to us, and counts the time that it used.
-pub(super) fn reap(pid: Pid) -> Result<Duration> {
+pub(crate) fn reap(pid: Pid) -> Result<Duration> {
     let before = processor_time()?;
     let ended = waitpid(pid, None).context("Cannot wait for the container")?;
     if !matches!(ended, WaitStatus::Exited(_, 0)) {
