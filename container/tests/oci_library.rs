@@ -43,7 +43,12 @@ fn main() {
         ),
         ("several_threads_are_refused", several_threads_are_refused),
     ];
-    for (name, test) in tests {
+    let filters: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|argument| !argument.starts_with('-'))
+        .collect();
+    let wanted = |name: &str| filters.is_empty() || filters.iter().any(|it| name.contains(it));
+    for (name, test) in tests.into_iter().filter(|(name, _)| wanted(name)) {
         wait_for_threads();
         test();
         println!("test {name} ... ok");
@@ -89,6 +94,7 @@ impl Bare {
             descriptors: Vec::new(),
             pid_file: None,
             no_new_keyring: false,
+            systemd_cgroup: false,
         }
     }
 

@@ -179,3 +179,20 @@ fn links_inside_the_documents_lead_somewhere() {
         }
     }
 }
+
+/// The conformance table of the OCI runtime is worth what its tests are.
+#[test]
+fn every_test_that_the_runtimes_document_names_is_there() {
+    let document = read(&root().join("docs/oci.md"));
+    let names = document
+        .split('`')
+        .filter_map(|word| word.split_once("::"))
+        .filter(|(module, name)| !module.contains(' ') && !name.contains(' '));
+    let mut count = 0;
+    for (module, name) in names {
+        let tests = read(&root().join(format!("container/tests/oci/{module}.rs")));
+        assert!(tests.contains(&format!("fn {name}()")), "{module}::{name}");
+        count += 1;
+    }
+    assert!(count > 50, "only {count} are named");
+}

@@ -22,8 +22,11 @@ const V1_PAUSE: Duration = Duration::from_millis(1);
 /// process waiting in the kernel for another that is frozen already.
 const V1_LOOKS_PER_TRY: u32 = 50;
 
+/// How long to wait for an event before looking whether it is still to be waited for.
+const V2_LOOK_AGAIN: Duration = Duration::from_millis(50);
+
 impl Cgroup {
-    /// Freezes the group; returns when every process stands still.
+    /// Freezes the group; returns when every process stands still, or somebody else has thawed it.
     ///
     /// # Errors
     ///
@@ -148,7 +151,8 @@ fn freeze_v1(directory: &Path) -> io::Result<bool> {
 fn freeze_v2(directory: &Path) -> io::Result<bool> {
     let deadline = Instant::now() + FREEZE_WAIT;
     let events = directory.join("cgroup.events");
-    setting::write(&directory.join("cgroup.freeze"), "1")?;
+    let wish = directory.join("cgroup.freeze");
+    setting::write(&wish, "1")?;
     loop {
         // Opened before it is read: a change after the reading wakes the poll.
         let file = fs::File::open(&events)?;
@@ -158,11 +162,15 @@ fn freeze_v2(directory: &Path) -> io::Result<bool> {
         {
             return Ok(true);
         }
+        // Somebody let the group go on again before all of it stood still, which is no event.
+        if fs::read_to_string(&wish)?.trim() == "0" {
+            return Ok(true);
+        }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Ok(false);
         }
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let timeout = PollTimeout::try_from(left.min(V2_LOOK_AGAIN)).unwrap_or(PollTimeout::MAX);
         poll(
             &mut [PollFd::new(file.as_fd(), PollFlags::POLLPRI)],
             timeout,

@@ -183,7 +183,13 @@ fn make_root(root: &Path) {
     ] {
         fs::create_dir_all(root.join(directory)).unwrap();
     }
-    fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
+    // By another process: a child that is forked while this one has the program open for writing would
+    // keep it so, and then nobody can execute it.
+    let copied = Command::new("cp")
+        .arg("/bin/busybox")
+        .arg(root.join("bin/busybox"))
+        .status();
+    assert!(copied.unwrap().success());
     let applets = Command::new("/bin/busybox")
         .arg("--list")
         .output()

@@ -30,7 +30,13 @@ pub(crate) fn is_own() -> bool {
 }
 
 fn runtime() -> OsString {
-    peer().unwrap_or_else(|| env!("CARGO_BIN_EXE_hostd-oci").into())
+    peer().unwrap_or_else(own_runtime)
+}
+
+/// This project's: what cargo names when the tests run, on whichever host that is, or has built.
+pub(crate) fn own_runtime() -> OsString {
+    std::env::var_os("CARGO_BIN_EXE_hostd-oci")
+        .unwrap_or_else(|| env!("CARGO_BIN_EXE_hostd-oci").into())
 }
 
 /// The commands of busybox that the tests use.
@@ -105,10 +111,15 @@ impl Bundle {
         self.path().join("states")
     }
 
-    /// The runtime with its global options, and the verb.
+    /// The runtime with its global options, and the verb. The configuration is there.
     pub(crate) fn command(&self, verb: &[&str]) -> Command {
         let config = serde_json::to_vec_pretty(&self.config).unwrap();
         fs::write(self.path().join("config.json"), config).unwrap();
+        self.bare_command(verb)
+    }
+
+    /// As [`Bundle::command`], with whatever is the bundle's config.json.
+    pub(crate) fn bare_command(&self, verb: &[&str]) -> Command {
         let mut command = Command::new(runtime());
         command.arg("--root").arg(self.states()).args(verb);
         command.current_dir(self.path()).stdin(Stdio::null());
@@ -252,6 +263,19 @@ impl Drop for Bundle {
     fn drop(&mut self) {
         let _ = self.command(&["delete", "--force"]).arg(&self.id).output();
     }
+}
+
+/// What a refusal to map the owners of a mount says.
+pub(crate) const UNMAPPED: &str = "mounts[7]: cannot map its users and groups: Invalid argument";
+
+/// Whether this kernel can map the owners of a tmpfs: since Linux 6.3.
+pub(crate) fn tmpfs_maps_owners() -> bool {
+    let release = rustix::system::uname();
+    let release = release.release().to_string_lossy().into_owned();
+    let mut numbers = release
+        .split('.')
+        .map_while(|part| part.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(6), Some(3))
 }
 
 /// Copies a program by another process: one that this process had open for writing could not be executed

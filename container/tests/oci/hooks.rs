@@ -44,7 +44,7 @@ fn a_hook_has_its_arguments_its_environment_and_the_state() {
     let bundle = bundle.with(|config| {
         config["annotations"] = json!({"key": "value"});
         config["hooks"] = json!({"createRuntime": [{
-            "path": "/bin/sh", "args": ["x", "-c", script, "zero", "one"], "env": ["A=b", "PATH=/bin"]
+            "path": "/bin/sh", "args": ["sh", "-c", script, "zero", "one"], "env": ["A=b", "PATH=/bin"]
         }]});
     });
     bundle.output();

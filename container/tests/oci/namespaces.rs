@@ -129,7 +129,7 @@ fn what_cannot_be_a_namespace_is_refused() {
         ),
         (
             json!([{"type": "mount"}, {"type": "pid"}, {"type": "pid"}]),
-            "the pid namespace is given twice",
+            "linux.namespaces[2].type: `pid`: it is given twice",
         ),
         (
             json!([{"type": "mount"}, {"type": "moon"}]),
@@ -160,6 +160,6 @@ fn names_need_a_namespace_for_names() {
             let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
             namespaces.retain(|namespace| namespace["type"] != "uts");
         });
-        bundle.assert_refused(&format!("{field}: it needs a uts namespace"));
+        bundle.assert_refused(&format!("{field}: `name`: it needs a uts namespace"));
     }
 }

@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 use crate::bundle::Bundle;
 
 /// Two devices that are joined, the first with an address of each family, a size and a number of its
-/// own.
-const DEVICES: &str = "ip link add one mtu 1400 address 02:00:00:00:00:01 type veth peer name two; \
-    ip addr add 10.9.8.7/24 broadcast 10.9.8.255 dev one; ip addr add fd00::7/64 dev one nodad; \
-    ip link set one up; ";
+/// own. The path tells iproute2 from what a shell of busybox has of its own.
+const DEVICES: &str = "/bin/ip link add one mtu 1400 address 02:00:00:00:00:01 type veth peer name two; \
+    /bin/ip addr add 10.9.8.7/24 broadcast 10.9.8.255 dev one; \
+    /bin/ip addr add fd00::7/64 dev one nodad; /bin/ip link set one up; ";
 
 fn with_devices(script: &str, devices: Value) -> Bundle {
     Bundle::new(script).with(|config| config["linux"]["netDevices"] = devices)
@@ -20,7 +20,7 @@ fn a_device_moves_with_what_it_is_and_is_up() {
     let script = "ip addr show dev inside";
     let bundle = with_devices(script, json!({"one": {"name": "inside"}}));
     let ended = bundle.script(&format!(
-        "{DEVICES} $RUN; ip link show dev one || echo gone"
+        "{DEVICES} $RUN; /bin/ip link show dev one || echo gone"
     ));
     for expected in [
         "inside@",
@@ -68,8 +68,9 @@ fn a_device_can_move_into_a_namespace_that_is_joined() {
 fn a_device_goes_back_as_it_was_when_the_container_does_not_come_to_be() {
     let bundle = with_devices("echo ran", json!({"one": {"name": "inside"}}))
         .with(|config| config["hooks"] = json!({"createContainer": [{"path": "/bin/false"}]}));
-    let script =
-        format!("{DEVICES} $RUN || echo failed; ip addr show dev one; ip link show dev two");
+    let script = format!(
+        "{DEVICES} $RUN || echo failed; /bin/ip addr show dev one; /bin/ip link show dev two"
+    );
     let ended = bundle.script(&script);
     for expected in [
         "failed",
@@ -105,7 +106,7 @@ fn a_device_that_cannot_move_is_refused_and_stays() {
         ),
     ] {
         let bundle = with_devices("echo ran", devices);
-        let ended = bundle.script(&format!("{DEVICES} $RUN || ip addr show dev one"));
+        let ended = bundle.script(&format!("{DEVICES} $RUN || /bin/ip addr show dev one"));
         assert!(ended.stderr.contains(words), "{words}: {ended:?}");
         assert!(ended.stdout.contains("inet 10.9.8.7/24"), "{ended:?}");
         bundle.assert_nothing_is_left();

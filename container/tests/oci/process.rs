@@ -83,7 +83,8 @@ fn a_limit_that_is_given_twice_or_that_nobody_knows_is_refused() {
     let limits =
         |limits: Value| Bundle::new("true").with(|config| config["process"]["rlimits"] = limits);
     let one = json!({"type": "RLIMIT_CORE", "soft": 0, "hard": 0});
-    limits(json!([one, one])).assert_refused("process.rlimits[1]: RLIMIT_CORE is given twice");
+    limits(json!([one, one]))
+        .assert_refused("process.rlimits[1].type: `RLIMIT_CORE`: it is given twice");
     let unknown = json!([{"type": "RLIMIT_MOON", "soft": 0, "hard": 0}]);
     limits(unknown).assert_refused("process.rlimits[0].type");
 }

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use container::verbs::spec::spec;
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, Ended, copy_program, finish};
+use crate::bundle::{Bundle, Ended, copy_program, finish, own_runtime};
 
 const NOBODY: u32 = 65534;
 
@@ -22,8 +22,7 @@ fn bundle(script: &str) -> Bundle {
         config["process"]["args"] = args;
     });
     bundle.command(&["features"]);
-    let runtime = Path::new(env!("CARGO_BIN_EXE_hostd-oci"));
-    copy_program(runtime, &bundle.path().join("runtime"));
+    copy_program(Path::new(&own_runtime()), &bundle.path().join("runtime"));
     let owner = format!("{NOBODY}:{NOBODY}");
     let chown = Command::new("chown")
         .arg("-R")

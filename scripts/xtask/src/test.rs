@@ -1,5 +1,6 @@
 //! `scripts/test`: every check and every test, each once.
 
+use std::fs;
 use std::path::PathBuf;
 use std::process::Stdio;
 
@@ -69,27 +70,25 @@ fn native(filter: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// The end-to-end tests of both kinds in the simulated host.
+/// The end-to-end tests of both kinds in the simulated host, and the container crate's own tests: the
+/// one host here that has cgroup v2 with every controller.
 fn simulated(filter: &[String]) -> Result<()> {
-    let program = step("Build the end-to-end tests", end_to_end_program)?;
+    let names: Vec<&str> = SIMULATED.iter().map(|program| program.name).collect();
+    let paths = step("Build the tests of the simulated host", || programs(&names))?;
     let machine = Machine::boot(&sim_host::new_dir(), Options::default())?;
-    machine.push(&program, "/tmp/e2e")?;
-    let settings = [
-        "env",
-        "HOSTD_E2E_HOST=installed",
-        "HOSTD_E2E_KINDS=container,vm",
-        "/tmp/e2e",
-    ];
-    let words: Vec<String> = settings
-        .into_iter()
-        .map(str::to_owned)
-        .chain(filter.iter().cloned())
-        .collect();
-    let status = machine.run(&words, false)?;
-    if !status.success() {
-        let log = ["tail", "-n", "60", "/var/log/hostd.log"].map(str::to_owned);
-        machine.run(&log, false)?;
-        bail!("Tests failed in the simulated host");
+    for (program, path) in SIMULATED.iter().zip(&paths) {
+        let target = format!("/tmp/{}", program.name);
+        machine.push(path, &target)?;
+        let words = program.words.iter().copied().chain([target.as_str()]);
+        let words: Vec<String> = words
+            .map(str::to_owned)
+            .chain(filter.iter().cloned())
+            .collect();
+        if !machine.run(&words, false)?.success() {
+            let log = ["tail", "-n", "60", "/var/log/hostd.log"].map(str::to_owned);
+            machine.run(&log, false)?;
+            bail!("Tests failed in the simulated host: {}", program.name);
+        }
     }
     let doctor = machine.run(&["hostctl", "doctor"].map(str::to_owned), false)?;
     if !doctor.success() {
@@ -98,24 +97,74 @@ fn simulated(filter: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Where cargo put the end-to-end tests' executable.
-fn end_to_end_program() -> Result<PathBuf> {
-    let arguments = [
-        "test",
-        "--release",
-        "--locked",
-        "--quiet",
-        "--package",
-        "tests",
-    ];
-    let mut build = cargo(arguments);
-    let messages = run(build.args(["--test", "e2e", "--no-run", "--message-format=json"]))?;
-    messages
+/// A test program that runs in the simulated host.
+struct Program {
+    /// As cargo calls it.
+    name: &'static str,
+    /// What comes before it: where it finds what it tests.
+    words: &'static [&'static str],
+}
+
+/// The runtime of the host image, in place of the one that cargo built beside the tests.
+const INSTALLED_RUNTIME: &[&str] = &["env", "CARGO_BIN_EXE_hostd-oci=/usr/bin/hostd-oci"];
+
+/// In the order of what they cost.
+const SIMULATED: &[Program] = &[
+    Program {
+        name: "seccomp",
+        words: &[],
+    },
+    Program {
+        name: "oci_library",
+        words: &[],
+    },
+    Program {
+        name: "cgroup",
+        words: &[],
+    },
+    Program {
+        name: "oci",
+        words: INSTALLED_RUNTIME,
+    },
+    Program {
+        name: "e2e",
+        words: &[
+            "env",
+            "HOSTD_E2E_HOST=installed",
+            "HOSTD_E2E_KINDS=container,vm",
+        ],
+    },
+];
+
+/// The executables of tests, in the order of their names, without what only a debugger reads: they go
+/// through an emulated network.
+fn programs(names: &[&str]) -> Result<Vec<PathBuf>> {
+    let mut build = cargo(["test", "--release", "--locked", "--quiet"]);
+    build.args(["--package", "tests", "--package", "container"]);
+    for name in names {
+        build.args(["--test", name]);
+    }
+    let messages = run(build.args(["--no-run", "--message-format=json"]))?;
+    let messages: Vec<Value> = messages
         .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|message| message["target"]["name"] == "e2e")
-        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .context("cargo names no executable of the end-to-end tests")
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
+    let dir = paths::build().join("tests");
+    fs::create_dir_all(&dir)?;
+    let find = |name: &&str| {
+        let mut messages = messages.iter();
+        let executable = messages
+            .find_map(|message| {
+                message["executable"]
+                    .as_str()
+                    .filter(|_| message["target"]["name"] == **name)
+            })
+            .with_context(|| format!("cargo names no executable of the tests `{name}`"))?;
+        let stripped = dir.join(name);
+        run(command("strip", ["-o"]).arg(&stripped).arg(executable))?;
+        Ok(stripped)
+    };
+    names.iter().map(find).collect()
 }
 
 fn cargo<const N: usize>(arguments: [&str; N]) -> std::process::Command {
