@@ -7,6 +7,7 @@
 //! `create` of the same id remove.
 
 mod making;
+mod scope;
 
 use std::ffi::CString;
 use std::io;
@@ -31,6 +32,7 @@ use crate::plan::{Inherited, Plan, PlanError, Setting};
 use crate::process::Process;
 use crate::spec::{Config, SpecError};
 use crate::state::{Home, StateError};
+use crate::systemd::SystemdError;
 use crate::verbs::delete::{DeleteOptions, delete};
 use crate::verbs::start::{StartError, await_exec, hand_over_listener, run_poststart};
 
@@ -88,6 +90,8 @@ pub struct CreateOptions {
     pub pid_file: Option<PathBuf>,
     /// Keep the caller's session keyring.
     pub no_new_keyring: bool,
+    /// Have systemd manage the control group: `linux.cgroupsPath` is then SLICE:PREFIX:NAME.
+    pub systemd_cgroup: bool,
 }
 
 /// A created container.
@@ -113,6 +117,8 @@ pub enum CreateError {
     State(#[from] StateError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Systemd(#[from] SystemdError),
     #[error(transparent)]
     IdMap(#[from] IdMapError),
     #[error(transparent)]
@@ -212,6 +218,7 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
         id: &options.id,
         bundle: &bundle,
         bare: options.executable.is_some(),
+        systemd: options.systemd_cgroup,
     };
     let plan = Plan::new(&config, &setting)?;
     idmap::apply(&plan.mounts)?;
@@ -251,6 +258,7 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
             making.record_process(process)?;
             making.move_network_devices(&plan)?;
             let console = making.conduct(&ours, &plan, console_socket.as_ref())?;
+            making.settle(&cgroup, &plan)?;
             making.publish(starter, options.pid_file.as_deref())?;
             // Only now: the process must not wait for `start` under a name that nobody knows.
             if starter == Starter::Later {

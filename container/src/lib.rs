@@ -33,5 +33,6 @@ pub mod seccomp;
 pub mod spec;
 pub mod state;
 mod sys;
+pub mod systemd;
 mod tty;
 pub mod verbs;

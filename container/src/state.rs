@@ -69,6 +69,9 @@ pub struct Record {
     pub start_time: u64,
     /// Path in every cgroup hierarchy; empty if there is no group.
     pub cgroup: String,
+    /// The unit of systemd whose group it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<String>,
     #[serde(default)]
     pub annotations: BTreeMap<String, String>,
     /// Hooks that run long after the creation: here, so that the configuration need not be read again.

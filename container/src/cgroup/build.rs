@@ -39,6 +39,7 @@ pub(super) fn build(
     hierarchies: &[Hierarchy],
     path: &CgroupPath,
     resources: &LinuxResources,
+    occupant: Option<i32>,
     made: &mut Made,
 ) -> Result<(), CgroupError> {
     let hybrid = hierarchies
@@ -65,7 +66,7 @@ pub(super) fn build(
         match fs::create_dir(&leaf) {
             Ok(()) => made.0.push(leaf.clone()),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                refuse_occupied(&leaf)?;
+                refuse_occupied(&leaf, occupant)?;
                 existed = true;
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -123,16 +124,20 @@ fn below<'a>(root: &Path, last: &'a Path) -> Vec<&'a Path> {
     directories
 }
 
-/// Somebody else's processes would share the limits, and die with the container.
-fn refuse_occupied(leaf: &Path) -> Result<(), CgroupError> {
+/// Processes other than the occupant would share the limits, and die with the container.
+fn refuse_occupied(leaf: &Path, occupant: Option<i32>) -> Result<(), CgroupError> {
     let procs = leaf.join("cgroup.procs");
     match fs::read_to_string(&procs) {
-        Ok(text) if text.is_empty() => Ok(()),
+        Ok(text) if text.lines().all(|pid| is_occupant(pid, occupant)) => Ok(()),
         Ok(_) => Err(CgroupError::Occupied {
             path: leaf.to_owned(),
         }),
         Err(source) => Err(cannot("read", &procs, source)),
     }
+}
+
+fn is_occupant(pid: &str, occupant: Option<i32>) -> bool {
+    occupant.is_some_and(|occupant| pid.parse() == Ok(occupant))
 }
 
 /// A cpuset of v1 starts empty, and nobody can join it before it has processors and memory nodes. One

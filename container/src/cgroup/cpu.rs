@@ -85,21 +85,15 @@ fn plan_v2(
     cpu: &LinuxCpu,
     shares: Option<u64>,
 ) -> Result<Vec<Setting>, CgroupError> {
+    let period = cpu.realtime_period().map(|value| value.to_string());
+    let runtime = cpu.realtime_runtime().map(|value| value.to_string());
     for (field, asked) in [
-        (
-            "cpu.realtimePeriod",
-            cpu.realtime_period().is_some_and(|value| value != 0),
-        ),
-        (
-            "cpu.realtimeRuntime",
-            cpu.realtime_runtime().is_some_and(|value| value != 0),
-        ),
+        ("cpu.realtimePeriod", period),
+        ("cpu.realtimeRuntime", runtime),
     ] {
-        if asked {
-            return Err(CgroupError::unsupported(
-                field,
-                "cgroup v2 has no such setting",
-            ));
+        if let Some(value) = asked.filter(|value| value != "0") {
+            let reason = "cgroup v2 has no such setting";
+            return Err(CgroupError::invalid(field, value, reason));
         }
     }
     let mut settings = Vec::new();

@@ -46,6 +46,11 @@ impl Access {
         (bits != 0).then_some(Access(bits))
     }
 
+    fn letters(self) -> String {
+        let set = Access::LETTERS.iter().filter(|(_, bit)| self.0 & bit != 0);
+        set.map(|(letter, _)| letter).collect()
+    }
+
     fn without(self, other: Access) -> Access {
         Access(self.0 & !other.0)
     }
@@ -102,15 +107,39 @@ impl Devices {
         let number = |number: Option<u32>| {
             number.map_or_else(|| "*".to_owned(), |number| number.to_string())
         };
-        let letters = Access::LETTERS
-            .iter()
-            .filter(|(_, bit)| self.access.0 & bit != 0);
-        let access: String = letters.map(|(letter, _)| letter).collect();
         format!(
-            "{kind} {}:{} {access}",
+            "{kind} {}:{} {}",
             number(self.major),
-            number(self.minor)
+            number(self.minor),
+            self.access.letters()
         )
+    }
+
+    /// As systemd names it, with the access; nothing for a driver that is not there, which has no
+    /// devices. `drivers` is the text of /proc/devices.
+    pub(super) fn node(&self, drivers: &str) -> Option<(String, String)> {
+        let (word, title) = match self.kind {
+            Kind::Block => ("block", "Block devices:"),
+            Kind::Character => ("char", "Character devices:"),
+        };
+        let node = match (self.major, self.minor) {
+            (Some(major), Some(minor)) => format!("/dev/{word}/{major}:{minor}"),
+            // A minor number of all drivers cannot be said; no driver is asked for so.
+            (None, Some(_)) => return None,
+            (None, None) => format!("{word}-*"),
+            (Some(major), None) => {
+                let mut lines = drivers.lines().skip_while(|line| *line != title).skip(1);
+                let driver = lines
+                    .by_ref()
+                    .take_while(|line| !line.is_empty())
+                    .find_map(|line| {
+                        let (number, name) = line.trim_start().split_once(' ')?;
+                        (number.parse() == Ok(major)).then_some(name)
+                    })?;
+                format!("{word}-{driver}")
+            }
+        };
+        Some((node, self.access.letters()))
     }
 
     fn parse_line(line: &str) -> Option<Devices> {
@@ -210,7 +239,7 @@ impl Rules {
     /// # Errors
     ///
     /// If a rule takes a part out of a wildcard, which v1 has no way to say.
-    fn exceptions(&self) -> Result<Vec<Devices>, CgroupError> {
+    pub(super) fn exceptions(&self) -> Result<Vec<Devices>, CgroupError> {
         let mut exceptions: Vec<Devices> = Vec::new();
         for rule in &self.rules {
             let devices = rule.devices;

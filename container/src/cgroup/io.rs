@@ -17,13 +17,11 @@ pub(super) fn plan(
 ) -> Result<Vec<Setting>, CgroupError> {
     let mut settings = Vec::new();
     let devices = block.weight_device().as_deref().unwrap_or_default();
-    let leaf = block.leaf_weight().is_some_and(|weight| weight != 0)
-        || devices
-            .iter()
-            .any(|device| device.leaf_weight().is_some_and(|weight| weight != 0));
-    if leaf {
+    let leaves = devices.iter().filter_map(LinuxWeightDevice::leaf_weight);
+    let mut leaves = block.leaf_weight().into_iter().chain(leaves);
+    if let Some(weight) = leaves.find(|weight| *weight != 0) {
         let reason = "no scheduler of current kernels has leaf weights";
-        return Err(CgroupError::unsupported("blockIO.leafWeight", reason));
+        return Err(CgroupError::invalid("blockIO.leafWeight", weight, reason));
     }
     if let Some(weight) = block.weight().filter(|weight| *weight != 0) {
         check_weight("blockIO.weight", weight)?;

@@ -187,27 +187,28 @@ fn plan_v2(
     memory: &LinuxMemory,
     swap: Swap,
 ) -> Result<Vec<Setting>, CgroupError> {
+    let bytes = |value: Option<i64>| value.filter(|value| *value != 0).map(|it| it.to_string());
+    let flag = |value: Option<bool>, have: bool| {
+        value
+            .filter(|value| *value != have)
+            .map(|it| it.to_string())
+    };
     for (field, asked) in [
+        ("memory.kernel", bytes(memory.kernel())),
+        ("memory.kernelTCP", bytes(memory.kernel_tcp())),
         (
-            "memory.kernel",
-            memory.kernel().is_some_and(|value| value != 0),
+            "memory.swappiness",
+            memory.swappiness().map(|value| value.to_string()),
         ),
-        (
-            "memory.kernelTCP",
-            memory.kernel_tcp().is_some_and(|value| value != 0),
-        ),
-        ("memory.swappiness", memory.swappiness().is_some()),
         (
             "memory.disableOOMKiller",
-            memory.disable_oom_killer() == Some(true),
+            flag(memory.disable_oom_killer(), false),
         ),
-        ("memory.useHierarchy", memory.use_hierarchy() == Some(false)),
+        ("memory.useHierarchy", flag(memory.use_hierarchy(), true)),
     ] {
-        if asked {
-            return Err(CgroupError::unsupported(
-                field,
-                "cgroup v2 has no such setting",
-            ));
+        if let Some(value) = asked {
+            let reason = "cgroup v2 has no such setting";
+            return Err(CgroupError::invalid(field, value, reason));
         }
     }
     let mut settings = Vec::new();

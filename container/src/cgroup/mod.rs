@@ -17,6 +17,7 @@ mod freezer;
 mod hierarchy;
 mod io;
 mod memory;
+mod properties;
 mod removal;
 mod resources;
 mod setting;
@@ -179,20 +180,30 @@ impl Cgroup {
     /// If a process is in the group, or the host cannot honour a resource, which the error then
     /// names; directories that were made are gone again, but for the parents of the group.
     pub fn create(path: &str, resources: Option<&LinuxResources>) -> Result<Cgroup, CgroupError> {
+        Self::create_around(path, resources, None)
+    }
+
+    /// As [`Cgroup::create`], where the process `occupant` may be in the group already.
+    pub(crate) fn create_around(
+        path: &str,
+        resources: Option<&LinuxResources>,
+        occupant: Option<i32>,
+    ) -> Result<Cgroup, CgroupError> {
         let resources = resources.cloned().unwrap_or_default();
         let path = CgroupPath::parse(path)?;
         let hierarchies = hierarchies()?;
         let cgroup = Cgroup::at(&path, hierarchies);
         let mut made = build::Made::default();
-        let result = build::build(hierarchies, &path, &resources, &mut made).and_then(|()| {
-            let fresh = made.is_everything_of(hierarchies);
-            if !fresh {
-                cgroup.thaw()?;
-            }
-            setting::apply(&resources::plan(&cgroup.directories, &resources)?)?;
-            let rules = resources.devices().as_deref().unwrap_or_default();
-            cgroup.apply_devices(&devices::Rules::new(rules)?, fresh)
-        });
+        let result =
+            build::build(hierarchies, &path, &resources, occupant, &mut made).and_then(|()| {
+                let fresh = made.is_everything_of(hierarchies);
+                if !fresh {
+                    cgroup.thaw()?;
+                }
+                setting::apply(&resources::plan(&cgroup.directories, &resources)?)?;
+                let rules = resources.devices().as_deref().unwrap_or_default();
+                cgroup.apply_devices(&devices::Rules::new(rules)?, fresh)
+            });
         if result.is_err() {
             made.undo();
         }

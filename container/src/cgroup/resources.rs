@@ -105,7 +105,8 @@ fn plan_section(
         None => Ok(Vec::new()),
         Some(setting) => {
             let reason = format!("no hierarchy of this host has the {controller} controller");
-            Err(CgroupError::unsupported(setting.field.clone(), reason))
+            let field = setting.field.clone();
+            Err(CgroupError::invalid(field, &setting.value, reason))
         }
     }
 }
@@ -227,7 +228,7 @@ fn plan_unified(
             Some(unified) => settings.push(Setting::new(field, &unified.path, file, value)),
             None => {
                 let reason = format!("{controller} is not a controller of cgroup v2 on this host");
-                return Err(CgroupError::unsupported(field, reason));
+                return Err(CgroupError::invalid(field, value, reason));
             }
         }
     }

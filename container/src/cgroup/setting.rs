@@ -75,10 +75,11 @@ impl Setting {
             || source.raw_os_error() == Some(Errno::EOPNOTSUPP as i32);
         if unsupported {
             let name = self.file.file_name().unwrap_or_default();
-            return CgroupError::Unsupported {
-                field: self.field.to_string(),
-                reason: format!("the kernel has no {} here", name.display()),
-            };
+            return CgroupError::invalid(
+                self.field.to_string(),
+                &self.value,
+                format!("the kernel has no {} here", name.display()),
+            );
         }
         CgroupError::Set {
             field: self.field.to_string(),

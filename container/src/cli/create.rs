@@ -75,6 +75,7 @@ impl Making {
             descriptors: super::preserved(self.preserve_fds)?,
             pid_file: self.pid_file,
             no_new_keyring: self.no_new_keyring,
+            systemd_cgroup: global.manages_by_systemd(),
         })
     }
 }

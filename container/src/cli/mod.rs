@@ -45,12 +45,12 @@ pub(crate) struct Global {
     /// Write details, too
     #[arg(long)]
     debug: bool,
-    /// Refused: control groups are managed without systemd
+    /// Have systemd manage control groups: linux.cgroupsPath is SLICE:PREFIX:NAME
     #[arg(long)]
     systemd_cgroup: bool,
-    /// Accepted as crun does; any but `cgroupfs` is refused
-    #[arg(long, value_name = "MANAGER", default_value = "cgroupfs", hide = true)]
-    cgroup_manager: String,
+    /// Accepted as crun does: `systemd`, or `cgroupfs`, which is the default
+    #[arg(long, value_enum, default_value_t = CgroupManager::Cgroupfs, hide = true)]
+    cgroup_manager: CgroupManager,
     /// Accepted as runc does, and not used
     #[arg(long, value_name = "FILE", hide = true)]
     criu: Option<PathBuf>,
@@ -65,19 +65,15 @@ enum LogFormat {
     Json,
 }
 
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+enum CgroupManager {
+    Cgroupfs,
+    Systemd,
+}
+
 impl Global {
-    fn check(&self) -> Result<()> {
-        let manager = if self.systemd_cgroup {
-            "systemd"
-        } else {
-            &self.cgroup_manager
-        };
-        anyhow::ensure!(
-            manager == "cgroupfs",
-            "control groups cannot be managed by `{manager}`, only directly: set cgroup_manager = \
-             \"cgroupfs\" (podman, CRI-O) or SystemdCgroup = false (containerd)"
-        );
-        Ok(())
+    fn manages_by_systemd(&self) -> bool {
+        self.systemd_cgroup || self.cgroup_manager == CgroupManager::Systemd
     }
 
     pub(crate) fn log(&self) -> Log {
@@ -157,7 +153,6 @@ impl Verb {
 /// Carries out the command, and says with which status to exit.
 pub(crate) fn run(arguments: Arguments) -> Result<i32> {
     let Arguments { global, verb } = arguments;
-    global.check()?;
     if verb.enters() {
         container::sealed::seal();
     }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use container::log;
+use container::spec::parse_resources;
 use container::verbs::update::update;
-use oci_spec::runtime::LinuxResources;
 use serde_json::{Map, Value, json};
 
 use super::Global;
@@ -134,8 +134,7 @@ impl Update {
             Some(path) => read(path)?,
             None => self.value()?,
         };
-        let resources: LinuxResources =
-            serde_json::from_value(resources).context("the limits are malformed")?;
+        let resources = parse_resources(&resources)?;
         update(&global.root, &self.id, &resources)?;
         Ok(0)
     }
@@ -191,7 +190,8 @@ fn read(path: &Path) -> Result<Value> {
     } else {
         std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?
     };
-    serde_json::from_str(&text).context("the limits are not JSON")
+    serde_json::from_str(&text)
+        .with_context(|| format!("the limits in {} are not JSON", path.display()))
 }
 
 /// A number of bytes, with k, m, g or t, and perhaps b behind it.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 
+use super::scope::Scope;
 use super::{CreateError, CreateOptions, Starter, step, write_pid_file};
 use crate::cgroup::Cgroup;
 use crate::handshake::{self, Channel, Message};
@@ -23,6 +24,7 @@ use crate::{hooks, launch, tty};
 pub(super) struct Making {
     home: Option<Home>,
     record: Record,
+    scope: Option<Scope>,
     cgroup: Option<Cgroup>,
     process: Option<Process>,
     network_devices: Option<Moved>,
@@ -46,6 +48,7 @@ impl Making {
             pid: 0,
             start_time: 0,
             cgroup: plan.cgroup.clone(),
+            scope: plan.scope.as_ref().map(|scope| scope.unit.clone()),
             annotations: map_or_empty(config.spec.annotations()),
             poststart: plan.hooks.poststart().clone().unwrap_or_default(),
             poststop: plan.hooks.poststop().clone().unwrap_or_default(),
@@ -54,6 +57,7 @@ impl Making {
         let making = Self {
             home: Some(home),
             record,
+            scope: None,
             cgroup: None,
             process: None,
             network_devices: None,
@@ -70,7 +74,14 @@ impl Making {
     }
 
     pub(super) fn make_cgroup(&mut self, plan: &Plan) -> Result<Cgroup, CreateError> {
-        let cgroup = if plan.cgroup.is_empty() {
+        let cgroup = if let Some(scope) = &plan.scope {
+            let (scope, path) = Scope::start(scope, &self.record.id)?;
+            let scope = self.scope.insert(scope);
+            let cgroup = scope.make_cgroup(&path, plan)?;
+            self.record.cgroup = path;
+            self.home().write_record(&self.record)?;
+            cgroup
+        } else if plan.cgroup.is_empty() {
             Cgroup::open("")?
         } else {
             Cgroup::create(&plan.cgroup, plan.resources.as_ref())?
@@ -161,6 +172,14 @@ impl Making {
         }
     }
 
+    /// The process is in its group: systemd can be told what it is about.
+    pub(super) fn settle(&mut self, cgroup: &Cgroup, plan: &Plan) -> Result<(), CreateError> {
+        match &mut self.scope {
+            Some(scope) => scope.settle(cgroup, plan),
+            None => Ok(()),
+        }
+    }
+
     /// Done from outside, where the rights are that a container need not have.
     fn set_score(&self, plan: &Plan) -> Result<(), CreateError> {
         let Some(score) = plan.process.oom_score_adj else {
@@ -199,6 +218,9 @@ impl Making {
     pub(super) fn finish(mut self) -> Result<Process, CreateError> {
         self.home = None;
         self.cgroup = None;
+        if let Some(scope) = self.scope.take() {
+            scope.keep();
+        }
         if let Some(moved) = self.network_devices.take() {
             moved.keep();
         }
@@ -228,6 +250,7 @@ impl Drop for Making {
         if let Some(cgroup) = self.cgroup.take() {
             let _ = cgroup.remove();
         }
+        self.scope = None;
         if let Some(home) = self.home.take() {
             let _ = home.remove();
         }

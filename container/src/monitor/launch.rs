@@ -145,6 +145,7 @@ fn create(spec: &MonitorSpec, descriptors: Vec<OwnedFd>) -> Result<Workload, Mon
         descriptors,
         pid_file: None,
         no_new_keyring: false,
+        systemd_cgroup: false,
     })?;
     let delete = DeleteOptions {
         root: spec.root.clone(),

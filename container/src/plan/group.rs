@@ -1,36 +1,60 @@
 //! Which control group a container gets, and whether it needs one.
 
+use std::path::Path;
+
 use oci_spec::runtime::{Linux, LinuxDeviceCgroup, LinuxResources};
 
-use super::PlanError;
+use super::{PlanError, Setting};
 use crate::cgroup::Cgroup;
+use crate::systemd::ScopePlan;
 
-/// The path of the group in every hierarchy. It is empty, for no group at all, if this user may not make
-/// groups and nothing that is asked for needs one.
-pub(super) fn choose(linux: &Linux, id: &str) -> Result<String, PlanError> {
-    let path = cgroup_path(linux, id)?;
-    if rustix::process::geteuid().is_root() {
-        return Ok(path);
-    }
-    let resources = linux.resources().as_ref();
-    if let Some(field) = resources.and_then(device_rule) {
-        let reason = "without the rights of root, devices can only be denied";
-        return Err(PlanError::invalid(field, reason));
-    }
-    if Cgroup::may_make(&path) {
-        return Ok(path);
-    }
-    let given = linux
-        .cgroups_path()
-        .is_some()
-        .then_some("linux.cgroupsPath");
-    match given.or_else(|| resources.and_then(limit)) {
-        Some(field) => {
-            let reason = "this user may not make control groups";
-            Err(PlanError::invalid(field, reason))
+/// Where the group is.
+#[derive(Debug)]
+pub(super) struct GroupPlan {
+    /// In every hierarchy. Empty for no group at all, if this user may not make groups and nothing that
+    /// is asked for needs one; and where systemd will say which it is.
+    pub(super) path: String,
+    pub(super) scope: Option<ScopePlan>,
+}
+
+impl GroupPlan {
+    pub(super) fn new(linux: &Linux, setting: &Setting<'_>) -> Result<Self, PlanError> {
+        let resources = linux.resources().as_ref();
+        let root = rustix::process::geteuid().is_root();
+        if let Some(field) = resources.and_then(device_rule).filter(|_| !root) {
+            let reason = "without the rights of root, a rule can only deny everything";
+            return Err(PlanError::invalid(field, reason));
         }
-        None => Ok(String::new()),
+        if setting.systemd {
+            return Ok(Self {
+                path: String::new(),
+                scope: Some(scope(linux, setting.id)?),
+            });
+        }
+        let path = cgroup_path(linux, setting.id)?;
+        let alone = |path| Self { path, scope: None };
+        if root || Cgroup::may_make(&path) {
+            return Ok(alone(path));
+        }
+        let given = linux
+            .cgroups_path()
+            .is_some()
+            .then_some("linux.cgroupsPath");
+        match given.or_else(|| resources.and_then(limit)) {
+            Some(field) => {
+                let reason = "this user may not make control groups";
+                Err(PlanError::invalid(field, reason))
+            }
+            None => Ok(alone(String::new())),
+        }
     }
+}
+
+fn scope(linux: &Linux, id: &str) -> Result<ScopePlan, PlanError> {
+    let path = linux.cgroups_path().as_deref().map(Path::to_string_lossy);
+    let path = path.unwrap_or_default();
+    ScopePlan::new(&path, id)
+        .map_err(|allowed| PlanError::value("linux.cgroupsPath", &path, &allowed))
 }
 
 /// The first device rule that is more than a denial of everything.
@@ -78,9 +102,10 @@ fn cgroup_path(linux: &Linux, id: &str) -> Result<String, PlanError> {
     if path.split('/').any(|part| part == "..") {
         return Err(PlanError::value(field, path, "it must not contain `..`"));
     }
+    let given = path;
     let path = path.trim_matches('/');
     if path.is_empty() {
-        return Err(PlanError::invalid(field, "it must not be the root"));
+        return Err(PlanError::value(field, given, "it must not be the root"));
     }
     Ok(format!("/{path}"))
 }

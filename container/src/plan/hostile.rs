@@ -106,6 +106,7 @@ fn try_plan(config: &Value) -> Result<Plan, String> {
         id: "a",
         bundle: Path::new("/"),
         bare: false,
+        systemd: false,
     };
     Plan::new(&config, &setting).map_err(|error| error.to_string())
 }

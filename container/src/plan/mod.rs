@@ -12,6 +12,7 @@ use rustix::thread::CapabilitySet;
 
 use crate::seccomp::{self, Filter};
 use crate::spec::Config;
+use crate::systemd::ScopePlan;
 
 pub(crate) mod capability;
 pub(crate) mod devices;
@@ -27,6 +28,7 @@ pub(crate) mod process;
 mod refused;
 
 use devices::DevicePlan;
+use group::GroupPlan;
 use memory::MemoryPolicy;
 use mounts::{MountPlan, Surroundings, Tree};
 use namespaces::{Kind, NamespacePlan};
@@ -60,8 +62,11 @@ pub(crate) struct Plan {
     pub(crate) network_devices: Vec<NetworkDevicePlan>,
     pub(crate) filter: Option<Filter>,
     pub(crate) hooks: Hooks,
-    /// The same in every hierarchy; absolute. Empty for a user who may not make groups.
+    /// The same in every hierarchy; absolute. Empty for a user who may not make groups, and where systemd
+    /// says which it is.
     pub(crate) cgroup: String,
+    /// The unit of systemd whose group it is.
+    pub(crate) scope: Option<ScopePlan>,
     pub(crate) resources: Option<LinuxResources>,
 }
 
@@ -74,6 +79,8 @@ pub(crate) struct Setting<'a> {
     /// The program comes as a descriptor: the root may be empty, and gets no device that was not
     /// asked for.
     pub(crate) bare: bool,
+    /// Control groups are managed by systemd.
+    pub(crate) systemd: bool,
 }
 
 /// Why a configuration cannot be carried out.
@@ -135,6 +142,7 @@ impl Plan {
             .map(|(index, mount)| MountPlan::new(index, mount, &surroundings))
             .collect::<Result<Vec<_>, _>>()?;
         let device_defaults = has_device_defaults(&mounts, setting.bare);
+        let group = GroupPlan::new(linux, setting)?;
         Ok(Self {
             rootfs_path,
             rootfs,
@@ -156,7 +164,8 @@ impl Plan {
             network_devices: network::plan(linux, &namespaces)?,
             filter: linux.seccomp().as_ref().map(filter).transpose()?,
             hooks: hooks(spec)?,
-            cgroup: group::choose(linux, setting.id)?,
+            cgroup: group.path,
+            scope: group.scope,
             resources: linux.resources().clone(),
             namespaces,
             mounts,
@@ -247,17 +256,19 @@ fn sysctl(
         } else if path.starts_with("user/") {
             Kind::USER
         } else {
-            return Err(PlanError::invalid(
+            return Err(PlanError::value(
                 field(),
-                "it belongs to no namespace, but to the host",
+                value,
+                "the setting is the host's; a container has those of its namespaces: net.*, user.*, \
+                 fs.mqueue.*, those of System V IPC, kernel.hostname and kernel.domainname",
             ));
         };
         if !namespaces.has(kind) {
-            let reason = format!(
-                "it needs a {} namespace of the container's own",
+            let allowed = format!(
+                "the setting needs a {} namespace of the container's own",
                 kind.file_name()
             );
-            return Err(PlanError::invalid(field(), reason));
+            return Err(PlanError::value(field(), value, &allowed));
         }
         if path.split('/').any(|part| matches!(part, "" | "." | "..")) {
             return Err(PlanError::value(
@@ -298,12 +309,13 @@ fn host_name(
         return Ok(None);
     };
     if name.len() > NAME_BYTES_MAX {
-        let reason = format!("it is longer than {NAME_BYTES_MAX} bytes");
-        return Err(PlanError::invalid(field, reason));
+        let allowed = format!("it may have {NAME_BYTES_MAX} bytes");
+        return Err(PlanError::value(field, name, &allowed));
     }
     if !namespaces.has(Kind::UTS) {
-        return Err(PlanError::invalid(
+        return Err(PlanError::value(
             field,
+            name,
             "it needs a uts namespace of the container's own",
         ));
     }
@@ -314,14 +326,11 @@ fn personality(linux: &Linux) -> Result<Option<LinuxPersonalityDomain>, PlanErro
     let Some(personality) = linux.personality() else {
         return Ok(None);
     };
-    if personality
-        .flags()
-        .as_ref()
-        .is_some_and(|flags| !flags.is_empty())
-    {
-        return Err(PlanError::invalid(
-            "linux.personality.flags",
-            "there are none that are known",
+    if let Some(flag) = personality.flags().iter().flatten().next() {
+        return Err(PlanError::value(
+            "linux.personality.flags[0]",
+            flag,
+            "the specification has no flags",
         ));
     }
     Ok(Some(personality.domain()))

@@ -59,8 +59,16 @@ impl ProcessPlan {
     /// The field that is wrong, and why.
     pub(crate) fn new(process: &Process, available: CapabilitySet) -> Result<Self, PlanError> {
         let args = process.args().as_deref().unwrap_or_default();
-        if args.first().is_none_or(String::is_empty) {
-            return Err(PlanError::invalid("process.args", "it must name a program"));
+        match args.first() {
+            Some(program) if !program.is_empty() => {}
+            Some(_) => {
+                let allowed = "it must name a program";
+                return Err(PlanError::value("process.args[0]", "", allowed));
+            }
+            None => {
+                let reason = "it is empty or not there; its first word must name a program";
+                return Err(PlanError::invalid("process.args", reason));
+            }
         }
         if !process.cwd().is_absolute() {
             return Err(PlanError::value(
@@ -70,12 +78,11 @@ impl ProcessPlan {
             ));
         }
         let env = process.env().as_deref().unwrap_or_default();
-        if let Some(bad) = env
-            .iter()
-            .position(|entry| entry.find('=').is_none_or(|at| at == 0))
-        {
-            return Err(PlanError::invalid(
-                format!("process.env[{bad}]"),
+        let nameless = |entry: &&String| entry.find('=').is_none_or(|at| at == 0);
+        if let Some((index, entry)) = env.iter().enumerate().find(|(_, entry)| nameless(entry)) {
+            return Err(PlanError::value(
+                format!("process.env[{index}]"),
+                entry,
                 "it must be NAME=VALUE with a name",
             ));
         }
@@ -111,7 +118,11 @@ impl ProcessPlan {
 fn strings(field: &str, list: &[String]) -> Result<Vec<CString>, PlanError> {
     let convert = |(index, text): (usize, &String)| {
         CString::new(text.as_str()).map_err(|_| {
-            PlanError::invalid(format!("{field}[{index}]"), "it must not have a NUL byte")
+            PlanError::value(
+                format!("{field}[{index}]"),
+                text,
+                "it must not have a NUL byte",
+            )
         })
     };
     list.iter().enumerate().map(convert).collect()
@@ -123,13 +134,19 @@ fn limits(list: &[PosixRlimit]) -> Result<Vec<(Resource, Rlimit)>, PlanError> {
     for (index, limit) in list.iter().enumerate() {
         let field = format!("process.rlimits[{index}]");
         if !seen.insert(limit.typ().to_string()) {
-            return Err(PlanError::invalid(
-                field,
-                format!("{} is given twice", limit.typ()),
+            return Err(PlanError::value(
+                format!("{field}.type"),
+                limit.typ(),
+                "it is given twice, and may be given once",
             ));
         }
         if limit.soft() > limit.hard() {
-            return Err(PlanError::invalid(field, "soft must not be more than hard"));
+            let allowed = format!("it must not be more than hard, which is {}", limit.hard());
+            return Err(PlanError::value(
+                format!("{field}.soft"),
+                limit.soft(),
+                &allowed,
+            ));
         }
         // RLIM_INFINITY is all ones.
         let value = |value: u64| (value != u64::MAX).then_some(value);
@@ -180,14 +197,14 @@ fn terminal(process: &Process) -> Result<Option<Winsize>, PlanError> {
     let (rows, columns) = process
         .console_size()
         .map_or((0, 0), |size| (size.height(), size.width()));
-    let convert = |value: u64| {
-        let wrong =
-            |_| PlanError::value("process.consoleSize", value, "it must be less than 65536");
+    let convert = |side: &str, value: u64| {
+        let field = format!("process.consoleSize.{side}");
+        let wrong = |_| PlanError::value(field, value, "it must be less than 65536");
         u16::try_from(value).map_err(wrong)
     };
     Ok(Some(Winsize {
-        ws_row: convert(rows)?,
-        ws_col: convert(columns)?,
+        ws_row: convert("height", rows)?,
+        ws_col: convert("width", columns)?,
         ws_xpixel: 0,
         ws_ypixel: 0,
     }))
@@ -216,9 +233,11 @@ fn scheduler(scheduler: &Scheduler) -> Result<SchedulerAttributes, PlanError> {
         LinuxSchedulerPolicy::SchedRr => libc::SCHED_RR,
         LinuxSchedulerPolicy::SchedBatch => libc::SCHED_BATCH,
         LinuxSchedulerPolicy::SchedIso => {
-            return Err(PlanError::invalid(
+            return Err(PlanError::value(
                 "process.scheduler.policy",
-                "Linux has no SCHED_ISO",
+                "SCHED_ISO",
+                "Linux does not have it; it must be SCHED_OTHER, SCHED_FIFO, SCHED_RR, SCHED_BATCH, \
+                 SCHED_IDLE or SCHED_DEADLINE",
             ));
         }
         LinuxSchedulerPolicy::SchedIdle => libc::SCHED_IDLE,
@@ -294,7 +313,7 @@ fn parse_processors(list: &str) -> Option<CpuSet> {
 }
 
 /// The members of a list as `0-3,7`; nothing if it is malformed, or one is not below the limit.
-pub(super) fn members(list: &str, limit: usize) -> Option<Vec<usize>> {
+pub(crate) fn members(list: &str, limit: usize) -> Option<Vec<usize>> {
     let mut members = Vec::new();
     for range in list.split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -317,8 +336,9 @@ fn label(process: &Process) -> Result<Option<Label>, PlanError> {
     let given = |label: &Option<String>| label.clone().filter(|label| !label.is_empty());
     if let Some(label) = given(process.selinux_label()) {
         if !selinux_is_enabled() {
-            return Err(PlanError::invalid(
+            return Err(PlanError::value(
                 "process.selinuxLabel",
+                label,
                 "SELinux is not enabled on this host",
             ));
         }
@@ -326,8 +346,9 @@ fn label(process: &Process) -> Result<Option<Label>, PlanError> {
     }
     if let Some(profile) = given(process.apparmor_profile()) {
         if !std::path::Path::new("/sys/kernel/security/apparmor/profiles").exists() {
-            return Err(PlanError::invalid(
+            return Err(PlanError::value(
                 "process.apparmorProfile",
+                profile,
                 "AppArmor is not enabled on this host",
             ));
         }
@@ -350,7 +371,7 @@ mod tests {
         let user = r#""user":{"uid":0,"gid":0}"#;
         for (json, field) in [
             (r#""cwd":"/""#, "process.args"),
-            (r#""cwd":"/","args":[""]"#, "process.args"),
+            (r#""cwd":"/","args":[""]"#, "process.args[0]"),
             (r#""cwd":"a","args":["sh"]"#, "process.cwd"),
             (r#""cwd":"/","args":["sh","a\u0000b"]"#, "process.args[1]"),
             (
@@ -363,7 +384,7 @@ mod tests {
             ),
             (
                 r#""cwd":"/","args":["sh"],"rlimits":[{"type":"RLIMIT_CORE","soft":2,"hard":1}]"#,
-                "process.rlimits[0]",
+                "process.rlimits[0].soft",
             ),
         ] {
             let message = plan(&format!("{{{user},{json}}}")).unwrap_err().to_string();

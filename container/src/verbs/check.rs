@@ -25,6 +25,7 @@ pub fn check(text: Vec<u8>, bundle: &Path, id: &str) -> Result<Vec<String>, Chec
         id,
         bundle,
         bare: false,
+        systemd: false,
     };
     Plan::new(&config, &setting)?;
     Ok(config.warnings)

@@ -7,6 +7,7 @@ use crate::cgroup::{Cgroup, CgroupError};
 use crate::hooks;
 use crate::process::Process;
 use crate::state::{Home, StateError, Status};
+use crate::systemd::{Systemd, SystemdError};
 use crate::verbs::state::oci_state;
 
 /// How long a killed process may take to be gone, in milliseconds: it may have much memory to give
@@ -31,6 +32,8 @@ pub enum DeleteError {
     NotStopped { id: String, status: Status },
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Systemd(#[from] SystemdError),
     #[error("cannot kill the first process of `{id}`")]
     Kill { id: String, source: io::Error },
     #[error("the first process of `{id}` was killed, but is still there after {seconds} s")]
@@ -73,6 +76,9 @@ pub fn delete(options: &DeleteOptions) -> Result<Vec<String>, DeleteError> {
     if process.is_some() || !cgroup.remove_if_empty()? {
         end(&options.id, process.as_ref(), &cgroup)?;
         cgroup.remove()?;
+    }
+    if let Some(unit) = &record.scope {
+        Systemd::connect()?.stop(unit)?;
     }
     home.remove()?;
 

@@ -6,6 +6,7 @@ use oci_spec::runtime::LinuxResources;
 
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::state::{Home, StateError, Status};
+use crate::systemd::{Systemd, SystemdError};
 
 /// Why the limits were not changed.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +17,8 @@ pub enum UpdateError {
     Status { id: String, status: Status },
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Systemd(#[from] SystemdError),
 }
 
 /// Sets the limits that `resources` names; the others stay.
@@ -32,5 +35,11 @@ pub fn update(root: &Path, id: &str, resources: &LinuxResources) -> Result<(), U
             status,
         });
     }
-    Ok(Cgroup::open(&record.cgroup)?.update(resources)?)
+    let cgroup = Cgroup::open(&record.cgroup)?;
+    cgroup.update(resources)?;
+    if let Some(unit) = &record.scope {
+        let properties = cgroup.properties(resources, resources.devices().is_some())?;
+        Systemd::connect()?.set(unit, &properties)?;
+    }
+    Ok(())
 }

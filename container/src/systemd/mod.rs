@@ -1,0 +1,191 @@
+//! Control groups that systemd manages: each container's group is that of a scope, a unit of systemd
+//! around processes that it did not start.
+//!
+//! What is below the scope's group is the container's (`Delegate`), and so is what systemd does not
+//! know. The limits that it knows it is told, as properties of the unit: otherwise it would put its own
+//! back in their place when it next reads its configuration.
+
+mod bus;
+mod scope;
+mod wire;
+
+use std::path::{Path, PathBuf};
+
+pub use self::bus::SystemdError;
+use self::bus::{Bus, malformed};
+pub(crate) use self::scope::ScopePlan;
+pub(crate) use self::wire::Value;
+use self::wire::{Call, Message, Writer};
+
+/// The name and the value of a unit's property (org.freedesktop.systemd1(5)).
+pub(crate) type Property = (&'static str, Value);
+
+const MANAGER: &str = "org.freedesktop.systemd1.Manager";
+const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
+const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
+const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
+
+/// The mapping of a process that is in no user namespace but the host's.
+const HOST_UID_MAP: [&str; 3] = ["0", "0", "4294967295"];
+
+/// A connection to the manager of units: the system's for root, the user's own for others.
+#[derive(Debug)]
+pub(crate) struct Systemd(Bus);
+
+impl Systemd {
+    pub(crate) fn connect() -> Result<Systemd, SystemdError> {
+        Bus::connect(&socket()).map(Systemd)
+    }
+
+    /// Starts the scope around the process `pid`, and returns the path of its group.
+    pub(crate) fn start(
+        &mut self,
+        plan: &ScopePlan,
+        id: &str,
+        pid: i32,
+    ) -> Result<String, SystemdError> {
+        let started = match self.start_unit(plan, id, pid) {
+            // One that failed is remembered, under a name that is free otherwise.
+            Err(SystemdError::Refused { name, .. }) if name == UNIT_EXISTS => {
+                self.forget(&plan.unit)?;
+                self.start_unit(plan, id, pid)?
+            }
+            started => started?,
+        };
+        let job = started.body().text().map(str::to_owned);
+        let job = job.ok_or_else(|| SystemdError::Talk(malformed()))?;
+        let result = self.0.await_job(&job)?;
+        if result != "done" {
+            return Err(SystemdError::Job {
+                unit: plan.unit.clone(),
+                result,
+            });
+        }
+        self.control_group(&plan.unit)
+    }
+
+    fn start_unit(
+        &mut self,
+        plan: &ScopePlan,
+        id: &str,
+        pid: i32,
+    ) -> Result<Message, SystemdError> {
+        let mut properties: Vec<Property> = vec![
+            ("Description", Value::Text(format!("OCI container {id}"))),
+            ("PIDs", Value::Numbers(vec![pid.unsigned_abs()])),
+            ("Delegate", Value::Flag(true)),
+            ("DefaultDependencies", Value::Flag(false)),
+        ];
+        if !plan.slice.is_empty() {
+            properties.push(("Slice", Value::Text(plan.slice.clone())));
+        }
+        for accounting in [
+            "CPUAccounting",
+            "IOAccounting",
+            "MemoryAccounting",
+            "TasksAccounting",
+        ] {
+            properties.push((accounting, Value::Flag(true)));
+        }
+        let mut body = Writer::default();
+        body.text(&plan.unit);
+        body.text("fail");
+        body.properties(&properties);
+        // No units beside it.
+        body.array(8, |_| {});
+        self.manage(
+            "start the scope of the container",
+            "StartTransientUnit",
+            "ssa(sv)a(sa(sv))",
+            body,
+        )
+    }
+
+    /// The path of the unit's group below the root of all that systemd sees.
+    fn control_group(&mut self, unit: &str) -> Result<String, SystemdError> {
+        let mut body = Writer::default();
+        body.text("org.freedesktop.systemd1.Scope");
+        body.text("ControlGroup");
+        let call = Call {
+            path: &scope::object_path(unit),
+            interface: "org.freedesktop.DBus.Properties",
+            member: "Get",
+            signature: "ss",
+            body,
+        };
+        let answer = self.0.call("say where the container's group is", &call)?;
+        let path = answer.body().variant_text().map(str::to_owned);
+        path.ok_or_else(|| SystemdError::Talk(malformed()))
+    }
+
+    /// Tells limits to systemd, until the unit ends.
+    pub(crate) fn set(&mut self, unit: &str, properties: &[Property]) -> Result<(), SystemdError> {
+        if properties.is_empty() {
+            return Ok(());
+        }
+        let mut body = Writer::default();
+        body.text(unit);
+        body.flag(true);
+        body.properties(properties);
+        let act = "set linux.resources of the container's scope";
+        self.manage(act, "SetUnitProperties", "sba(sv)", body)
+            .map(|_| ())
+    }
+
+    /// Stops the unit, and has it forgotten if it failed. One that is not there is stopped.
+    pub(crate) fn stop(&mut self, unit: &str) -> Result<(), SystemdError> {
+        let mut body = Writer::default();
+        body.text(unit);
+        body.text("replace");
+        let act = "stop the container's scope";
+        match self.manage(act, "StopUnit", "ss", body) {
+            Err(SystemdError::Refused { name, .. }) if name == NO_SUCH_UNIT => return Ok(()),
+            stopped => stopped?,
+        };
+        self.forget(unit)
+    }
+
+    fn forget(&mut self, unit: &str) -> Result<(), SystemdError> {
+        let mut body = Writer::default();
+        body.text(unit);
+        let act = "forget the container's failed scope";
+        match self.manage(act, "ResetFailedUnit", "s", body) {
+            Err(SystemdError::Refused { name, .. }) if name == NO_SUCH_UNIT => Ok(()),
+            forgotten => forgotten.map(|_| ()),
+        }
+    }
+
+    fn manage(
+        &mut self,
+        act: &'static str,
+        member: &str,
+        signature: &str,
+        body: Writer,
+    ) -> Result<Message, SystemdError> {
+        let call = Call {
+            path: MANAGER_PATH,
+            interface: MANAGER,
+            member,
+            signature,
+            body,
+        };
+        self.0.call(act, &call)
+    }
+}
+
+/// Where systemd listens, as systemctl knows it.
+fn socket() -> PathBuf {
+    if rustix::process::geteuid().is_root() && !in_user_namespace() {
+        return PathBuf::from("/run/systemd/private");
+    }
+    let directory = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(
+        || PathBuf::from(format!("/run/user/{}", rustix::process::getuid().as_raw())),
+        PathBuf::from,
+    );
+    directory.join("systemd/private")
+}
+
+fn in_user_namespace() -> bool {
+    let map = std::fs::read_to_string(Path::new("/proc/self/uid_map")).unwrap_or_default();
+    !map.is_empty() && map.split_whitespace().ne(HOST_UID_MAP)
+}
