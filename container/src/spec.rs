@@ -1,9 +1,11 @@
 //! Reads a bundle's config.json. Shape only: what the values mean is checked by `plan`.
 
+mod location;
+
 use std::io;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Capability, Process, Spec};
+use oci_spec::runtime::{Capability, LinuxResources, Process, Spec};
 use serde_json::Value;
 
 /// A configuration larger than this is refused.
@@ -41,6 +43,9 @@ pub enum SpecError {
         /// What was found and what is allowed.
         reason: String,
     },
+    /// A limit for `update` has the wrong type or an unknown value.
+    #[error("{field}: {reason}")]
+    Resources { field: String, reason: String },
 }
 
 impl Config {
@@ -93,8 +98,10 @@ impl Config {
         if let Some(process) = value.get_mut("process") {
             correct_scheduler_flags(process);
         }
-        let spec = serde_path_to_error::deserialize(&value)
-            .map_err(|error| invalid(error.path().to_string(), error.inner().to_string()))?;
+        let spec = location::read(&value).map_err(|misfit| {
+            let whole = misfit.field.is_empty().then(|| "the whole".to_owned());
+            invalid(whole.unwrap_or(misfit.field), misfit.reason)
+        })?;
         Ok(Self {
             spec,
             text,
@@ -163,9 +170,27 @@ pub fn load_process(path: &Path) -> Result<Process, SpecError> {
     // What is unknown can be given to nobody; the container's own configuration was warned of.
     drop_unknown_capabilities(&mut config);
     correct_scheduler_flags(&mut config["process"]);
-    serde_path_to_error::deserialize(&config["process"]).map_err(|error| {
-        let field = format!("process.{}", error.path());
-        invalid(field, error.inner().to_string())
+    location::read(&config["process"]).map_err(|misfit| {
+        let field = format!("process.{}", misfit.field);
+        invalid(field.trim_end_matches('.').to_owned(), misfit.reason)
+    })
+}
+
+/// Reads the limits that `update` is given, in the form of `linux.resources`.
+///
+/// # Errors
+/// [`SpecError::Resources`]
+pub fn parse_resources(resources: &Value) -> Result<LinuxResources, SpecError> {
+    // Nothing is asked for.
+    if resources.is_null() {
+        return Ok(LinuxResources::default());
+    }
+    location::read(resources).map_err(|misfit| {
+        let field = format!("linux.resources.{}", misfit.field);
+        SpecError::Resources {
+            field: field.trim_end_matches('.').to_owned(),
+            reason: misfit.reason,
+        }
     })
 }
 

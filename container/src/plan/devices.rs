@@ -74,9 +74,10 @@ fn one(index: usize, device: &LinuxDevice) -> Result<DevicePlan, PlanError> {
     }
     let number = |name: &str, value: i64| {
         u32::try_from(value).map_err(|_| {
-            PlanError::invalid(
+            PlanError::value(
                 format!("{field}.{name}"),
-                format!("{value} is no device number"),
+                value,
+                "it must be between 0 and 4294967295",
             )
         })
     };

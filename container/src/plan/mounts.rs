@@ -118,9 +118,10 @@ impl MountPlan {
         let options = mount.options().iter().flatten().map(String::as_str);
         let mut options = Options::parse(options);
         if mount.destination().as_os_str().is_empty() {
-            return Err(PlanError::invalid(
+            return Err(PlanError::value(
                 format!("{field}.destination"),
-                "it must not be empty",
+                "",
+                "it must be a path in the container",
             ));
         }
         let name = mount.typ().as_deref().unwrap_or("none");
@@ -129,9 +130,10 @@ impl MountPlan {
             (Some(bind), _) => bind_plan(&field, mount, bundle, bind, privileged)?,
             (None, "bind") => bind_plan(&field, mount, bundle, Bind::Single, privileged)?,
             (None, "none" | "") => {
-                return Err(PlanError::invalid(
+                return Err(PlanError::value(
                     format!("{field}.type"),
-                    "it is needed, unless the options have `bind` or `rbind`",
+                    name,
+                    "it must name a file system, unless the options have `bind` or `rbind`",
                 ));
             }
             (None, "cgroup" | "cgroup2") => MountKind::Cgroup,
@@ -160,8 +162,11 @@ impl MountPlan {
                 }
             )
         {
-            let reason = "only a bind mount that a privileged caller makes can be id-mapped";
-            return Err(PlanError::invalid(field, reason));
+            return Err(PlanError::value(
+                format!("{field}.type"),
+                name,
+                "its owners cannot be mapped: only those of a bind mount can, by a caller who may mount",
+            ));
         }
         Ok(Self {
             field,
@@ -188,9 +193,12 @@ fn id_map(
     };
     let text = |mappings: &Option<Vec<_>>| map_text(mappings.as_deref().unwrap_or_default());
     let (uid_map, gid_map) = (text(uids), text(gids));
-    if uid_map.is_empty() || gid_map.is_empty() {
-        let reason = "an id-mapped mount needs mappings of users and of groups";
-        return Err(PlanError::invalid(field, reason));
+    for (name, map) in [("uidMappings", &uid_map), ("gidMappings", &gid_map)] {
+        if map.is_empty() {
+            let reason = "there is none, here or in linux; an id-mapped mount needs mappings of users \
+                          and of groups";
+            return Err(PlanError::invalid(format!("{field}.{name}"), reason));
+        }
     }
     let recursive = options.id_map.unwrap_or(false);
     Ok(Some(IdMap {

@@ -80,10 +80,11 @@ impl NamespacePlan {
             let field = format!("linux.namespaces[{index}]");
             let kind = kind(namespace.typ());
             if seen & kind.0 != 0 {
-                let name = kind.file_name();
-                return Err(PlanError::invalid(
-                    field,
-                    format!("the {name} namespace is given twice"),
+                let allowed = "it is given twice, and may be given once";
+                return Err(PlanError::value(
+                    format!("{field}.type"),
+                    namespace.typ(),
+                    allowed,
                 ));
             }
             seen |= kind.0;
@@ -101,8 +102,11 @@ impl NamespacePlan {
         plan.set_maps(linux)?;
         plan.set_time_offsets(linux)?;
         if !plan.has(Kind::MOUNT) {
-            return Err(PlanError::invalid(
+            let given = linux.namespaces().iter().flatten();
+            let given: Vec<_> = given.map(|namespace| namespace.typ().to_string()).collect();
+            return Err(PlanError::value(
                 "linux.namespaces",
+                given.join(", "),
                 "a mount namespace is needed: the root of the host would be changed",
             ));
         }
@@ -144,8 +148,9 @@ impl NamespacePlan {
                 ));
             }
             if !new && !text.is_empty() && self.joined.iter().all(|(kind, _)| *kind != Kind::USER) {
-                return Err(PlanError::invalid(
+                return Err(PlanError::value(
                     field,
+                    text.trim_end(),
                     "there is no user namespace to map",
                 ));
             }
@@ -167,16 +172,17 @@ impl NamespacePlan {
             }
             if !self.makes(Kind::TIME) {
                 return Err(PlanError::invalid(
-                    "linux.timeOffsets",
+                    format!("linux.timeOffsets.{clock}"),
                     "it needs a new time namespace",
                 ));
             }
             let (seconds, nanoseconds) =
                 (offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0));
             if nanoseconds >= NANOSECONDS_PER_SECOND {
-                return Err(PlanError::invalid(
+                return Err(PlanError::value(
                     format!("linux.timeOffsets.{clock}.nanosecs"),
-                    format!("{nanoseconds} is a second or more"),
+                    nanoseconds,
+                    "it must be less than 1000000000, a second",
                 ));
             }
             self.time_offsets += &format!("{clock} {seconds} {nanoseconds}\n");

@@ -49,7 +49,7 @@ pub(super) fn check_version(version: &str) -> Result<(), PlanError> {
 
 /// A filter that asks needs somebody to answer.
 pub(super) fn check_listener(seccomp: &LinuxSeccomp, notifies: bool) -> Result<(), PlanError> {
-    let given = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+    let metadata = seccomp.listener_metadata().as_deref();
     let path = seccomp
         .listener_path()
         .as_ref()
@@ -58,9 +58,12 @@ pub(super) fn check_listener(seccomp: &LinuxSeccomp, notifies: bool) -> Result<(
         let reason = "SCMP_ACT_NOTIFY needs the socket of an agent";
         return Err(PlanError::invalid("linux.seccomp.listenerPath", reason));
     }
-    if given(seccomp.listener_metadata()) && !path {
-        let reason = "it must not be set without listenerPath";
-        return Err(PlanError::invalid("linux.seccomp.listenerMetadata", reason));
+    if let Some(metadata) = metadata.filter(|metadata| !metadata.is_empty() && !path) {
+        return Err(PlanError::value(
+            "linux.seccomp.listenerMetadata",
+            metadata,
+            "it must not be set without listenerPath",
+        ));
     }
     Ok(())
 }
@@ -71,11 +74,12 @@ pub(super) fn mount_label(linux: &Linux) -> Result<Option<&str>, PlanError> {
         .mount_label()
         .as_deref()
         .filter(|label| !label.is_empty());
-    if label.is_some() && !super::process::selinux_is_enabled() {
-        return Err(PlanError::invalid(
+    match label {
+        Some(label) if !super::process::selinux_is_enabled() => Err(PlanError::value(
             "linux.mountLabel",
+            label,
             "SELinux is not enabled on this host",
-        ));
+        )),
+        label => Ok(label),
     }
-    Ok(label)
 }
