@@ -10,6 +10,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ::container::cgroup::Cgroup;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use nix::fcntl::{Flock, FlockArg};
@@ -81,7 +82,7 @@ pub async fn run(options: Options, stopping: CancellationToken) -> Result<(), Da
         paths: Arc::clone(&paths),
         images: images.clone(),
         network: Arc::clone(&network),
-        cgroup_parent: options.cgroup_parent,
+        cgroup_parent: options.cgroup_parent.clone(),
         capacity: capacity.clone(),
         disk: host::disk_of(&paths.state),
     });
@@ -108,13 +109,14 @@ pub async fn run(options: Options, stopping: CancellationToken) -> Result<(), Da
         instances: instances.clone(),
         events,
         images,
-        paths,
+        paths: Arc::clone(&paths),
         stopping,
     };
     api::serve(listener, context)
         .await
         .map_err(io_error("serving the API"))?;
     instances.close().await;
+    remove_unused_group(&paths, &options.cgroup_parent);
     // The socket file stays: the next hostd replaces it, and clients get a clear refusal meanwhile.
     tracing::info!("hostd goes; the instances stay");
     Ok(())
@@ -196,6 +198,17 @@ async fn mend(engine: &Engine, records: &[Record]) {
                 "the network could not be mended"
             );
         }
+    }
+}
+
+/// Removes the instances' common cgroup when there are none to hold. As long as something runs, the
+/// groups below it are its own, those without processes too.
+fn remove_unused_group(paths: &Paths, parent: &str) {
+    let runs = fs::read_dir(paths.instance_runs());
+    if runs.is_ok_and(|mut runs| runs.next().is_none())
+        && let Err(error) = Cgroup::open(parent).and_then(|group| group.remove_if_empty())
+    {
+        tracing::warn!(parent, error = driver::chain(&error), "the cgroup stays");
     }
 }
 

@@ -5,7 +5,9 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
+use std::thread;
 
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -235,7 +237,7 @@ fn spawn_daemon(binaries: &Path, dir: &Path, keeper: &Child) -> Child {
         .arg("--socket")
         .arg(dir.join("run/hostd.sock"))
         .arg("--cgroup-parent")
-        .arg(format!("/hostd-e2e-{}", std::process::id()))
+        .arg(format!("/{}", group()))
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("a descriptor can be duplicated"))
         .stderr(log)
@@ -252,11 +254,36 @@ impl Drop for Host {
         }
         if let Some(own) = &mut self.own {
             if let Ok(daemon) = own.daemon.get_mut() {
-                let _ = daemon.kill();
+                let _ = end(daemon);
                 let _ = daemon.wait();
             }
             let _ = own.keeper.kill();
             let _ = own.keeper.wait();
+            if !thread::panicking() {
+                let left = left_groups();
+                assert!(left.is_empty(), "groups are left: {left:?}");
+            }
         }
     }
+}
+
+/// Politely: a daemon without instances then removes what was for all of them.
+fn end(daemon: &Child) -> nix::Result<()> {
+    let pid = i32::try_from(daemon.id()).map_err(|_| Errno::ESRCH)?;
+    kill(Pid::from_raw(pid), Signal::SIGTERM)
+}
+
+/// What the daemon was told to put its instances' control groups into.
+fn group() -> String {
+    format!("hostd-e2e-{}", std::process::id())
+}
+
+fn left_groups() -> Vec<PathBuf> {
+    let root = Path::new("/sys/fs/cgroup");
+    let hierarchies = fs::read_dir(root).into_iter().flatten().flatten();
+    let places = hierarchies.map(|entry| entry.path()).chain([root.into()]);
+    places
+        .map(|place| place.join(group()))
+        .filter(|path| path.exists())
+        .collect()
 }
