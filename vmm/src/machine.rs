@@ -30,12 +30,12 @@ use crate::listen::Listener;
 use crate::memory::{Memory, MemoryError, MemoryPlan};
 use crate::plan::{DiskPlan, ListenPlan, NetPlan, Origin, Plan, TapPlan, VsockPlan};
 use crate::seccomp::{self, Filter, SeccompError, Thread};
-use crate::signals::SignalError;
+use crate::signals::{self, SignalError};
 use crate::snapshot::memory::{MemoryFileError, Region};
 use crate::snapshot::take::Snapshotter;
 use crate::snapshot::thread::SnapshotThread;
 use crate::terminal::RawTerminal;
-use crate::vcpu::{VcpuError, Vcpus};
+use crate::vcpu::{VcpuError, VcpuThreads, Vcpus};
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::block::{Block, BlockError, BlockHandle, BlockOptions};
@@ -144,13 +144,13 @@ opaque_debug!(Machine);
 impl Machine {
     /// Puts the machine of `plan` together. Its processors wait for [`run`](Self::run).
     pub fn build(mut plan: Plan, options: Options) -> Result<Machine, MachineError> {
-        prepare_process()?;
+        let early = Early::new(plan.cpus, options)?;
         let kvm = kvm::open(&plan.kvm)?;
         let memory = memory(&plan)?;
         generation::renew(&memory.all)?;
         let vm = Arc::new(Vm::new(&kvm, memory.all, plan.spec.memory.track_dirty)?);
         let virtio = VirtioDevices::new(&mut plan)?;
-        let mut parts = Parts::new(vm.clone(), plan.spec.transport)?;
+        let mut parts = Parts::new(vm.clone(), early.exit, plan.spec.transport)?;
         let saved_port = plan.saved().map(|state| state.devices.serial.clone());
         let (serial, terminal) = parts.add_serial_port(plan.console, saved_port.as_ref())?;
         let power_button = parts.add_power()?;
@@ -173,8 +173,8 @@ impl Machine {
             generation: &generation,
         };
         let begun = bare.begin(plan.origin)?;
-        let filters = Filters::new(options);
-        let vcpus = start_threads(fds, &mut parts, &filters)?;
+        let filters = early.filters;
+        let vcpus = start_threads(early.vcpus, fds, &mut parts, filters)?;
         if let Some(listen) = plan.control {
             let counters = parts.counters();
             let snapshotter = Snapshotter {
@@ -192,7 +192,7 @@ impl Machine {
                 anonymous: memory.anonymous,
                 last: Mutex::new(begun.from),
             };
-            let snapshots = start_snapshots(snapshotter, &filters)?;
+            let snapshots = start_snapshots(snapshotter, filters)?;
             let controls = Controls {
                 counters,
                 vcpus: vcpus.clone(),
@@ -224,13 +224,14 @@ impl Machine {
 
     /// Runs the machine to its end, and says why it ended.
     pub fn run(mut self) -> ExitStatus {
+        if !self.paused {
+            self.vcpus.resume();
+        }
         // Memory that is not given back is no reason not to run.
         let _ = footprint::forget_start(&mut self.events);
-        // From here on there are guests, and no way back out of the filters.
-        match self.filters.lock_event_loop() {
-            Ok(()) if self.paused => {}
-            Ok(()) => self.vcpus.resume(),
-            Err(error) => self.exit.fail(&error),
+        // Nothing that guests or clients do is looked at before, and there is no way back.
+        if let Err(error) = self.filters.lock_event_loop() {
+            self.exit.fail(&error);
         }
         if let Err(error) = self.events.run() {
             self.exit.fail(&error);
@@ -241,38 +242,51 @@ impl Machine {
     }
 }
 
-/// What is to be done before there is another thread.
-fn prepare_process() -> Result<(), KvmError> {
-    seccomp::prepare_allocator();
-    kvm::prepare_interrupts()
+/// What comes before all else: processors' threads, which take a while to start, and what must be
+/// there before they are.
+struct Early {
+    exit: ExitSwitch,
+    filters: Filters,
+    vcpus: VcpuThreads,
 }
 
-/// What threads may do. Absent filters allow everything.
+impl Early {
+    fn new(cpus: u8, options: Options) -> Result<Self, MachineError> {
+        seccomp::prepare_allocator();
+        kvm::prepare_interrupts()?;
+        signals::hold_back()?;
+        let exit = ExitSwitch::new().map_err(host("make an event"))?;
+        let filters = Filters {
+            absent: options.no_seccomp,
+        };
+        let vcpus = VcpuThreads::start(cpus, &filters.enter(Thread::Vcpu, &exit))?;
+        Ok(Self {
+            exit,
+            filters,
+            vcpus,
+        })
+    }
+}
+
+/// What threads may do: everything, if there are none.
+#[derive(Clone, Copy)]
 struct Filters {
-    event_loop: Option<Filter>,
-    vcpu: Option<Filter>,
-    device: Option<Filter>,
-    snapshot: Option<Filter>,
+    absent: bool,
 }
 
 impl Filters {
-    fn new(options: Options) -> Self {
-        let filter = |thread| (!options.no_seccomp).then(|| Filter::new(thread));
-        Self {
-            event_loop: filter(Thread::EventLoop),
-            vcpu: filter(Thread::Vcpu),
-            device: filter(Thread::Device),
-            snapshot: filter(Thread::Snapshot),
-        }
+    fn of(self, thread: Thread) -> Option<Filter> {
+        (!self.absent).then(|| Filter::new(thread))
     }
 
-    fn lock_event_loop(&self) -> Result<(), SeccompError> {
-        self.event_loop.as_ref().map_or(Ok(()), Filter::install)
+    fn lock_event_loop(self) -> Result<(), SeccompError> {
+        let filter = self.of(Thread::EventLoop);
+        filter.as_ref().map_or(Ok(()), Filter::install)
     }
 
-    /// What a thread that `filter` is for does first.
-    fn enter(filter: &Option<Filter>, exit: &ExitSwitch) -> Arc<dyn Fn() + Send + Sync> {
-        let (filter, exit) = (filter.clone(), exit.clone());
+    /// What such a thread does first.
+    fn enter(self, thread: Thread, exit: &ExitSwitch) -> Arc<dyn Fn() + Send + Sync> {
+        let (filter, exit) = (self.of(thread), exit.clone());
         Arc::new(move || {
             if let Some(Err(error)) = filter.as_ref().map(Filter::install) {
                 exit.fail(&error);
@@ -300,27 +314,28 @@ fn memory_controls(
 /// Starts the thread that writes snapshots, which waits.
 fn start_snapshots(
     snapshotter: Snapshotter,
-    filters: &Filters,
+    filters: Filters,
 ) -> Result<SnapshotThread, MachineError> {
-    let enter = Filters::enter(&filters.snapshot, &snapshotter.exit);
+    let enter = filters.enter(Thread::Snapshot, &snapshotter.exit);
     SnapshotThread::start(snapshotter, enter).map_err(host("start the thread of snapshots"))
 }
 
-/// Starts the devices' threads, and the processors', which wait.
+/// Starts the devices' threads, and gives the processors to theirs, where they wait.
 fn start_threads(
+    threads: VcpuThreads,
     vcpus: Vec<VcpuFd>,
     parts: &mut Parts,
-    filters: &Filters,
+    filters: Filters,
 ) -> Result<Arc<Vcpus>, MachineError> {
-    let enter = Filters::enter(&filters.device, &parts.exit);
-    parts
-        .events
-        .start_branches(&enter)
-        .map_err(host("start a device's thread"))?;
-    let enter = Filters::enter(&filters.vcpu, &parts.exit);
+    if parts.events.has_branches() {
+        let enter = filters.enter(Thread::Device, &parts.exit);
+        parts
+            .events
+            .start_branches(&enter)
+            .map_err(host("start a device's thread"))?;
+    }
     let buses = Arc::new(std::mem::take(&mut parts.buses));
-    let vcpus = Vcpus::start(vcpus, &buses, &parts.exit, &enter)?;
-    Ok(Arc::new(vcpus))
+    Ok(Arc::new(Vcpus::new(threads, vcpus, &buses, &parts.exit)))
 }
 
 /// Puts the control socket on the event loop.

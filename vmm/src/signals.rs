@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
@@ -21,14 +22,23 @@ struct Signals {
     exit: ExitSwitch,
 }
 
-/// From now on the signals of this process end the machine. To be called before other threads are
-/// started, which inherit that the signals wait for the event loop.
+fn signals() -> SigSet {
+    [Signal::SIGTERM, Signal::SIGINT].into_iter().collect()
+}
+
+fn failed(errno: Errno) -> SignalError {
+    SignalError(errno.into())
+}
+
+/// The signals of this process wait from now on. To be called before other threads are started,
+/// which inherit that.
+pub fn hold_back() -> Result<(), SignalError> {
+    signals().thread_block().map_err(failed)
+}
+
+/// From now on the signals that were [held back](hold_back) end the machine.
 pub fn end_machine(events: &mut EventLoop, exit: &ExitSwitch) -> Result<(), SignalError> {
-    let mut set = SigSet::empty();
-    set.add(Signal::SIGTERM);
-    set.add(Signal::SIGINT);
-    let failed = |errno: nix::errno::Errno| SignalError(errno.into());
-    set.thread_block().map_err(failed)?;
+    let set = signals();
     let fd = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
         .map_err(failed)?;
     let source = events.reserve();

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
@@ -123,14 +124,44 @@ pub struct Vcpus {
     exits: Vec<Arc<AtomicU64>>,
 }
 
+/// Threads for processors that are still to be made: others make those while they start.
+#[derive(Debug)]
+pub struct VcpuThreads {
+    /// By number of the processor.
+    threads: Vec<(Sender<Vcpu>, JoinHandle<()>)>,
+}
+
+impl VcpuThreads {
+    /// Starts `count` of them. `enter` runs first in each.
+    pub fn start(count: u8, enter: &Arc<dyn Fn() + Send + Sync>) -> Result<Self, VcpuError> {
+        let mut threads = Vec::new();
+        for id in 0..count {
+            let (sender, receiver) = channel::<Vcpu>();
+            let enter = enter.clone();
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{id}"))
+                .spawn(move || {
+                    enter();
+                    // Without a processor there is no machine.
+                    if let Ok(vcpu) = receiver.recv() {
+                        vcpu.live();
+                    }
+                })
+                .map_err(|source| VcpuError::Thread { id, source })?;
+            threads.push((sender, thread));
+        }
+        Ok(Self { threads })
+    }
+}
+
 impl Vcpus {
-    /// Starts a thread for each of `vcpus`. `enter` runs first in each thread.
-    pub fn start(
+    /// Gives each of `vcpus` to one of `threads`, of which there are as many.
+    pub fn new(
+        threads: VcpuThreads,
         vcpus: Vec<VcpuFd>,
         buses: &Arc<Buses>,
         exit: &ExitSwitch,
-        enter: &Arc<dyn Fn() + Send + Sync>,
-    ) -> Result<Self, VcpuError> {
+    ) -> Self {
         let gate = Arc::new(Gate {
             inner: Mutex::new(GateState {
                 order: Order::Park,
@@ -138,16 +169,14 @@ impl Vcpus {
             }),
             changed: Condvar::new(),
         });
+        let fds = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd)));
         let mut all = Self {
             gate,
             threads: Mutex::default(),
-            fds: vcpus
-                .into_iter()
-                .map(|fd| Arc::new(Mutex::new(fd)))
-                .collect(),
+            fds: fds.collect(),
             exits: Vec::new(),
         };
-        for (id, fd) in (0..).zip(all.fds.clone()) {
+        for ((id, fd), (sender, thread)) in (0..).zip(all.fds.clone()).zip(threads.threads) {
             let vcpu = Vcpu {
                 id,
                 fd,
@@ -157,17 +186,11 @@ impl Vcpus {
                 exits: Arc::default(),
             };
             all.exits.push(vcpu.exits.clone());
-            let enter = enter.clone();
-            let thread = thread::Builder::new()
-                .name(format!("vcpu{id}"))
-                .spawn(move || {
-                    enter();
-                    vcpu.live();
-                })
-                .map_err(|source| VcpuError::Thread { id, source })?;
+            // A thread that is gone has said why.
+            let _ = sender.send(vcpu);
             all.threads().push(thread);
         }
-        Ok(all)
+        all
     }
 
     /// Lets them run.

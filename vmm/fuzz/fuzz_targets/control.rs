@@ -14,7 +14,7 @@ use vmm::devices::guest_status::Readiness as GuestReadiness;
 use vmm::events::{EventLoop, Readiness, Source, event};
 use vmm::exit::ExitSwitch;
 use vmm::listen::Listener;
-use vmm::vcpu::{Buses, Vcpus};
+use vmm::vcpu::{Buses, VcpuThreads, Vcpus};
 
 /// Tokens of the server: the listener, the guest's readiness, snapshots, and then clients as they come.
 const LISTENER: u32 = 0;
@@ -27,9 +27,10 @@ fn server(listener: UnixListener) -> (Server, EventLoop) {
     let mut events = EventLoop::new(exit.clone()).expect("an event loop can be made");
     let source = events.reserve();
     let enter: Arc<dyn Fn() + Send + Sync> = Arc::new(|| ());
-    let vcpus = Vcpus::start(Vec::new(), &Arc::new(Buses::default()), &exit, &enter);
+    let threads = VcpuThreads::start(0, &enter).expect("there are none");
+    let vcpus = Vcpus::new(threads, Vec::new(), &Arc::new(Buses::default()), &exit);
     let controls = Controls {
-        vcpus: Arc::new(vcpus.expect("there are none")),
+        vcpus: Arc::new(vcpus),
         exit,
         readiness: GuestReadiness::new().expect("an event can be made"),
         power_button: event().expect("an event can be made"),

@@ -35,6 +35,11 @@ impl EventLoop {
         Ok(branch)
     }
 
+    /// Whether there are branches to be started.
+    pub fn has_branches(&self) -> bool {
+        !self.branches.waiting.is_empty()
+    }
+
     /// Starts a thread for each branch. `enter` runs first in each.
     pub fn start_branches(&mut self, enter: &Arc<dyn Fn() + Send + Sync>) -> io::Result<()> {
         for (name, mut branch) in self.branches.waiting.drain(..) {

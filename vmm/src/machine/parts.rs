@@ -53,8 +53,11 @@ pub(super) struct Parts {
 
 impl Parts {
     /// With devices that are found in this way.
-    pub(super) fn new(vm: Arc<Vm>, transport: spec::Transport) -> Result<Self, MachineError> {
-        let exit = ExitSwitch::new().map_err(host("make an event"))?;
+    pub(super) fn new(
+        vm: Arc<Vm>,
+        exit: ExitSwitch,
+        transport: spec::Transport,
+    ) -> Result<Self, MachineError> {
         let mut events = EventLoop::new(exit.clone()).map_err(host("make an event loop"))?;
         signals::end_machine(&mut events, &exit)?;
         Ok(Self {
