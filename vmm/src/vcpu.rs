@@ -325,7 +325,13 @@ impl Vcpu {
             Ok(VcpuExit::MmioWrite(address, data)) => self.buses.memory.write(address, data),
             // The guest's processor has nowhere to go: a real one would reset.
             Ok(VcpuExit::Shutdown) => {
-                self.exit.end(ExitStatus::new(ExitReason::Reset));
+                self.exit.end(ExitStatus {
+                    error: Some(format!(
+                        "was reset: virtual processor {} could not go on (a triple fault)",
+                        self.id
+                    )),
+                    ..ExitStatus::new(ExitReason::Reset)
+                });
                 return Ok(State::Finished);
             }
             Ok(VcpuExit::InternalError) => {

@@ -1,7 +1,6 @@
 //! The registers of a virtio device, its rings, and what the event loop does, in any order.
 #![no_main]
 
-use std::io;
 use std::sync::Mutex;
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
@@ -10,8 +9,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm::bus::BusDevice;
 use vmm::events::{Readiness, Source};
 use vmm::virtio::block::{Block, BlockOptions};
-use vmm::virtio::transport::{KICK_TOKEN, Kick, Transport, Platform};
-use vmm::virtio::{DeviceError, Interest, Signal};
+use vmm::virtio::transport::{KICK_TOKEN, Transport};
+use vmm_fuzz::World;
 
 const MEMORY_BYTES: usize = 0x1_0000;
 
@@ -45,35 +44,11 @@ enum Act {
     Honest { steps: u8 },
 }
 
-/// A machine around the device that takes everything.
-struct World;
-
-impl Platform for World {
-    fn interrupt(&self, _told: Signal) -> io::Result<()> {
-        Ok(())
-    }
-    fn watch_kicks(&mut self, _queues: usize) -> io::Result<()> {
-        Ok(())
-    }
-    fn unwatch_kicks(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-    fn kick(&self, _queue: usize, _kick: Kick) -> io::Result<()> {
-        Ok(())
-    }
-    fn watch(&mut self, _old: &[Interest], _new: &[Interest]) -> io::Result<()> {
-        Ok(())
-    }
-    fn fail(&self, error: DeviceError) {
-        panic!("the host is blamed: {error:?}");
-    }
-}
-
 fn transport(memory: &GuestMemoryMmap) -> Mutex<Transport> {
     let file = tempfile::tempfile().expect("a file can be made");
     file.set_len(1 << 20).expect("a file can be made larger");
     let block = Block::new(file, BlockOptions::default()).expect("a file can be a disk");
-    let (device, world) = (Box::new(block), Box::new(World));
+    let (device, world) = (Box::new(block), Box::new(World::default()));
     let transport = Transport::new("disk0".to_owned(), device, memory.clone(), world);
     Mutex::new(transport.expect("its queues are possible"))
 }

@@ -2,7 +2,6 @@
 //! in any order.
 #![no_main]
 
-use std::io;
 use std::sync::{Arc, Mutex};
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
@@ -16,8 +15,8 @@ use vmm::pci::bus::PciBus;
 use vmm::virtio::block::{Block, BlockOptions};
 use vmm::virtio::pci::interrupts::{Interrupts, Messages};
 use vmm::virtio::pci::{Place, VirtioFunction};
-use vmm::virtio::transport::{KICK_TOKEN, Kick, Platform, Transport};
-use vmm::virtio::{DeviceError, Interest, Signal};
+use vmm::virtio::transport::{KICK_TOKEN, Transport};
+use vmm_fuzz::World;
 
 const MEMORY_BYTES: usize = 0x1_0000;
 
@@ -59,31 +58,6 @@ enum Act {
     Honest { steps: u8 },
 }
 
-/// A machine around the device that takes everything.
-struct World(Arc<Mutex<Interrupts>>);
-
-impl Platform for World {
-    fn interrupt(&self, told: Signal) -> io::Result<()> {
-        self.0.lock().expect("nothing panics").raise(told);
-        Ok(())
-    }
-    fn watch_kicks(&mut self, _queues: usize) -> io::Result<()> {
-        Ok(())
-    }
-    fn unwatch_kicks(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-    fn kick(&self, _queue: usize, _kick: Kick) -> io::Result<()> {
-        Ok(())
-    }
-    fn watch(&mut self, _old: &[Interest], _new: &[Interest]) -> io::Result<()> {
-        Ok(())
-    }
-    fn fail(&self, error: DeviceError) {
-        panic!("the host is blamed: {error:?}");
-    }
-}
-
 struct Nobody;
 
 impl Messages for Nobody {
@@ -105,7 +79,12 @@ impl Guest {
         file.set_len(1 << 20).expect("a file can be made larger");
         let block = Block::new(file, BlockOptions::default()).expect("a file can be a disk");
         let interrupts = Arc::new(Mutex::new(Interrupts::new(1, Box::new(Nobody))));
-        let (device, world) = (Box::new(block), Box::new(World(interrupts.clone())));
+        let (device, world) = (
+            Box::new(block),
+            Box::new(World {
+                interrupts: Some(interrupts.clone()),
+            }),
+        );
         let transport = Transport::new("disk0".to_owned(), device, memory.clone(), world);
         let transport = Arc::new(Mutex::new(transport.expect("its queues are possible")));
         let place = Place::default();

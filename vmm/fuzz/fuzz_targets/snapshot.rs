@@ -3,7 +3,6 @@
 #![no_main]
 
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::sync::Mutex;
@@ -20,43 +19,20 @@ use vmm::snapshot::memory;
 use vmm::snapshot::restore::Restore;
 use vmm::snapshot::state::{State, VirtioState};
 use vmm::spec;
+use vmm::virtio::VirtioDevice;
 use vmm::virtio::balloon::Balloon;
 use vmm::virtio::block::{Block, BlockOptions};
 use vmm::virtio::mem::{BLOCK_BYTES, Mem};
-use vmm::virtio::transport::{KICK_TOKEN, Kick, Transport, Platform};
 use vmm::virtio::rng::Rng;
+use vmm::virtio::transport::{KICK_TOKEN, Transport};
 use vmm::virtio::vsock::{Vsock, VsockHost};
-use vmm::virtio::{DeviceError, Interest, Signal, VirtioDevice};
+use vmm_fuzz::World;
 
 const MEMORY_BYTES: usize = 0x2_0000;
 const DISK_BYTES: u64 = 1 << 20;
 
 /// The most devices of a state that are tried.
 const DEVICES_MAX: usize = 8;
-
-/// A machine around a device that takes everything.
-struct World;
-
-impl Platform for World {
-    fn interrupt(&self, _told: Signal) -> io::Result<()> {
-        Ok(())
-    }
-    fn watch_kicks(&mut self, _queues: usize) -> io::Result<()> {
-        Ok(())
-    }
-    fn unwatch_kicks(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-    fn kick(&self, _queue: usize, _kick: Kick) -> io::Result<()> {
-        Ok(())
-    }
-    fn watch(&mut self, _old: &[Interest], _new: &[Interest]) -> io::Result<()> {
-        Ok(())
-    }
-    fn fail(&self, error: DeviceError) {
-        panic!("the host is blamed: {error:?}");
-    }
-}
 
 struct Nowhere;
 
@@ -66,8 +42,7 @@ impl Routes for Nowhere {
 
 fn disk() -> File {
     let file = tempfile::tempfile().expect("a file can be made");
-    file.set_len(DISK_BYTES)
-        .expect("a file can be made larger");
+    file.set_len(DISK_BYTES).expect("a file can be made larger");
     file
 }
 
@@ -98,7 +73,12 @@ fn restore_device(state: &VirtioState, memory: &GuestMemoryMmap) {
         return;
     };
     let queues = device.info().queue_sizes.len();
-    let transport = Transport::new("it".into(), device, memory.clone(), Box::new(World));
+    let transport = Transport::new(
+        "it".into(),
+        device,
+        memory.clone(),
+        Box::new(World::default()),
+    );
     let mut transport = transport.expect("its queues are possible");
     if transport.restore(&state.transport).is_err() {
         return;

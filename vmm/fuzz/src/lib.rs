@@ -1,17 +1,21 @@
-//! A guest that does whatever the fuzzer says to a device's queues.
+//! A guest that does whatever the fuzzer says to a device's queues, and a machine around a device.
 //!
 //! `cargo xtask fuzz` builds the targets with the instrumentation that libFuzzer learns from, and runs
 //! them.
 //!
 //! UNSAFETY: a device names the descriptors that it waits for by number; they are polled as such.
 
+use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex};
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm::virtio::{DeviceError, VirtioDevice};
+use vmm::virtio::pci::interrupts::Interrupts;
+use vmm::virtio::transport::{Kick, Platform};
+use vmm::virtio::{DeviceError, Interest, Signal, VirtioDevice};
 
 /// The guest's memory: small, so that its edges are met, with a hole as that of the devices.
 const MEMORY_BYTES: usize = 0x4_0000;
@@ -249,6 +253,37 @@ impl Guest {
             }
         }
         Ok(())
+    }
+}
+
+/// A machine around a device that takes everything.
+#[derive(Default)]
+pub struct World {
+    /// What a PCI function interrupts by.
+    pub interrupts: Option<Arc<Mutex<Interrupts>>>,
+}
+
+impl Platform for World {
+    fn interrupt(&self, told: Signal) -> io::Result<()> {
+        if let Some(interrupts) = &self.interrupts {
+            interrupts.lock().expect("nothing panics").raise(told);
+        }
+        Ok(())
+    }
+    fn watch_kicks(&mut self, _queues: usize) -> io::Result<()> {
+        Ok(())
+    }
+    fn unwatch_kicks(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn kick(&self, _queue: usize, _kick: Kick) -> io::Result<()> {
+        Ok(())
+    }
+    fn watch(&mut self, _old: &[Interest], _new: &[Interest]) -> io::Result<()> {
+        Ok(())
+    }
+    fn fail(&self, error: DeviceError) {
+        panic!("the host is blamed: {error:?}");
     }
 }
 

@@ -204,7 +204,8 @@ pub struct ExitStatus {
     pub code: Option<u8>,
     /// The guest reported that its workload was killed for want of memory.
     pub oom: bool,
-    /// With [`ExitReason::Error`], what went wrong, causes included.
+    /// With [`ExitReason::Error`], what went wrong, causes included; with [`ExitReason::Reset`], why,
+    /// if the guest did not ask for it.
     pub error: Option<String>,
 }
 

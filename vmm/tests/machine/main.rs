@@ -40,7 +40,6 @@ fn each_way_for_a_guest_to_end_is_told_apart() {
         (guest().out_byte(power(0), 0x34), ExitReason::PowerOff, 0),
         (guest().out_byte(power(2), 1), ExitReason::Reset, 0),
         (guest().out_byte(0x64, 0xfe), ExitReason::Reset, 0),
-        (guest().crash(), ExitReason::Reset, 0),
         (guest().exit(0), ExitReason::GuestExit, 0),
         (guest().exit(255), ExitReason::GuestExit, 255),
     ] {
@@ -54,6 +53,20 @@ fn each_way_for_a_guest_to_end_is_told_apart() {
         assert_eq!(ended.status, Some(want), "{ended:?}");
         assert_eq!(ended.stderr, "");
     }
+}
+
+#[test]
+fn a_guest_that_crashes_is_reset_and_not_without_a_word() {
+    let ended = Machine::new(guest().crash()).run();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let status = ended.status.unwrap();
+    assert_eq!(status.reason, ExitReason::Reset);
+    let why = status.error.unwrap();
+    assert!(
+        why.contains("processor 0") && why.contains("triple fault"),
+        "{why}"
+    );
+    assert_eq!(ended.stderr, format!("hostd-vmm: the machine {why}\n"));
 }
 
 #[test]
