@@ -19,6 +19,7 @@ use rustix::fs::CWD;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::cgroup::{Cgroup, CgroupError};
+use crate::footprint;
 use crate::handshake::{Channel, Message};
 use crate::hooks::HookError;
 use crate::idmap;
@@ -221,6 +222,8 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
         systemd: options.systemd_cgroup,
     };
     let plan = Plan::new(&config, &setting)?;
+    // What reads and checks a configuration is half of the program, and done.
+    footprint::forget_code();
     idmap::apply(&plan.mounts)?;
     let console_socket = connect_console(plan.process.terminal.is_some(), &options.stdio)?;
 

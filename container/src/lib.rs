@@ -10,6 +10,7 @@ mod copy;
 pub mod create;
 mod devices;
 pub mod error;
+pub mod footprint;
 mod handshake;
 mod hooks;
 mod idmap;

@@ -22,7 +22,9 @@ use std::{
 };
 
 use self::{launch::Launched, protocol::Ready};
-use crate::{create::CreateError, error::chain, state::StateError, verbs::delete::DeleteError};
+use crate::{
+    create::CreateError, error::chain, footprint, state::StateError, verbs::delete::DeleteError,
+};
 
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
@@ -92,6 +94,8 @@ pub fn run(dir: &Path) -> Result<(), MonitorError> {
         }
         Ok(Launched { server, ready }) => {
             tell(&ready);
+            // It may wait for weeks from here on.
+            footprint::forget_code();
             server.serve()
         }
     }

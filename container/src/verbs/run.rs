@@ -6,10 +6,11 @@ use std::path::Path;
 
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use crate::create::{CreateError, CreateOptions, create_started};
+use crate::footprint;
 use crate::process::{Exit, Process};
 use crate::relay::Relay;
 use crate::verbs::delete::{DeleteError, DeleteOptions, delete};
@@ -107,12 +108,19 @@ impl Signals {
     }
 }
 
+/// A process that runs for longer is waited for with as little memory as that takes.
+const SHORT_RUN_SECONDS: i64 = 1;
+
 /// Waits for a child to end, passing signals and the terminal's bytes meanwhile.
 ///
 /// # Errors
 /// When it cannot be waited for; it may still run then.
 pub fn attend(process: &Process, signals: &Signals, console: Option<OwnedFd>) -> io::Result<Exit> {
     let mut relay = console.map(Relay::new).transpose()?;
+    let mut patience = Some(Timespec {
+        tv_sec: SHORT_RUN_SECONDS,
+        tv_nsec: 0,
+    });
     loop {
         let mut fds = vec![
             PollFd::new(process, PollFlags::IN),
@@ -121,7 +129,12 @@ pub fn attend(process: &Process, signals: &Signals, console: Option<OwnedFd>) ->
         if let Some(relay) = &relay {
             fds.extend(relay.poll_fds());
         }
-        match poll(&mut fds, None) {
+        match poll(&mut fds, patience.as_ref()) {
+            Ok(0) => {
+                footprint::forget_code();
+                patience = None;
+                continue;
+            }
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }

@@ -17,3 +17,4 @@ mod process;
 mod races;
 mod rootless;
 mod seccomp;
+mod systemd;
