@@ -85,6 +85,7 @@ pub async fn run(options: Options, stopping: CancellationToken) -> Result<(), Da
         cgroup_parent: options.cgroup_parent.clone(),
         capacity: capacity.clone(),
         disk: host::disk_of(&paths.state),
+        stopping: stopping.clone(),
     });
     let records = store.run(|connection| store::instances(connection)).await?;
     mend(&engine, &records).await;

@@ -14,6 +14,8 @@ pub enum Request {
     Resume,
     Restart,
     Remove,
+    Snapshot,
+    Restore,
 }
 
 impl Request {
@@ -27,6 +29,8 @@ impl Request {
             Request::Resume => "resume",
             Request::Restart => "restart",
             Request::Remove => "remove",
+            Request::Snapshot => "snapshot",
+            Request::Restore => "restore",
         }
     }
 }
@@ -120,7 +124,11 @@ pub fn request(state: InstanceState, request: Request) -> Result<Grant, Refused>
         (S::Paused, R::Resume) => Ok(Grant::Become(S::Running)),
         (S::Starting | S::Running | S::Paused, R::Stop | R::Kill | R::Restart)
         | (S::Stopping, R::Kill) => Ok(Grant::Become(S::Stopping)),
-        (S::Created | S::Stopped | S::Failed, R::Remove) => Ok(Grant::Become(state)),
+        (S::Created | S::Stopped | S::Failed, R::Remove | R::Restore)
+        | (S::Created | S::Running | S::Paused | S::Stopped | S::Failed, R::Snapshot) => {
+            Ok(Grant::Become(state))
+        }
+        (S::Running | S::Paused, R::Restore) => Ok(Grant::Become(S::Stopping)),
 
         (S::Starting | S::Running | S::Paused, R::Start)
         | (S::Paused, R::Pause)
@@ -150,14 +158,14 @@ mod tests {
     /// The whole machine: read by people, checked by the computer. A dot is a refusal, an equals
     /// sign means that it already holds.
     const TABLE: &str = "
-             | start    stop     kill     pause  resume  restart  remove  | start_failed ready    ended   lost
-    created  | starting =        =        .      .       starting created | failed       created  stopped failed
-    starting | =        stopping stopping .      .       stopping .       | failed       running  stopped failed
-    running  | =        stopping stopping paused =       stopping .       | failed       running  stopped failed
-    paused   | =        stopping stopping =      running stopping .       | failed       paused   stopped failed
-    stopping | .        =        stopping .      .       .        .       | stopped      stopping stopped stopped
-    stopped  | starting =        =        .      .       starting stopped | failed       stopped  stopped failed
-    failed   | starting =        =        .      .       starting failed  | failed       failed   stopped failed
+             | start    stop     kill     pause  resume  restart  remove  snapshot restore  | start_failed ready    ended   lost
+    created  | starting =        =        .      .       starting created created  created  | failed       created  stopped failed
+    starting | =        stopping stopping .      .       stopping .       .        .        | failed       running  stopped failed
+    running  | =        stopping stopping paused =       stopping .       running  stopping | failed       running  stopped failed
+    paused   | =        stopping stopping =      running stopping .       paused   stopping | failed       paused   stopped failed
+    stopping | .        =        stopping .      .       .        .       .        .        | stopped      stopping stopped stopped
+    stopped  | starting =        =        .      .       starting stopped stopped  stopped  | failed       stopped  stopped failed
+    failed   | starting =        =        .      .       starting failed  failed   failed   | failed       failed   stopped failed
     ";
 
     const STATES: [InstanceState; 7] = [
@@ -169,7 +177,7 @@ mod tests {
         InstanceState::Stopped,
         InstanceState::Failed,
     ];
-    const REQUESTS: [Request; 7] = [
+    const REQUESTS: [Request; 9] = [
         Request::Start,
         Request::Stop,
         Request::Kill,
@@ -177,6 +185,8 @@ mod tests {
         Request::Resume,
         Request::Restart,
         Request::Remove,
+        Request::Snapshot,
+        Request::Restore,
     ];
     const FACTS: [Fact; 4] = [Fact::StartFailed, Fact::Ready, Fact::Ended, Fact::Lost];
 
@@ -189,7 +199,7 @@ mod tests {
         for (row, state) in rows.iter().skip(1).zip(STATES) {
             let cells: Vec<&str> = row.split_whitespace().filter(|cell| *cell != "|").collect();
             assert_eq!(cells[0], name(state));
-            for (cell, asked) in cells[1..8].iter().zip(REQUESTS) {
+            for (cell, asked) in cells[1..10].iter().zip(REQUESTS) {
                 let got = match request(state, asked) {
                     Ok(Grant::Become(next)) => name(next),
                     Ok(Grant::AlreadySo) => "=",
@@ -197,7 +207,7 @@ mod tests {
                 };
                 assert_eq!(got, *cell, "{} asked to {}", name(state), asked.verb());
             }
-            for (cell, fact) in cells[8..].iter().zip(FACTS) {
+            for (cell, fact) in cells[10..].iter().zip(FACTS) {
                 assert_eq!(
                     name(observe(state, fact)),
                     *cell,

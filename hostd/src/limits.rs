@@ -55,6 +55,8 @@ pub struct Rules {
     pub mounts: bool,
     /// Whether the writable layer can be bounded.
     pub disk_size: bool,
+    /// Whether a snapshot can hold the memory of an instance.
+    pub memory_snapshots: bool,
     /// When a change of the field at this JSON pointer takes effect on a running instance, or why
     /// it cannot be changed. The limits are the instance's before and after the change.
     pub effect: fn(pointer: &str, before: &Limits, after: &Limits) -> Result<Effect, &'static str>,
@@ -364,6 +366,7 @@ mod tests {
             memory_default_bytes: None,
             mounts: true,
             disk_size: true,
+            memory_snapshots: true,
             effect: |_, _, _| Ok(Effect::Live),
         }
     }

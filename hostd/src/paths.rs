@@ -47,6 +47,11 @@ impl Paths {
         self.instance_state(name).join("log")
     }
 
+    /// The snapshots of an instance, a directory each.
+    pub fn snapshots(&self, name: &str) -> PathBuf {
+        self.instance_state(name).join("snapshots")
+    }
+
     /// What one run of an instance needs.
     pub fn instance_run(&self, name: &str) -> PathBuf {
         self.instance_runs().join(name)

@@ -367,6 +367,7 @@ mod tests {
             memory_default_bytes: None,
             mounts: true,
             disk_size: true,
+            memory_snapshots: true,
             effect: |_, _, _| Ok(Effect::Live),
         };
         let host = Capacity {

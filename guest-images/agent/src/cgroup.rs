@@ -5,14 +5,20 @@
 //! - `PARENT/workload/exec-N` is for one process of exec and its children.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
-use std::os::fd::OwnedFd;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::streams::wait;
 
 /// Delegated to the groups as far as the kernel has them.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+
+/// How long processes may take to stop; one that waits for a device does not before it is served.
+const FREEZE_MAX: Duration = Duration::from_secs(10);
 
 /// What `memory.stat` counts pages in.
 const PAGE_BYTES: u64 = 4096;
@@ -126,6 +132,44 @@ impl Cgroups {
             write(&self.memory_file(), &bytes.to_string())?;
         }
         killed
+    }
+
+    /// Stops every process of the workload and of exec where it is, and waits until all have stopped.
+    /// If one does not in time, all go on.
+    pub(crate) fn freeze(&self) -> Result<(), CgroupError> {
+        write(&self.workload.join("cgroup.freeze"), "1")?;
+        let frozen = self.wait_until_frozen();
+        if frozen.is_err() {
+            self.thaw()?;
+        }
+        frozen
+    }
+
+    /// Lets them go on. Doing it twice is doing it once.
+    pub(crate) fn thaw(&self) -> Result<(), CgroupError> {
+        write(&self.workload.join("cgroup.freeze"), "0")
+    }
+
+    fn wait_until_frozen(&self) -> Result<(), CgroupError> {
+        let path = self.workload.join("cgroup.events");
+        let waited = File::open(&path).and_then(|mut events| {
+            let deadline = Instant::now() + FREEZE_MAX;
+            loop {
+                let mut text = String::new();
+                events.seek(SeekFrom::Start(0))?;
+                events.read_to_string(&mut text)?;
+                if entry(&text, "frozen") == 1 {
+                    return Ok(());
+                }
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                // The kernel tells of a change of the file so (cgroup-v2.rst, "cgroup.events").
+                wait([(events.as_fd(), libc::POLLPRI)], Some(left))?;
+            }
+        });
+        waited.map_err(|source| CgroupError { path, source })
     }
 
     /// Processes and threads.

@@ -19,7 +19,7 @@ use nix::sys::reboot::{RebootMode, reboot};
 use nix::unistd::sync;
 
 use crate::console::say;
-use crate::protocol::{CONFIG_PATH, Config};
+use crate::protocol::{CONFIG_PATH, Config, Network, Renewal};
 use crate::sys;
 
 /// Where control groups are found.
@@ -92,13 +92,37 @@ pub fn set_up(config: &Config) -> Result<Machine, SetUpError> {
     system::drop_initramfs();
     mounts::enter_root()?;
     mounts::mount_device_file_systems()?;
-    files::write_all(config)?;
+    files::write_identity(
+        &config.hostname,
+        config.network.as_ref(),
+        config.machine_id.as_deref(),
+    )?;
 
     network::bring_up_loopback()?;
     if let Some(network) = &config.network {
         network::configure(network)?;
     }
     Ok(Machine { memory, writable })
+}
+
+/// Sets the clock of a machine that did not run for a while, unless it shows the host's `now_ns`.
+pub fn adjust_clock(now_ns: Option<i64>) -> Result<(), SetUpError> {
+    system::adjust_clock(now_ns)
+}
+
+/// Makes the machine, which has gone on from the memory of another, one of its own. `former` is what
+/// its network interface is set to.
+pub fn renew(renewal: &Renewal, former: Option<&Network>) -> Result<(), SetUpError> {
+    system::set_host_name(&renewal.hostname)?;
+    files::write_identity(
+        &renewal.hostname,
+        renewal.network.as_ref(),
+        renewal.machine_id.as_deref(),
+    )?;
+    match (former, &renewal.network) {
+        (Some(former), Some(network)) if former != network => network::change(former, network),
+        _ => Ok(()),
+    }
 }
 
 impl Machine {

@@ -60,6 +60,22 @@ pub struct Config {
     /// The host's wall clock at launch, in nanoseconds since the epoch.
     #[serde(default)]
     pub clock_ns: Option<i64>,
+    /// What an image or a snapshot that has a `/etc/machine-id` is to have there, if it is not to stay:
+    /// 32 hexadecimal digits.
+    #[serde(default)]
+    pub machine_id: Option<String>,
+}
+
+/// Who a machine is from now on that goes on from the memory of another.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Renewal {
+    pub hostname: String,
+    #[serde(default)]
+    pub network: Option<Network>,
+    /// As in [`Config`].
+    #[serde(default)]
+    pub machine_id: Option<String>,
 }
 
 /// A static IPv4 set-up of the guest's only NIC.
@@ -126,6 +142,17 @@ pub enum Request {
     SetMemory {
         at_start_bytes: u64,
         now_bytes: u64,
+    },
+    /// Stops the workload and what exec started where they are, and writes to the disk what they
+    /// have written to files. Answered once that has come about.
+    Hold {},
+    /// Lets them go on. A machine that goes on from a snapshot is told before who and when it is.
+    Release {
+        #[serde(default)]
+        renewal: Option<Renewal>,
+        /// The host's wall clock, in nanoseconds since the epoch.
+        #[serde(default)]
+        clock_ns: Option<i64>,
     },
 }
 

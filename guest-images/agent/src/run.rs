@@ -110,6 +110,7 @@ pub fn run(
         workload,
         description: config.process.clone(),
         execs: Slots::default(),
+        network: config.network.clone().into(),
         memory: surroundings.memory,
         memory_at_start: memory,
     });

@@ -7,13 +7,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use nix::unistd::sync;
+
 use crate::cgroup::{CgroupError, Cgroups};
 use crate::console::{chain, say};
 use crate::exec;
 use crate::launch;
 use crate::lines::{LineError, LineWriter, Lines};
+use crate::machine::{self, SetUpError};
 use crate::memory::Memory;
-use crate::protocol::{Frame, Process, Request, Response};
+use crate::protocol::{Frame, Network, Process, Renewal, Request, Response};
 use crate::reaper::{Reaper, STACK_BYTES};
 use crate::transport::Listener;
 use crate::workload::Workload;
@@ -37,6 +40,8 @@ enum RequestError {
     Resize(#[source] io::Error),
     #[error("Failed to read how much memory is in use")]
     Memory(#[source] io::Error),
+    #[error("Failed to become the machine that this is from now on")]
+    Renew(#[source] SetUpError),
 }
 
 /// What requests are about.
@@ -49,6 +54,8 @@ pub(crate) struct Agent {
     pub(crate) description: Process,
     /// Conversations of exec.
     pub(crate) execs: Slots,
+    /// What the network interface is set to.
+    pub(crate) network: Mutex<Option<Network>>,
     /// /proc/meminfo, open, since the workload may unmount /proc.
     pub(crate) memory: File,
     /// Before the workload ran.
@@ -188,8 +195,30 @@ fn respond(agent: &Agent, request: &Request) -> Result<Response, RequestError> {
             let memory = agent.memory_at_start.resized(*at_start_bytes, *now_bytes);
             agent.cgroups.set_memory_max(memory.for_workload())?;
         }
+        Request::Hold {} => {
+            agent.cgroups.freeze()?;
+            sync();
+        }
+        Request::Release { renewal, clock_ns } => release(agent, renewal.as_ref(), *clock_ns)?,
     }
     Ok(Response::Done {})
+}
+
+/// Sets what has changed while the machine did not run, and lets the workload go on. It does not if
+/// that fails, since it would be taken for another machine.
+fn release(
+    agent: &Agent,
+    renewal: Option<&Renewal>,
+    clock_ns: Option<i64>,
+) -> Result<(), RequestError> {
+    machine::adjust_clock(clock_ns).map_err(RequestError::Renew)?;
+    if let Some(renewal) = renewal {
+        // One at a time, and nothing panics with it held.
+        let mut network = agent.network.lock().unwrap_or_else(PoisonError::into_inner);
+        machine::renew(renewal, network.as_ref()).map_err(RequestError::Renew)?;
+        network.clone_from(&renewal.network);
+    }
+    Ok(agent.cgroups.thaw()?)
 }
 
 fn stats(agent: &Agent) -> Result<Response, RequestError> {

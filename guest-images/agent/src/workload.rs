@@ -22,6 +22,10 @@ use crate::transport::Transport;
 /// are then given up; what the host does with them cannot keep a machine from ending.
 const ACKNOWLEDGE_MAX: Duration = Duration::from_secs(30);
 
+/// How often a stream is connected again: more often than a machine is restored, and not for ever
+/// where the host takes each connection away.
+const CONNECTIONS_MAX: u32 = 1000;
+
 /// The most input that is taken from the host at once.
 const INPUT_BYTES: usize = 64 * 1024;
 
@@ -42,14 +46,25 @@ pub(crate) struct Outputs {
 /// Where output goes: to the host, or where the host cannot be reached, to the console.
 #[derive(Debug)]
 enum Sink {
-    Host(UnixStream),
+    Host(HostStream),
     Console,
+}
+
+/// A connection to a port of the host, which is made again when the machine goes on from a snapshot:
+/// the host of that machine is another, and has no connections of the one before.
+#[derive(Debug)]
+struct HostStream {
+    stream: UnixStream,
+    transport: Transport,
+    port: u32,
+    /// How often it may still be made again.
+    again: u32,
 }
 
 /// The host's ends of the streams.
 #[derive(Debug)]
 pub(crate) struct HostStreams {
-    stdin: Option<UnixStream>,
+    stdin: Option<HostStream>,
     stdout: Sink,
     /// Absent with a terminal.
     stderr: Option<Sink>,
@@ -58,7 +73,9 @@ pub(crate) struct HostStreams {
 impl HostStreams {
     /// Connects the streams that `description` has.
     pub(crate) fn connect(description: &protocol::Process, transport: &Transport) -> Self {
-        let stdin = description.stdin.then(|| transport.connect(STDIN_PORT));
+        let stdin = description
+            .stdin
+            .then(|| HostStream::connect(transport, STDIN_PORT));
         Self {
             stdin: stdin.and_then(Result::ok),
             stdout: Sink::connect(transport, STDOUT_PORT),
@@ -99,7 +116,7 @@ impl Workload {
         if let (Some(source), Some(stdin)) = (host.stdin, streams.stdin) {
             let is_terminal = self.terminal.is_some();
             // Ends with the machine if not before.
-            spawn("stdin", move || feed(&source, stdin, is_terminal))?;
+            spawn("stdin", move || feed(source, stdin, is_terminal))?;
         }
         let mut threads = Vec::new();
         let outputs = [
@@ -154,7 +171,7 @@ impl Outputs {
 
 impl Sink {
     fn connect(transport: &Transport, port: u32) -> Sink {
-        match transport.connect(port) {
+        match HostStream::connect(transport, port) {
             Ok(stream) => Sink::Host(stream),
             Err(error) => {
                 say(&format!(
@@ -174,7 +191,9 @@ impl Sink {
 
     /// Says that there is no more, and waits until the host has answered by ending the connection.
     fn finish(self) {
-        let Sink::Host(mut stream) = self else { return };
+        let Sink::Host(HostStream { mut stream, .. }) = self else {
+            return;
+        };
         let told = stream
             .set_read_timeout(Some(ACKNOWLEDGE_MAX))
             .and_then(|()| stream.shutdown(Shutdown::Write));
@@ -183,6 +202,53 @@ impl Sink {
             let _ = io::copy(&mut stream, &mut io::sink());
         }
     }
+}
+
+impl HostStream {
+    fn connect(transport: &Transport, port: u32) -> io::Result<Self> {
+        Ok(Self {
+            stream: transport.connect(port)?,
+            transport: transport.clone(),
+            port,
+            again: CONNECTIONS_MAX,
+        })
+    }
+
+    fn read(&mut self, chunk: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.stream.read(chunk) {
+                Err(error) if is_reset(&error) => self.connect_again()?,
+                result => return result,
+            }
+        }
+    }
+
+    fn write_all(&mut self, mut data: &[u8]) -> io::Result<()> {
+        while !data.is_empty() {
+            match self.stream.write(data) {
+                Ok(count) => data = &data[count..],
+                Err(error) if is_reset(&error) => self.connect_again()?,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn connect_again(&mut self) -> io::Result<()> {
+        let left = self.again.checked_sub(1);
+        self.again = left.ok_or(io::ErrorKind::ConnectionReset)?;
+        self.stream = self.transport.connect(self.port)?;
+        Ok(())
+    }
+}
+
+/// Whether a connection was taken away, and not ended: what vsock says after
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
+fn is_reset(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionReset | io::ErrorKind::NotConnected
+    )
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
@@ -205,7 +271,7 @@ fn carry(source: &File, ended: &OwnedFd, mut sink: Sink) {
 }
 
 /// Carries input until the host's end, or until the workload does not read any more.
-fn feed(mut source: &UnixStream, mut stdin: File, is_terminal: bool) {
+fn feed(mut source: HostStream, mut stdin: File, is_terminal: bool) {
     let mut chunk = vec![0; INPUT_BYTES];
     while let Ok(count @ 1..) = source.read(&mut chunk) {
         if write_all(&mut stdin, &chunk[..count]).is_err() {

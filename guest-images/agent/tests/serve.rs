@@ -113,6 +113,32 @@ fn a_signal_reaches_the_workload() {
 }
 
 #[test]
+fn a_workload_that_is_held_does_nothing_until_it_is_released() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    let shown = file.display();
+    let agent = Agent::start(shell(&format!("while :; do echo x >>{shown}; done")));
+    let length = || fs::metadata(&file).map_or(0, |found| found.len());
+    while length() == 0 {}
+    assert_eq!(agent.ask(&Request::Hold {}), Response::Done {});
+    let held = length();
+    // As long as an exchange takes, it would have written many times.
+    for _ in 0..10 {
+        assert_eq!(agent.ask(&Request::Ping {}), Response::Done {});
+    }
+    assert_eq!(length(), held);
+    let release = Request::Release {
+        renewal: None,
+        clock_ns: None,
+    };
+    for _ in 0..2 {
+        assert_eq!(agent.ask(&release), Response::Done {});
+    }
+    while length() == held {}
+    agent.ask(&Request::Signal { signal: 9 });
+}
+
+#[test]
 fn exec_returns_both_outputs_and_the_exit_code() {
     let agent = Agent::start(idle());
     let outcome = agent.exec(shell("echo out; echo err >&2; exit 3")).finish();

@@ -138,6 +138,20 @@ impl From<InstanceError> for ApiError {
                     .field("/image")
                     .hint(format!("pull it first: hostctl image pull {image}"))
             }
+            InstanceError::NoSnapshot { instance, .. } => {
+                Self::new(StatusCode::NOT_FOUND, "snapshot_not_found", detail).hint(format!(
+                    "see what there is: hostctl snapshot list {instance}"
+                ))
+            }
+            InstanceError::SnapshotTaken(_) => {
+                Self::new(StatusCode::CONFLICT, "name_taken", detail)
+                    .field("/name")
+                    .hint("choose another name, or remove the snapshot that has it")
+            }
+            InstanceError::SnapshotsFull => {
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, "full", detail)
+                    .hint("remove a snapshot that is not needed any more")
+            }
             InstanceError::Different(_) => Self::new(StatusCode::CONFLICT, "name_taken", detail)
                 .field("/name")
                 .hint("remove it first, or change its limits and labels with PATCH"),

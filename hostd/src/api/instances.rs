@@ -5,6 +5,7 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use super::Context;
 use super::error::ApiError;
@@ -73,17 +74,22 @@ pub(super) struct CreateQuery {
     /// Starts the instance as well.
     #[serde(default)]
     start: bool,
+    /// For a clone: `false` has its first start begin with the files alone, even if the snapshot holds
+    /// memory to go on from.
+    stateful: Option<bool>,
 }
 
-/// Makes an instance. Nothing of it runs until it is started.
+/// Makes an instance. Nothing of it runs until it is started. With `from_snapshot` it is a clone, for
+/// which `image` may be left out.
 #[utoipa::path(post, path = "/v1/instances", params(CreateQuery), request_body = InstanceSpec,
     responses((status = 201, body = Instance), (status = "4XX", body = Problem)))]
 pub(super) async fn create(
     State(context): State<Context>,
     Query(query): Query<CreateQuery>,
-    Body(spec): Body<InstanceSpec>,
+    Body(wanted): Body<Map<String, Value>>,
 ) -> Result<Tagged, ApiError> {
-    let instance = context.instances.create(spec).await?;
+    let order = context.instances.order(wanted, query.stateful).await?;
+    let instance = context.instances.create(order).await?;
     if !query.start {
         return Ok(Tagged(StatusCode::CREATED, instance));
     }
@@ -112,9 +118,10 @@ pub(super) async fn show(
 pub(super) async fn ensure(
     State(context): State<Context>,
     Path(name): Path<String>,
-    Body(spec): Body<InstanceSpec>,
+    Body(wanted): Body<Map<String, Value>>,
 ) -> Result<Tagged, ApiError> {
-    Ok(match context.instances.ensure(spec, &name).await? {
+    let order = context.instances.order(wanted, None).await?;
+    Ok(match context.instances.ensure(order, &name).await? {
         Made::New(instance) => Tagged(StatusCode::CREATED, instance),
         Made::Existing(instance) => Tagged(StatusCode::OK, instance),
     })

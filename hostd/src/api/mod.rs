@@ -13,6 +13,7 @@ mod instances;
 mod logs;
 mod openapi;
 mod request_id;
+mod snapshots;
 mod stream;
 mod verbs;
 
@@ -88,6 +89,18 @@ pub fn router(context: Context) -> Router {
         .route("/v1/instances/{name}/wait", get(verbs::wait))
         .route("/v1/instances/{name}/stats", get(instances::stats))
         .route("/v1/instances/{name}/logs", get(logs::read))
+        .route(
+            "/v1/instances/{name}/snapshots",
+            get(snapshots::list).post(snapshots::create),
+        )
+        .route(
+            "/v1/instances/{name}/snapshots/{snapshot}",
+            get(snapshots::show).delete(snapshots::remove),
+        )
+        .route(
+            "/v1/instances/{name}/snapshots/{snapshot}/restore",
+            post(snapshots::restore),
+        )
         .route(
             "/v1/instances/{name}/exec",
             get(exec::exec_socket).post(exec::exec),

@@ -4,7 +4,7 @@ use axum::Json;
 use utoipa::OpenApi;
 use utoipa::openapi;
 
-use super::{events, exec, host, images, instances, logs, verbs};
+use super::{events, exec, host, images, instances, logs, snapshots, verbs};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -30,6 +30,11 @@ use super::{events, exec, host, images, instances, logs, verbs};
         instances::update,
         instances::remove,
         instances::stats,
+        snapshots::list,
+        snapshots::create,
+        snapshots::show,
+        snapshots::remove,
+        snapshots::restore,
         verbs::start,
         verbs::stop,
         verbs::kill,

@@ -4,6 +4,7 @@
 //! Sizes are bytes, rates are bytes (or operations) per second, times are RFC 3339 in UTC.
 
 mod images;
+mod snapshots;
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use self::images::{Image, ImportRequest, PullRequest, TransferEvent};
+pub use self::snapshots::{RestoreRequest, Snapshot, SnapshotRequest};
 
 /// What stands between the workload and the host.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize, ToSchema)]
@@ -32,6 +34,11 @@ pub struct InstanceSpec {
     /// 1 to 63 of `a-z`, `0-9` and `-`, first a letter, last not `-`. Chosen by hostd if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// `INSTANCE/SNAPSHOT`: makes a clone. It has the files of the snapshot, and where this request
+    /// says nothing else its spec, without name, hostname and published ports. `isolation`, `image`
+    /// and `limits.disk.size` cannot be others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_snapshot: Option<String>,
     #[serde(default)]
     pub isolation: Isolation,
     /// A reference of an image that `GET /v1/images` lists, e.g. `localhost:5000/busybox:1`.
@@ -290,6 +297,9 @@ pub struct Instance {
     /// How long each phase of the last start took, in microseconds, by the phase's name.
     #[serde(default)]
     pub start_us: BTreeMap<String, u64>,
+    /// The names of its snapshots, the oldest first.
+    #[serde(default)]
+    pub snapshots: Vec<String>,
     /// Changes with every change of the instance; the value of the `ETag` header.
     pub generation: u64,
 }
@@ -389,7 +399,7 @@ pub struct Event {
     pub sequence: u64,
     #[schema(value_type = String)]
     pub at: Timestamp,
-    /// `instance.created`, `instance.running`, `instance.stopped`, `image.pulled`, ….
+    /// `instance.created`, `instance.running`, `instance.stopped`, `snapshot.created`, `image.pulled`, ….
     pub kind: String,
     /// The instance or image that it is about.
     pub subject: String,

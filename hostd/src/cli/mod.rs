@@ -27,8 +27,8 @@ use tokio::runtime;
 use self::client::Client;
 use self::error::CliError;
 use self::verbs::{
-    attach, create, doctor, events, exec, image, info, inspect, kill, list, logs, pause, remove,
-    restart, resume, run, start, stats, stop, update, version, wait,
+    attach, copy, create, doctor, events, exec, image, info, inspect, kill, list, logs, pause,
+    remove, restart, resume, run, snapshot, start, stats, stop, update, version, wait,
 };
 
 /// The exit status where the command line is wrong.
@@ -91,6 +91,9 @@ enum Verb {
     Wait(wait::Arguments),
     Stats(stats::Arguments),
     Update(update::Arguments),
+    Snapshot(snapshot::Arguments),
+    #[command(visible_alias = "cp")]
+    Copy(copy::Arguments),
     Events(events::Arguments),
     Image(image::Arguments),
     Doctor(doctor::Arguments),
@@ -166,6 +169,8 @@ async fn dispatch(line: CommandLine) -> Result<ExitCode, CliError> {
         Verb::Wait(arguments) => wait::run(context, arguments).await,
         Verb::Stats(arguments) => stats::run(context, arguments).await,
         Verb::Update(arguments) => update::run(context, arguments).await,
+        Verb::Snapshot(arguments) => snapshot::run(context, arguments).await,
+        Verb::Copy(arguments) => copy::run(context, arguments).await,
         Verb::Events(arguments) => events::run(context, arguments).await,
         Verb::Image(arguments) => image::run(context, arguments).await,
         Verb::Doctor(arguments) => doctor::run(context, arguments).await,

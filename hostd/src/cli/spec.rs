@@ -121,6 +121,7 @@ impl SpecFlags {
         variables.extend(self.env.iter().filter_map(|text| variable(text, from_here)));
         Ok(InstanceSpec {
             name: self.name,
+            from_snapshot: None,
             isolation: match self.isolation {
                 IsolationFlag::Container => Isolation::Container,
                 IsolationFlag::Vm => Isolation::Vm,

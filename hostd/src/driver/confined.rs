@@ -20,6 +20,7 @@ use serde_json::Value;
 use tokio::process::Command;
 use tokio::task;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::monitor::Monitor;
 use super::{DriverError, Ended, Extent, Recovered, Running, Session, mounts, session};
@@ -46,6 +47,8 @@ pub struct Engine {
     pub capacity: Capacity,
     /// The disk that the state directory is on, if it is on one.
     pub disk: Option<BlockDevice>,
+    /// Cancelled when hostd is to go.
+    pub stopping: CancellationToken,
 }
 
 /// What is to be run confined.
@@ -322,7 +325,10 @@ impl Engine {
         self.destroy_stranger(name).await?;
         match extent {
             Extent::Run => Ok(()),
-            Extent::Everything => remove_tree(self.paths.instance_state(name)).await,
+            Extent::Everything => {
+                self.discard_all(name).await?;
+                remove_tree(self.paths.instance_state(name)).await
+            }
         }
     }
 

@@ -9,6 +9,8 @@
 //! - `unready`: starts, and never gets ready
 //! - anything else: runs on
 
+mod snapshots;
+
 use std::collections::BTreeMap;
 use std::future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -37,6 +39,7 @@ pub const RULES: Rules = Rules {
     memory_default_bytes: None,
     mounts: true,
     disk_size: true,
+    memory_snapshots: true,
     effect: |pointer, _, _| match pointer {
         "/limits/disk/size" => Err("the disk's size is fixed at creation"),
         "/limits/memory/max" => Ok(Effect::AtRestart),
@@ -55,6 +58,7 @@ struct State {
     instances: BTreeMap<String, FakeInstance>,
     next_pid: i32,
     refuse_limits: bool,
+    files: snapshots::Files,
 }
 
 #[derive(Debug)]
@@ -226,7 +230,9 @@ impl Driver for FakeHost {
         record: &'a Record,
         _await_client: bool,
     ) -> BoxFuture<'a, Result<Running, DriverError>> {
-        future::ready(self.launch(record)).boxed()
+        let launched = self.launch(record);
+        self.lock().files.start(&record.instance.name);
+        future::ready(launched).boxed()
     }
 
     fn recover<'a>(&'a self, record: &'a Record) -> BoxFuture<'a, Result<Recovered, DriverError>> {
@@ -281,10 +287,14 @@ impl Driver for FakeHost {
     fn destroy<'a>(
         &'a self,
         record: &'a Record,
-        _extent: Extent,
+        extent: Extent,
     ) -> BoxFuture<'a, Result<(), DriverError>> {
         self.end(&record.instance.name, exited(None, Some(9)));
-        self.lock().instances.remove(&record.instance.name);
+        let mut state = self.lock();
+        state.instances.remove(&record.instance.name);
+        if extent == Extent::Everything {
+            state.files.forget(&record.instance.name);
+        }
         future::ready(Ok(())).boxed()
     }
 }

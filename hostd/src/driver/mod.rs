@@ -5,10 +5,13 @@
 
 mod confined;
 pub mod container;
+mod copy;
 pub mod fake;
+mod machine_id;
 mod monitor;
 mod mounts;
 mod session;
+mod snapshots;
 pub mod vm;
 mod workload;
 
@@ -30,9 +33,10 @@ use crate::store::Record;
 use crate::validate::FieldError;
 
 pub use self::confined::Engine;
+pub use self::snapshots::{SnapshotName, Snapshots};
 
 /// Starts, finds again, steers and removes instances of one kind.
-pub trait Driver: Send + Sync + 'static {
+pub trait Driver: Snapshots {
     /// Returns once a monitor owns the workload; from then on hostd may die. A failure leaves
     /// nothing behind but the instance's own state. With `await_client` a client will attach at
     /// once, and is to hear the workload's first word.

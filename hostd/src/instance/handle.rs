@@ -9,7 +9,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time;
 
 use super::InstanceError;
-use crate::api::types::{Instance, InstancePatch, InstanceState, PatchResult};
+use crate::api::types::{
+    Instance, InstancePatch, InstanceState, PatchResult, RestoreRequest, Snapshot, SnapshotRequest,
+};
 use crate::driver::Session;
 use crate::lifecycle::{self, Request};
 use crate::store::Record;
@@ -70,6 +72,19 @@ pub(super) enum Letter {
         force: bool,
         reply: Reply<()>,
     },
+    Snapshot {
+        request: SnapshotRequest,
+        reply: Reply<Snapshot>,
+    },
+    Restore {
+        snapshot: String,
+        request: RestoreRequest,
+        reply: Reply<Instance>,
+    },
+    RemoveSnapshot {
+        snapshot: String,
+        reply: Reply<()>,
+    },
 }
 
 impl Handle {
@@ -128,6 +143,40 @@ impl Handle {
             Err(InstanceError::NotFound(_)) => Ok(()),
             other => other,
         }
+    }
+
+    /// Keeps what the instance is now as a snapshot.
+    ///
+    /// # Errors
+    /// It is refused, or fails; the instance is as it was then.
+    pub async fn snapshot(&self, request: SnapshotRequest) -> Result<Snapshot, InstanceError> {
+        self.send(|reply| Letter::Snapshot { request, reply }).await
+    }
+
+    /// Makes the instance what it was; one that runs is ended for that, and runs again afterwards.
+    ///
+    /// # Errors
+    /// There is no such snapshot, it is refused, or fails.
+    pub async fn restore(
+        &self,
+        snapshot: String,
+        request: RestoreRequest,
+    ) -> Result<Instance, InstanceError> {
+        self.send(|reply| Letter::Restore {
+            snapshot,
+            request,
+            reply,
+        })
+        .await
+    }
+
+    /// Removes a snapshot.
+    ///
+    /// # Errors
+    /// There is no such snapshot.
+    pub async fn remove_snapshot(&self, snapshot: String) -> Result<(), InstanceError> {
+        self.send(|reply| Letter::RemoveSnapshot { snapshot, reply })
+            .await
     }
 
     /// Waits until the instance is in one of `states`.

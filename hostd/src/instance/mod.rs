@@ -4,6 +4,7 @@
 //! letter and watch what it publishes. The one lock here guards the map of names and is never held
 //! across an await.
 
+mod create;
 mod handle;
 mod patch;
 mod task;
@@ -14,23 +15,24 @@ use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use jiff::Timestamp;
 use nix::sys::signal::Signal;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 
-use crate::api::types::{Instance, InstanceSpec, InstanceState, NetworkMode, Stats};
+use crate::api::types::{Instance, InstanceState, Snapshot, Stats};
 use crate::driver::{Channel, Control, DriverError, Kinds, Session};
 use crate::events::Events;
 use crate::lifecycle::Refused;
 use crate::limits::Capacity;
 use crate::store::{self, Record, Store, StoreError};
-use crate::validate::{self, FieldError};
+use crate::validate::FieldError;
 
+pub use self::create::{Made, Order};
 pub use self::handle::Handle;
+pub use self::task::SNAPSHOTS_MAX;
 
 use self::handle::Audience;
-use self::task::Task;
+use self::task::{Beginning, Task};
 
 /// More than a /16 has addresses for would be no use; this many fit in memory easily.
 pub const INSTANCES_MAX: usize = 4096;
@@ -72,6 +74,12 @@ pub enum InstanceError {
     NotFound(String),
     #[error("there is no image `{0}` on this host")]
     NoImage(String),
+    #[error("the instance `{instance}` has no snapshot `{snapshot}`")]
+    NoSnapshot { instance: String, snapshot: String },
+    #[error("the instance has a snapshot `{0}` already")]
+    SnapshotTaken(String),
+    #[error("the instance has as many snapshots as it can keep, {SNAPSHOTS_MAX}")]
+    SnapshotsFull,
     #[error("an instance `{0}` exists with another spec")]
     Different(String),
     #[error("this host has as many instances as it can keep, {INSTANCES_MAX}")]
@@ -109,6 +117,22 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    pub(crate) async fn snapshot(
+        &self,
+        instance: &str,
+        name: &str,
+    ) -> Result<Snapshot, InstanceError> {
+        let (of, wanted) = (instance.to_owned(), name.to_owned());
+        let found = self
+            .store
+            .run(move |connection| store::snapshot(connection, &of, &wanted))
+            .await?;
+        found.ok_or_else(|| InstanceError::NoSnapshot {
+            instance: instance.to_owned(),
+            snapshot: name.to_owned(),
+        })
+    }
+
     pub(crate) fn forget(&self, name: &str) {
         self.handles
             .write()
@@ -130,13 +154,6 @@ impl std::fmt::Debug for Instances {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_struct("Instances").finish_non_exhaustive()
     }
-}
-
-/// Whether `PUT` made the instance or found it as wanted.
-#[derive(Debug)]
-pub enum Made {
-    New(Instance),
-    Existing(Instance),
 }
 
 impl Instances {
@@ -167,7 +184,7 @@ impl Instances {
         };
         let (found, mut all_found) = mpsc::channel(1);
         for record in records {
-            instances.adopt(record, Some(found.clone()));
+            instances.adopt(record, Beginning::Found(found.clone()));
         }
         drop(found);
         // Each task drops its sender once it knows; nothing is ever sent.
@@ -216,70 +233,6 @@ impl Instances {
         &self.shared.kinds
     }
 
-    /// Makes an instance; nothing of it runs yet.
-    ///
-    /// # Errors
-    /// The spec is at fault, the name is taken, or the host has no room.
-    pub async fn create(&self, spec: InstanceSpec) -> Result<Instance, InstanceError> {
-        let rules = self.shared.kinds.of(spec.isolation).rules;
-        validate::check(&spec, rules, &self.shared.capacity)?;
-        let digest = self
-            .supplies
-            .digest(&spec.image)
-            .await?
-            .ok_or_else(|| InstanceError::NoImage(spec.image.clone()))?;
-
-        let _creating = self.creating.lock().await;
-        let taken = self.list();
-        if taken.len() >= INSTANCES_MAX {
-            return Err(InstanceError::Full);
-        }
-        let name = spec.name.clone().unwrap_or_else(|| free_name(&taken));
-        let address = match spec.network.mode {
-            NetworkMode::Bridge => {
-                let used = taken
-                    .iter()
-                    .filter_map(|instance| instance.address)
-                    .collect();
-                Some(self.supplies.address(&used)?)
-            }
-            NetworkMode::None => None,
-        };
-        let instance = new_instance(name, spec, digest, address);
-        let (record, sequence) = self
-            .shared
-            .store
-            .run(move |connection| store::insert(connection, instance))
-            .await?;
-        let instance = record.instance.clone();
-        self.adopt(record, None);
-        self.shared.events.announce(sequence);
-        Ok(instance)
-    }
-
-    /// Makes the instance `name`, unless it is there already as wanted.
-    ///
-    /// # Errors
-    /// As `create`; and the instance is there with another spec.
-    pub async fn ensure(&self, mut spec: InstanceSpec, name: &str) -> Result<Made, InstanceError> {
-        if spec.name.get_or_insert_with(|| name.to_owned()) != name {
-            return Err(
-                FieldError::new("/name", "must be the name in the path, or left out").into(),
-            );
-        }
-        if let Ok(handle) = self.find(name) {
-            return existing(&handle, &spec);
-        }
-        match self.create(spec.clone()).await {
-            Ok(instance) => Ok(Made::New(instance)),
-            // Another client was quicker.
-            Err(InstanceError::Store(StoreError::NameTaken(_))) => {
-                existing(&self.find(name)?, &spec)
-            }
-            Err(error) => Err(error),
-        }
-    }
-
     /// All instances, by name.
     pub fn list(&self) -> Vec<Instance> {
         self.handles().map(|handle| handle.instance()).collect()
@@ -309,6 +262,29 @@ impl Instances {
             .get(name)
             .cloned()
             .ok_or_else(|| InstanceError::NotFound(name.to_owned()))
+    }
+
+    /// The snapshots of an instance, the oldest first.
+    ///
+    /// # Errors
+    /// There is no such instance, or the store fails.
+    pub async fn snapshots(&self, name: &str) -> Result<Vec<Snapshot>, InstanceError> {
+        self.find(name)?;
+        let name = name.to_owned();
+        let found = self
+            .shared
+            .store
+            .run(move |connection| store::snapshots(connection, &name));
+        Ok(found.await?)
+    }
+
+    /// One snapshot.
+    ///
+    /// # Errors
+    /// There is no such instance or snapshot, or the store fails.
+    pub async fn snapshot(&self, name: &str, snapshot: &str) -> Result<Snapshot, InstanceError> {
+        self.find(name)?;
+        self.shared.snapshot(name, snapshot).await
     }
 
     /// Opens a conversation with a running instance.
@@ -387,8 +363,8 @@ impl Instances {
         }
     }
 
-    /// Starts the task that owns the instance. `found` is dropped once it knows what runs.
-    fn adopt(&self, record: Record, found: Option<mpsc::Sender<()>>) {
+    /// Starts the task that owns the instance.
+    fn adopt(&self, record: Record, beginning: Beginning) {
         let name = record.instance.name.clone();
         let (mailbox, letters) = mpsc::channel(MAILBOX_LEN);
         let audience = Audience::default();
@@ -411,50 +387,6 @@ impl Instances {
             .unwrap_or_else(PoisonError::into_inner);
         // Those of removed instances.
         while tasks.try_join_next().is_some() {}
-        tasks.spawn(task.run(found));
-    }
-}
-
-fn existing(handle: &Handle, spec: &InstanceSpec) -> Result<Made, InstanceError> {
-    let instance = handle.instance();
-    if instance.spec == *spec {
-        Ok(Made::Existing(instance))
-    } else {
-        Err(InstanceError::Different(instance.name))
-    }
-}
-
-fn new_instance(
-    name: String,
-    mut spec: InstanceSpec,
-    image_digest: String,
-    address: Option<Ipv4Addr>,
-) -> Instance {
-    spec.name = Some(name.clone());
-    Instance {
-        name,
-        state: InstanceState::Created,
-        reason: None,
-        exit: None,
-        error: None,
-        spec,
-        image_digest,
-        pid: None,
-        address,
-        created_at: Timestamp::now(),
-        started_at: None,
-        finished_at: None,
-        start_us: BTreeMap::new(),
-        generation: 1,
-    }
-}
-
-/// A name that no instance has.
-fn free_name(taken: &[Instance]) -> String {
-    loop {
-        let name = format!("i-{:08x}", crate::random::number() >> 32);
-        if taken.iter().all(|instance| instance.name != name) {
-            return name;
-        }
+        tasks.spawn(task.run(beginning));
     }
 }

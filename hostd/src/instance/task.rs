@@ -5,6 +5,7 @@
 //! between any two is repaired by `recover`. What is decided is in [`lifecycle`]; how the driver's
 //! steps are strung together is in `steps`.
 
+mod snapshots;
 mod steps;
 
 use std::future;
@@ -15,12 +16,15 @@ use futures::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{self, Instant};
 
+pub use self::snapshots::SNAPSHOTS_MAX;
+
+use self::snapshots::Restoring;
 use super::handle::{Audience, Letter, Reply};
 use super::{InstanceError, Shared, patch};
 use crate::api::types::{
     Instance, InstancePatch, InstanceState, PatchResult, RestartPolicy, StateReason,
 };
-use crate::driver::{Control, DriverError, Ended, Kind};
+use crate::driver::{Control, DriverError, Ended, Kind, SnapshotName};
 use crate::lifecycle::{self, Grant, Request};
 use crate::store::Record;
 
@@ -39,6 +43,21 @@ enum After {
     Stay,
     Start,
     Remove,
+    Restore,
+}
+
+/// How the task of an instance begins.
+pub(super) enum Beginning {
+    /// Nothing of the instance can be there yet.
+    New,
+    /// The instance is a clone, and gets its files first.
+    Clone {
+        source: SnapshotName,
+        memory: bool,
+        reply: Reply<Instance>,
+    },
+    /// An earlier hostd may have left something; the sender is dropped once it is known what.
+    Found(mpsc::Sender<()>),
 }
 
 /// What of a running instance is waited for.
@@ -70,6 +89,8 @@ pub(super) struct Task {
     starters: Vec<Reply<Instance>>,
     stoppers: Vec<Reply<Instance>>,
     removers: Vec<Reply<()>>,
+    /// What is to follow the stop, with `After::Restore`.
+    restoring: Option<Restoring>,
     removed: bool,
 }
 
@@ -109,18 +130,27 @@ impl Task {
             starters: Vec::new(),
             stoppers: Vec::new(),
             removers: Vec::new(),
+            restoring: None,
             removed: false,
         };
         (task, watcher)
     }
 
-    /// Owns the instance until it is removed or hostd goes. `found` is dropped once it is known
-    /// what an earlier hostd left behind.
-    pub(super) async fn run(mut self, found: Option<mpsc::Sender<()>>) {
-        if found.is_some() {
-            self.recover().await;
+    /// Owns the instance until it is removed or hostd goes.
+    pub(super) async fn run(mut self, beginning: Beginning) {
+        match beginning {
+            Beginning::New => {}
+            Beginning::Clone {
+                source,
+                memory,
+                reply,
+            } => self.fill(&source, memory, reply).await,
+            Beginning::Found(found) => {
+                self.recover().await;
+                drop(found);
+                self.tidy().await;
+            }
         }
-        drop(found);
         while !self.removed {
             match self.wake().await {
                 Wake::Letter(None) => return,
@@ -174,6 +204,19 @@ impl Task {
                 answer(reply, result);
             }
             Letter::Remove { force, reply } => self.on_remove(force, reply).await,
+            Letter::Snapshot { request, reply } => {
+                let result = self.snapshot(request).await;
+                answer(reply, result);
+            }
+            Letter::Restore {
+                snapshot,
+                request,
+                reply,
+            } => self.on_restore(&snapshot, request, reply).await,
+            Letter::RemoveSnapshot { snapshot, reply } => {
+                let result = self.remove_snapshot(&snapshot).await;
+                answer(reply, result);
+            }
         }
     }
 
@@ -221,7 +264,10 @@ impl Task {
                 let result = self.freeze(Control::Resume, InstanceState::Running).await;
                 answer(reply, result);
             }
-            (Request::Remove, _) => answer(reply, Ok(self.instance())),
+            // They have letters of their own.
+            (Request::Remove | Request::Snapshot | Request::Restore, _) => {
+                answer(reply, Ok(self.instance()));
+            }
         }
     }
 

@@ -1,19 +1,23 @@
-//! What must survive hostd: instances and events, in SQLite.
+//! What must survive hostd: instances, their snapshots and events, in SQLite.
 //!
 //! A change of an instance and the event that tells of it are one transaction. The store is asked
 //! from async code only through [`Store::run`], on a thread that may wait for the disk.
 
 mod schema;
+mod snapshots;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, TransactionBehavior, params};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::task;
 
 use crate::api::types::{Event, Instance};
+
+pub use self::snapshots::{add_snapshot, remove_snapshot, snapshot, snapshots};
 
 /// Older events are dropped, so that the history is bounded.
 pub const EVENTS_KEPT_MAX: u64 = 10_000;
@@ -29,6 +33,9 @@ pub struct Record {
     pub removing: bool,
     /// The spec's limits have been stored but may not be in force yet.
     pub unapplied: bool,
+    /// hostd has made it stand still for a moment, for a snapshot, whatever its state says.
+    #[serde(default)]
+    pub held: bool,
 }
 
 /// Something that happened, before it has a sequence number.
@@ -108,15 +115,21 @@ pub fn instances(connection: &Connection) -> Result<Vec<Record>, StoreError> {
     let mut statement =
         connection.prepare_cached("SELECT name, body FROM instances ORDER BY name")?;
     let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
-    rows.map(|row| {
+    let mut records = Vec::new();
+    for row in rows {
         let (name, body): (String, String) = row?;
-        parse_record(name, &body)
-    })
-    .collect()
+        let mut record: Record = parse(&name, &body)?;
+        record.instance.snapshots = snapshots::names(connection, &name)?;
+        records.push(record);
+    }
+    Ok(records)
 }
 
-fn parse_record(name: String, body: &str) -> Result<Record, StoreError> {
-    serde_json::from_str(body).map_err(|source| StoreError::Malformed { name, source })
+fn parse<T: DeserializeOwned>(name: &str, body: &str) -> Result<T, StoreError> {
+    serde_json::from_str(body).map_err(|source| StoreError::Malformed {
+        name: name.to_owned(),
+        source,
+    })
 }
 
 /// Adds an instance with the lowest index that is free, and tells of it.
@@ -126,6 +139,26 @@ fn parse_record(name: String, body: &str) -> Result<Record, StoreError> {
 pub fn insert(
     connection: &mut Connection,
     instance: Instance,
+) -> Result<(Record, u64), StoreError> {
+    add(connection, instance, false)
+}
+
+/// Adds an instance of which something is still missing: the next hostd removes it, unless an update
+/// has said before that it is complete (`removing` no longer set).
+///
+/// # Errors
+/// As `insert`.
+pub fn insert_unfinished(
+    connection: &mut Connection,
+    instance: Instance,
+) -> Result<(Record, u64), StoreError> {
+    add(connection, instance, true)
+}
+
+fn add(
+    connection: &mut Connection,
+    instance: Instance,
+    removing: bool,
 ) -> Result<(Record, u64), StoreError> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let taken: Option<i64> = transaction
@@ -148,8 +181,9 @@ pub fn insert(
     let record = Record {
         instance,
         index,
-        removing: false,
+        removing,
         unapplied: false,
+        held: false,
     };
     transaction.execute(
         "INSERT INTO instances (name, number, body) VALUES (?1, ?2, ?3)",
@@ -192,6 +226,7 @@ pub fn update(
 /// The database fails; nothing has changed then.
 pub fn remove(connection: &mut Connection, name: &str) -> Result<Option<u64>, StoreError> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    transaction.execute("DELETE FROM snapshots WHERE instance = ?1", [name])?;
     let removed = transaction.execute("DELETE FROM instances WHERE name = ?1", [name])?;
     let sequence = if removed == 0 {
         None
@@ -274,6 +309,8 @@ fn event(row: &Row<'_>) -> Result<Event, rusqlite::Error> {
 fn body(record: &Record) -> String {
     let mut record = record.clone();
     record.instance.pid = None;
+    // They have a table of their own.
+    record.instance.snapshots.clear();
     serde_json::to_string(&record).expect("a record has only string keys and plain values")
 }
 

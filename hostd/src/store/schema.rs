@@ -6,7 +6,8 @@ use super::StoreError;
 
 /// Each entry takes the schema from the version that is its index to the next one. Entries are
 /// only ever added.
-const STEPS: &[&str] = &["
+const STEPS: &[&str] = &[
+    "
     CREATE TABLE instances (
         name TEXT PRIMARY KEY,
         number INTEGER NOT NULL UNIQUE,
@@ -19,7 +20,17 @@ const STEPS: &[&str] = &["
         subject TEXT NOT NULL,
         data TEXT NOT NULL
     ) STRICT;
-"];
+",
+    "
+    CREATE TABLE snapshots (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        instance TEXT NOT NULL REFERENCES instances (name) ON DELETE CASCADE,
+        name TEXT NOT NULL,
+        body TEXT NOT NULL,
+        UNIQUE (instance, name)
+    ) STRICT;
+",
+];
 
 /// Brings the database to this hostd's schema; all or nothing.
 pub(super) fn upgrade(connection: &mut Connection) -> Result<(), StoreError> {

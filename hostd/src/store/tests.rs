@@ -22,6 +22,7 @@ fn instance(name: &str) -> Instance {
         started_at: None,
         finished_at: None,
         start_us: Default::default(),
+        snapshots: Vec::new(),
         generation: 1,
     }
 }
@@ -141,7 +142,7 @@ fn a_database_of_a_newer_hostd_is_left_alone() {
         error,
         StoreError::TooNew {
             found: 99,
-            known: 1
+            known: 2
         }
     ));
 }

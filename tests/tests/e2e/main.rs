@@ -8,7 +8,9 @@ mod images;
 mod lifecycle;
 mod limits;
 mod network;
+mod origins;
 mod process;
+mod snapshots;
 mod vmm;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,6 +31,8 @@ const KIND_TESTS: &[(&str, &[(&str, KindTest)])] = &[
     ("lifecycle", lifecycle::TESTS),
     ("limits", limits::TESTS),
     ("network", network::TESTS),
+    ("snapshots", snapshots::TESTS),
+    ("origins", origins::TESTS),
 ];
 
 /// Those that take the daemon away from under everybody else, and so have it to themselves.

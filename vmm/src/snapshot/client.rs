@@ -38,13 +38,25 @@ pub fn snapshot(
     folder: &Path,
     kind: Kind,
 ) -> Result<SnapshotReport, ClientError> {
-    let mut files = Files::create(folder)?;
-    let result = files.fill(control, kind);
-    if result.is_err() {
-        // What is left behind is empty, or worse.
-        files.remove(folder);
-    }
-    result
+    let files = Files::create(folder)?;
+    let result = files.fill(control, kind).and_then(|report| {
+        files.sync()?;
+        Ok(report)
+    });
+    files.keep(folder, result)
+}
+
+/// Takes a snapshot of a machine that the caller has paused, into `folder`, which is made. It stays
+/// paused, and the caller makes the files durable: whoever has more to copy before the machine may run
+/// on does that once for all.
+pub fn snapshot_paused(
+    control: &UnixStream,
+    folder: &Path,
+    kind: Kind,
+) -> Result<SnapshotReport, ClientError> {
+    let files = Files::create(folder)?;
+    let result = files.take(control, kind).and_then(report);
+    files.keep(folder, result)
 }
 
 struct Files {
@@ -73,7 +85,7 @@ impl Files {
         })
     }
 
-    fn fill(&mut self, control: &UnixStream, kind: Kind) -> Result<SnapshotReport, ClientError> {
+    fn fill(&self, control: &UnixStream, kind: Kind) -> Result<SnapshotReport, ClientError> {
         let response = ask(control, &Request::State {})?;
         let Response::State { state, .. } = response else {
             return Err(unexpected(&response));
@@ -82,20 +94,35 @@ impl Files {
         if running {
             done(&ask(control, &Request::Pause {})?)?;
         }
-        let request = Request::Snapshot { kind };
-        let files = [self.state.as_fd(), self.memory.as_fd()];
-        let taken = send(control, &request, &files).and_then(|()| answer(control));
+        let taken = self.take(control, kind);
         if running {
             done(&ask(control, &Request::Resume {})?)?;
         }
-        let response = taken?;
-        let Response::Snapshot { snapshot } = response else {
-            return Err(unexpected(&response));
-        };
-        for file in [&self.memory, &self.state] {
-            file.sync_all().map_err(ClientError::Sync)?;
+        report(taken?)
+    }
+
+    fn take(&self, control: &UnixStream, kind: Kind) -> Result<Response, ClientError> {
+        let request = Request::Snapshot { kind };
+        send(
+            control,
+            &request,
+            &[self.state.as_fd(), self.memory.as_fd()],
+        )?;
+        answer(control)
+    }
+
+    fn sync(&self) -> Result<(), ClientError> {
+        [&self.memory, &self.state]
+            .into_iter()
+            .try_for_each(|file| file.sync_all().map_err(ClientError::Sync))
+    }
+
+    /// Passes `result` on; if it is a failure, without the files, which are empty, or worse.
+    fn keep<T>(&self, folder: &Path, result: Result<T, ClientError>) -> Result<T, ClientError> {
+        if result.is_err() {
+            self.remove(folder);
         }
-        Ok(snapshot)
+        result
     }
 
     /// Nobody else knows of them, so who is in the way has a reason.
@@ -105,6 +132,13 @@ impl Files {
         }
         let _ = fs::remove_dir(folder);
     }
+}
+
+fn report(response: Response) -> Result<SnapshotReport, ClientError> {
+    let Response::Snapshot { snapshot } = response else {
+        return Err(unexpected(&response));
+    };
+    Ok(snapshot)
 }
 
 fn ask(control: &UnixStream, request: &Request) -> Result<Response, ClientError> {

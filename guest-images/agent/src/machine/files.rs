@@ -6,26 +6,48 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 
+use nix::unistd::sync;
+
 use super::SetUpError;
-use crate::protocol::{Config, Network};
+use crate::protocol::Network;
 
 /// What every machine calls itself.
 const LOCAL_HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
 
+/// What programs know a machine by, if they have made one up for it.
+const MACHINE_ID: &str = "/etc/machine-id";
+
 /// Writes them all, afresh at every boot, since addresses may have changed.
-pub(super) fn write_all(config: &Config) -> Result<(), SetUpError> {
+pub(super) fn write_identity(
+    host_name: &str,
+    network: Option<&Network>,
+    machine_id: Option<&str>,
+) -> Result<(), SetUpError> {
     fs::create_dir_all("/etc").map_err(|source| SetUpError::File {
         path: "/etc".into(),
         source,
     })?;
-    write("/etc/hostname", &format!("{}\n", config.hostname))?;
-    write(
-        "/etc/hosts",
-        &hosts(&config.hostname, config.network.as_ref()),
-    )?;
-    if let Some(network) = &config.network {
+    write("/etc/hostname", &format!("{host_name}\n"))?;
+    write("/etc/hosts", &hosts(host_name, network))?;
+    if let Some(network) = network {
         write("/etc/resolv.conf", &resolver(network))?;
     }
+    match machine_id {
+        Some(machine_id) => replace_machine_id(machine_id),
+        None => Ok(()),
+    }
+}
+
+fn replace_machine_id(machine_id: &str) -> Result<(), SetUpError> {
+    let found = fs::read_to_string(MACHINE_ID).unwrap_or_default();
+    let wanted = format!("{machine_id}\n");
+    // An empty one is for a later boot to fill, and an absent one for nobody.
+    if found.is_empty() || found == wanted {
+        return Ok(());
+    }
+    write(MACHINE_ID, &wanted)?;
+    // It is there once and for all, however the machine ends.
+    sync();
     Ok(())
 }
 

@@ -56,6 +56,29 @@ impl Netlink {
         self.request(&message)
     }
 
+    pub(super) fn set_hardware_address(&mut self, index: i32, mac: [u8; 6]) -> io::Result<()> {
+        // struct ifinfomsg, as above.
+        let mut message = Message::new(libc::RTM_NEWLINK, 0);
+        message.put(&[0; 4]);
+        message.put(&index.to_ne_bytes());
+        message.put(&[0; 8]);
+        message.attribute(libc::IFLA_ADDRESS, &mac);
+        self.request(&message)
+    }
+
+    pub(super) fn remove_address(
+        &mut self,
+        index: i32,
+        address: Ipv4Addr,
+        prefix_len: u8,
+    ) -> io::Result<()> {
+        let mut message = Message::new(libc::RTM_DELADDR, 0);
+        message.put(&[INET, prefix_len, 0, libc::RT_SCOPE_UNIVERSE]);
+        message.put(&index.to_ne_bytes());
+        message.attribute(libc::IFA_LOCAL, &address.octets());
+        self.request(&message)
+    }
+
     pub(super) fn add_address(
         &mut self,
         index: i32,
@@ -118,12 +141,13 @@ impl Message {
         self.body.extend_from_slice(bytes);
     }
 
-    /// Adds an attribute whose value is a multiple of four bytes.
-    fn attribute(&mut self, kind: u16, value: &[u8; 4]) {
-        let length: u16 = 8;
+    /// Adds an attribute, and what is missing to a multiple of four bytes.
+    fn attribute<const N: usize>(&mut self, kind: u16, value: &[u8; N]) {
+        let length = u16::try_from(4 + N).expect("values are a few bytes");
         self.put(&length.to_ne_bytes());
         self.put(&kind.to_ne_bytes());
         self.put(value);
+        self.body.resize(self.body.len().next_multiple_of(4), 0);
     }
 
     fn encode(&self, sequence: u32) -> io::Result<Vec<u8>> {
@@ -202,6 +226,19 @@ mod tests {
             let routes = ip("route show default");
             assert_eq!(routes.lines().count(), 1, "{routes}");
             assert!(routes.contains("via 169.254.0.1 dev nic"), "{routes}");
+
+            // Another machine's place in the network, on an interface that is up.
+            netlink
+                .set_hardware_address(index, [2, 0, 10, 9, 8, 9])
+                .unwrap();
+            netlink
+                .remove_address(index, [10, 9, 8, 7].into(), 24)
+                .unwrap();
+            assert!(ip("link show dev nic").contains("02:00:0a:09:08:09"));
+            assert!(!ip("-brief address show dev nic").contains("10.9.8.7"));
+            let again = netlink.remove_address(index, [10, 9, 8, 7].into(), 24);
+            let errno = again.unwrap_err().raw_os_error();
+            assert_eq!(errno, Some(libc::EADDRNOTAVAIL));
 
             let error = netlink.bring_up(9999).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::ENODEV));

@@ -41,6 +41,35 @@ pub(super) fn configure(network: &Network) -> Result<(), SetUpError> {
         .map_err(failed("set the route to the gateway"))
 }
 
+/// Gives the interface that has `former`'s hardware address another one, and all that goes with it.
+pub(super) fn change(former: &Network, network: &Network) -> Result<(), SetUpError> {
+    let folder = Path::new(INTERFACES);
+    let found = find(folder, &former.mac).map_err(SetUpError::Interfaces)?;
+    if let Some(name) = found {
+        let index = index(folder, &name).map_err(SetUpError::Interfaces)?;
+        let mut netlink = netlink()?;
+        netlink
+            .set_hardware_address(index, octets(&network.mac)?)
+            .map_err(failed("give the network interface its hardware address"))?;
+        netlink
+            .remove_address(index, former.address, former.prefix_len)
+            .map_err(failed("take the network interface's old address away"))?;
+    }
+    configure(network)
+}
+
+fn octets(mac: &str) -> Result<[u8; 6], SetUpError> {
+    let mut octets = [0; 6];
+    let mut parts = mac.split(':');
+    for octet in &mut octets {
+        let part = parts
+            .next()
+            .and_then(|part| u8::from_str_radix(part, 16).ok());
+        *octet = part.ok_or_else(|| SetUpError::NoInterface { mac: mac.into() })?;
+    }
+    Ok(octets)
+}
+
 fn netlink() -> Result<Netlink, SetUpError> {
     Netlink::open().map_err(failed("speak with the kernel about networks"))
 }

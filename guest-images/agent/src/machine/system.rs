@@ -15,6 +15,9 @@ use crate::protocol::CONFIG_PATH;
 /// A clock that is further ahead of the time of the launch is wrong: no boot takes this long.
 const BOOT_TIME_MAX: Duration = Duration::from_secs(600);
 
+/// A clock that is closer to the host's is left alone: a step back is worse.
+const CLOCK_ERROR_MAX: Duration = Duration::from_secs(1);
+
 /// Files that a process may open if it raises its soft limit.
 const OPEN_FILES_MAX: u64 = 524_288;
 
@@ -44,6 +47,23 @@ pub(super) fn set_clock(launch_ns: Option<i64>) -> Result<(), SetUpError> {
         return Ok(());
     }
     clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from(launch)).map_err(failed)
+}
+
+/// Sets the clock of a machine that did not run for a while, if it is wrong by more than a moment.
+pub(super) fn adjust_clock(now_ns: Option<i64>) -> Result<(), SetUpError> {
+    let Some(now_ns) = now_ns.filter(|time| *time > 0) else {
+        return Ok(());
+    };
+    let failed = |source| SetUpError::System {
+        action: "set the clock",
+        source,
+    };
+    let host = Duration::from_nanos(now_ns.unsigned_abs());
+    let ours = Duration::from(clock_gettime(ClockId::CLOCK_REALTIME).map_err(failed)?);
+    if ours.abs_diff(host) <= CLOCK_ERROR_MAX {
+        return Ok(());
+    }
+    clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from(host)).map_err(failed)
 }
 
 fn is_right(now: Duration, launch: Duration) -> bool {

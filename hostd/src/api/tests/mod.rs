@@ -1,6 +1,8 @@
 //! The API over a real unix socket, with a fake driver: what a client sees, and what a restarted
 //! hostd finds.
 
+mod snapshots;
+
 use std::collections::{BTreeSet, HashSet};
 use std::io::Write;
 use std::net::Ipv4Addr;

@@ -91,6 +91,8 @@ fn describe(instance: &Instance, now: Timestamp) -> String {
             instance.finished_at.map(ago).unwrap_or_default(),
         ),
     ];
+    pairs.push(("clone of", spec.from_snapshot.clone().unwrap_or_default()));
+    pairs.push(("snapshots", instance.snapshots.join(", ")));
     let limits = limits(&spec.limits);
     pairs.extend(
         limits

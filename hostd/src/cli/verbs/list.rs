@@ -179,6 +179,7 @@ mod tests {
             started_at: Some(moment("2026-01-01T00:01:00Z")),
             finished_at: Some(moment("2026-01-01T00:02:00Z")),
             start_us: std::collections::BTreeMap::new(),
+            snapshots: Vec::new(),
             generation: 1,
         }
     }

@@ -1,6 +1,7 @@
 //! The verbs, one file each, and what several of them share.
 
 pub(super) mod attach;
+pub(super) mod copy;
 pub(super) mod create;
 pub(super) mod doctor;
 pub(super) mod events;
@@ -16,6 +17,7 @@ pub(super) mod remove;
 pub(super) mod restart;
 pub(super) mod resume;
 pub(super) mod run;
+pub(super) mod snapshot;
 pub(super) mod start;
 pub(super) mod stats;
 pub(super) mod stop;

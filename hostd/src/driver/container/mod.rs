@@ -2,6 +2,7 @@
 
 mod config;
 mod exec;
+mod snapshots;
 mod user;
 
 use std::convert;
@@ -18,7 +19,8 @@ use self::config::Parts;
 use super::confined::{Engine, Launch, Phases, blocking};
 use super::workload::{Workload, stop_signal};
 use super::{
-    Channel, Control, Driver, DriverError, Extent, Recovered, Running, Session, chain, mounts,
+    Channel, Control, Driver, DriverError, Extent, Recovered, Running, Session, chain, machine_id,
+    mounts,
 };
 use crate::api::types::{Effect, Limits, Stats};
 use crate::image::ImageError;
@@ -36,6 +38,7 @@ pub const RULES: Rules = Rules {
     memory_default_bytes: None,
     mounts: true,
     disk_size: false,
+    memory_snapshots: false,
     effect: |pointer, _, _| match pointer {
         "/limits/disk/size" => Err("the writable layer of a container cannot be bounded"),
         _ => Ok(Effect::Live),
@@ -76,8 +79,13 @@ impl ContainerDriver {
         let short = engine.paths.run.clone();
         let layers = image.layers;
         let wanted = workload.user.clone();
+        let machine_id = machine_id::of_clone(&record.instance);
         let user = blocking(move || {
             mount_root(&layers, &state, &rootfs, &short)?;
+            if let Some(machine_id) = machine_id {
+                machine_id::replace(&rootfs, &machine_id)
+                    .map_err(DriverError::io("giving the clone a machine id of its own"))?;
+            }
             user::resolve(&rootfs, wanted.as_deref()).map_err(DriverError::Field)
         })
         .await?;

@@ -2,17 +2,15 @@
 //! that was made once for each size.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
+use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use nix::unistd::{Whence, lseek64};
 use tempfile::NamedTempFile;
+use tokio_util::sync::CancellationToken;
 
 use crate::driver::DriverError;
-
-const COPY_BYTES: usize = 128 * 1024;
+use crate::driver::copy::Copier;
 
 /// Makes the disk at `path` with `size` bytes, unless it is there.
 ///
@@ -28,9 +26,12 @@ pub(super) fn ensure(templates: &Path, path: &Path, size: u64) -> Result<(), Dri
         make_template(templates, &template, size)?;
     }
     let directory = path.parent().unwrap_or(path);
-    let mut disk = NamedTempFile::new_in(directory).map_err(failed())?;
+    let disk = NamedTempFile::new_in(directory).map_err(failed())?;
     let mut source = File::open(&template).map_err(failed())?;
-    copy_sparse(&mut source, disk.as_file_mut()).map_err(failed())?;
+    // It holds little but holes, so that nobody has to be able to call it off.
+    Copier::begin(CancellationToken::new())
+        .file(&mut source, disk.as_file(), "the template")
+        .map_err(|error| error.during(&format!("making the disk {}", path.display())))?;
     // Whole or not at all; a VM that is cut off here makes it again.
     disk.persist(path).map_err(|error| failed()(error.error))?;
     Ok(())
@@ -66,48 +67,6 @@ fn make_template(templates: &Path, template: &Path, size: u64) -> Result<(), Dri
     file.persist(template)
         .map_err(|error| failed()(error.error))?;
     Ok(())
-}
-
-/// Copies what is there, and leaves holes where there is nothing.
-fn copy_sparse(source: &mut File, target: &mut File) -> io::Result<()> {
-    let size = source.metadata()?.len();
-    target.set_len(size)?;
-    let mut offset = 0;
-    while let Some(start) = next_data(source, offset)? {
-        let end = u64::try_from(lseek64(&*source, to_signed(start), Whence::SeekHole)?)
-            .map_err(io::Error::other)?;
-        copy_range(source, target, start, end)?;
-        offset = end;
-    }
-    target.flush()
-}
-
-/// Where the next data begins at or after `offset`; `None` if there is none.
-fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
-    match lseek64(file, to_signed(offset), Whence::SeekData) {
-        Ok(start) => Ok(u64::try_from(start).ok()),
-        Err(nix::Error::ENXIO) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
-}
-
-fn copy_range(source: &mut File, target: &File, start: u64, end: u64) -> io::Result<()> {
-    source.seek(SeekFrom::Start(start))?;
-    let mut left = source.take(end - start);
-    let mut buffer = vec![0; COPY_BYTES];
-    let mut offset = start;
-    loop {
-        let count = left.read(&mut buffer)?;
-        if count == 0 {
-            return Ok(());
-        }
-        target.write_all_at(&buffer[..count], offset)?;
-        offset += u64::try_from(count).unwrap_or(u64::MAX);
-    }
-}
-
-fn to_signed(offset: u64) -> i64 {
-    i64::try_from(offset).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

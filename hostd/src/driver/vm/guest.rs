@@ -18,8 +18,17 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
 type Connection = Framed<UnixStream, LinesCodec>;
 
-/// Asks the agent what has one answer.
+/// Asks the agent what has one answer, at once.
 pub(super) async fn ask(socket: &Path, request: &Request) -> Result<Response, DriverError> {
+    ask_patiently(socket, request, ANSWER_DEADLINE).await
+}
+
+/// Asks the agent what has one answer, which may take the guest so long.
+pub(super) async fn ask_patiently(
+    socket: &Path,
+    request: &Request,
+    deadline: Duration,
+) -> Result<Response, DriverError> {
     let asked = async {
         let mut connection = connect(socket, request).await?;
         match connection.next().await {
@@ -28,7 +37,7 @@ pub(super) async fn ask(socket: &Path, request: &Request) -> Result<Response, Dr
             None => Err(io::ErrorKind::UnexpectedEof.into()),
         }
     };
-    let response = within(asked).await?;
+    let response = within(deadline, asked).await?;
     if let Response::Error { message } = response {
         return Err(DriverError::Helper {
             action: "asking the guest's agent".to_owned(),
@@ -56,7 +65,7 @@ pub(super) async fn exec(socket: &Path, request: ExecRequest) -> Result<Connecti
         tty: request.tty,
         stdin: true,
     };
-    within(connect(socket, &Request::Exec(process))).await
+    within(ANSWER_DEADLINE, connect(socket, &Request::Exec(process))).await
 }
 
 /// A connection to the agent with the request on its way.
@@ -77,11 +86,14 @@ async fn connect(socket: &Path, request: &Request) -> io::Result<Connection> {
     Ok(connection)
 }
 
-async fn within<T>(work: impl Future<Output = io::Result<T>>) -> Result<T, DriverError> {
-    time::timeout(ANSWER_DEADLINE, work)
+async fn within<T>(
+    deadline: Duration,
+    work: impl Future<Output = io::Result<T>>,
+) -> Result<T, DriverError> {
+    time::timeout(deadline, work)
         .await
         .map_err(|_| DriverError::Timeout {
-            seconds: ANSWER_DEADLINE.as_secs(),
+            seconds: deadline.as_secs(),
         })?
         .map_err(DriverError::io("talking to the guest's agent"))
 }

@@ -79,7 +79,7 @@ pub(super) fn uid(index: u32) -> u32 {
 
 /// Descriptors in the order in which they are numbered.
 #[derive(Default)]
-struct Descriptors(Vec<Descriptor>);
+pub(super) struct Descriptors(Vec<Descriptor>);
 
 impl Descriptors {
     /// Adds one; returns the path by which the VMM knows it.
@@ -88,11 +88,22 @@ impl Descriptors {
         format!("fd:{}", DESCRIPTOR_FIRST + self.0.len() - 1).into()
     }
 
-    fn file(&mut self, path: impl Into<PathBuf>, write: bool) -> PathBuf {
+    pub(super) fn file(&mut self, path: impl Into<PathBuf>, write: bool) -> PathBuf {
         self.add(Descriptor::File {
             path: path.into(),
             write,
         })
+    }
+
+    /// Has another one take the place of the first, which is what the VMM reads first.
+    pub(super) fn replace_first(&mut self, descriptor: Descriptor) {
+        if let Some(first) = self.0.first_mut() {
+            *first = descriptor;
+        }
+    }
+
+    pub(super) fn into_inner(self) -> Vec<Descriptor> {
+        self.0
     }
 }
 
@@ -102,7 +113,7 @@ pub(super) fn machine(
     parts: Parts,
     limits: &Limits,
     host_memory_bytes: u64,
-) -> (Spec, Vec<Descriptor>) {
+) -> (Spec, Descriptors) {
     let mut fds = Descriptors::default();
     fds.file(machine_file(&parts.run), false);
     let memory = memory_bytes(limits);
@@ -158,7 +169,7 @@ pub(super) fn machine(
             path: exit_file(&parts.run),
         })),
     };
-    (spec, fds.0)
+    (spec, fds)
 }
 
 /// The image, and the disk on which the instance writes, in the order that [`WRITABLE_DISK`] counts in.
@@ -295,6 +306,7 @@ mod tests {
     #[test]
     fn every_descriptor_is_named_once_and_in_order() {
         let (spec, descriptors) = machine(parts(), &Limits::default(), 1 << 30);
+        let descriptors = descriptors.into_inner();
         let text = serde_json::to_string(&spec).unwrap();
         for number in 1..descriptors.len() {
             let name = format!("\"fd:{}\"", DESCRIPTOR_FIRST + number);

@@ -6,11 +6,13 @@ mod control;
 mod disk;
 mod guest;
 mod machine;
+mod resumed;
+mod snapshots;
 
 use std::convert;
 use std::fs;
 use std::future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,7 +34,7 @@ use super::monitor::Monitor;
 use super::workload::{Workload, stop_signal};
 use super::{
     Channel, Control, Driver, DriverError, Ended, Extent, Recovered, Running, Session, chain,
-    session,
+    machine_id, session,
 };
 use crate::api::types::{Effect, InstanceState, Limits, Stats};
 use crate::limits::{self, MIB, Rules};
@@ -57,6 +59,7 @@ pub const RULES: Rules = Rules {
     memory_default_bytes: Some(MEMORY_DEFAULT_BYTES),
     mounts: false,
     disk_size: true,
+    memory_snapshots: true,
     effect,
 };
 
@@ -126,22 +129,49 @@ impl VmDriver {
                 .and_then(|attachment| Some((attachment.tap?, format_mac(attachment.mac)))),
             run: run.clone(),
         };
-        let (machine, descriptors) =
+        let mut launch = self.to_launch(record, parts, &config)?;
+        launch.await_client = await_client;
+        engine.launch(record, launch, phases, ready(run)).await
+    }
+
+    /// The VMM in its container; it boots, or goes on from a machine that was kept. `config` is what
+    /// the guest is to know.
+    fn to_launch(
+        &self,
+        record: &Record,
+        parts: Parts,
+        config: &protocol::Config,
+    ) -> Result<Launch, DriverError> {
+        let engine = &self.engine;
+        let (spec, run) = (&record.instance.spec, self.run(record));
+        let (mut machine, mut descriptors) =
             machine::machine(parts, &spec.limits, engine.capacity.memory_bytes);
+        let kept = self.take_machine(record)?;
+        if let Some(kept) = &kept {
+            machine = resumed::prepare(&run, kept, &machine, &mut descriptors)?;
+            resumed::prepare_welcome(&run, record, config)?;
+        }
         let text = serde_json::to_vec(&machine).expect("paths of ours are UTF-8");
         fs::write(machine::machine_file(&run), text)
             .map_err(DriverError::io("writing the machine's description"))?;
-        let memory = machine.memory.size_mib * MIB;
+        let memory = machine::reachable_memory_bytes(&machine, &spec.limits);
         let resources = self.to_resources(&spec.limits, machine.cpus.count, memory)?;
         let cgroup_path = engine.cgroup_path(&record.instance.name);
-        let launch = Launch {
-            spec: machine::config(uid, &cgroup_path, &resources),
+        let mut config = machine::config(machine::uid(record.index), &cgroup_path, &resources);
+        if kept.is_some() {
+            config = resumed::with_restore(config);
+        }
+        Ok(Launch {
+            spec: config,
             executable: Some(engine.paths.vmm_program()),
-            descriptors,
+            descriptors: descriptors.into_inner(),
             stdin: spec.stdin,
-            await_client,
-        };
-        engine.launch(record, launch, phases, ready(run)).await
+            await_client: false,
+        })
+    }
+
+    fn run(&self, record: &Record) -> PathBuf {
+        self.engine.paths.instance_run(&record.instance.name)
     }
 
     fn to_resources(
@@ -233,6 +263,8 @@ impl VmDriver {
                 "the guest was resumed and did not take its limit of processes"
             );
         }
+        // A snapshot that was cut off may have held it.
+        self.release(record).await;
         Ok(())
     }
 
@@ -260,6 +292,7 @@ impl Driver for VmDriver {
     ) -> BoxFuture<'a, Result<Running, DriverError>> {
         async move {
             let started = self.try_start(record, await_client).await;
+            self.forget_machine(record);
             if started.is_err()
                 && let Err(error) = self.engine.destroy(record, Extent::Run).await
             {
@@ -385,6 +418,7 @@ fn agent_config(
         hostname,
         pids_max: spec.limits.pids.max,
         clock_ns: i64::try_from(Timestamp::now().as_nanosecond()).ok(),
+        machine_id: machine_id::of_clone(&record.instance),
     }
 }
 
@@ -398,9 +432,13 @@ fn write_segment(path: &Path, config: &protocol::Config) -> Result<(), DriverErr
 }
 
 /// Done once the guest says that its workload runs; an error quotes the console.
-fn ready(run: std::path::PathBuf) -> BoxFuture<'static, Result<(), DriverError>> {
+fn ready(run: PathBuf) -> BoxFuture<'static, Result<(), DriverError>> {
     async move {
-        match control::wait_ready(&machine::control_socket(&run)).await {
+        let told = match control::wait_ready(&machine::control_socket(&run)).await {
+            Ok(()) => resumed::welcome(&run).await,
+            Err(error) => Err(error),
+        };
+        match told {
             Ok(()) => Ok(()),
             Err(error) => {
                 // Its last act is to write down why it ended. One that hangs is explained as it is.

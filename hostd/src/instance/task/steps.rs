@@ -58,8 +58,13 @@ impl Task {
             // Its end was stored, so nothing of it can be meant to run.
             return self.destroy(Extent::Run).await;
         }
-        let paused = running.paused;
+        let mut paused = running.paused;
         self.take_on(running);
+        if std::mem::take(&mut self.record.held) && state == InstanceState::Running {
+            // A snapshot was cut off; its workload may be held even if it is not paused.
+            let resumed = self.act(Control::Resume).await;
+            paused = paused && !resumed;
+        }
         let state_now = &mut self.record.instance.state;
         if paused && *state_now == InstanceState::Running {
             *state_now = InstanceState::Paused;
@@ -217,13 +222,19 @@ impl Task {
         for stopper in std::mem::take(&mut self.stoppers) {
             answer(stopper, Ok(self.instance()));
         }
+        if let Some(restoring) = self.restoring.take() {
+            if self.after == After::Restore {
+                return self.restore(restoring).await;
+            }
+            restoring.call_off();
+        }
         match self.after {
             After::Start => {
                 self.restart_due = Some(Instant::now());
                 return;
             }
             After::Remove => return self.remove().await,
-            After::Stay => {}
+            After::Stay | After::Restore => {}
         }
         self.answer_starters(Err(InstanceError::CalledOff));
         if self.record.instance.spec.auto_remove {
@@ -357,7 +368,7 @@ impl Task {
     }
 
     /// Whether the act succeeded; the log says why not.
-    async fn act(&mut self, control: Control) -> bool {
+    pub(super) async fn act(&mut self, control: Control) -> bool {
         let result = self.control(control.clone()).await;
         if let Err(error) = &result {
             tracing::warn!(
@@ -422,7 +433,7 @@ impl Task {
     }
 
     /// Stores a fact. It stays one if the store fails: the next start of hostd sees it again.
-    async fn save_or_log(&mut self, event: Option<(&'static str, Value)>) {
+    pub(super) async fn save_or_log(&mut self, event: Option<(&'static str, Value)>) {
         if let Err(error) = self.save(event).await {
             tracing::error!(
                 name = self.name(),

@@ -1,0 +1,205 @@
+//! Whatever an instance has come from, it behaves the same: one that was booted, paused and resumed,
+//! restored, or cloned; VMs go on from memory. One table of origins, and for each the same checks.
+
+use std::io::Write;
+use std::process::Stdio;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use tests::{Host, Kind};
+
+use crate::KindTest;
+use crate::lifecycle::await_log;
+use crate::process::start_script;
+
+pub(crate) const TESTS: &[(&str, KindTest)] = &[
+    ("one_that_was_booted_behaves", |host, kind| {
+        try_out(host, kind, "booted", booted);
+    }),
+    ("one_that_was_paused_and_resumed_behaves", |host, kind| {
+        try_out(host, kind, "paused", paused);
+    }),
+    ("one_that_was_restored_behaves", |host, kind| {
+        try_out(host, kind, "restored", restored);
+    }),
+    (
+        "one_that_was_restored_while_paused_behaves",
+        |host, kind| {
+            try_out(host, kind, "held", restored_while_paused);
+        },
+    ),
+    (
+        "one_that_was_restored_and_kept_again_behaves",
+        |host, kind| {
+            try_out(host, kind, "again", restored_again);
+        },
+    ),
+    ("one_that_was_cloned_behaves", |host, kind| {
+        try_out(host, kind, "cloned", cloned);
+    }),
+];
+
+/// Counts in its memory, tells the count to whoever looks, and says what it is told to.
+const WORKLOAD: &str = "trap 'echo bye; exit 5' TERM; n=0; echo ready; while :; do n=$((n+1)); echo $n >/count; \
+    if [ -e /say ]; then cat /say; rm /say; fi; sleep 0.1; done";
+
+/// So far has a workload come that began before the snapshot and not after it.
+const COUNT: u64 = 20;
+
+/// Makes an instance of this name, which has an origin; the workload has come to [`COUNT`].
+type Origin = fn(&Host, Kind, &str);
+
+fn booted(host: &Host, kind: Kind, name: &str) {
+    start_script(host, kind, name, &[], WORKLOAD);
+    await_log(host, name, "ready");
+    while count(host, name) < COUNT {}
+}
+
+fn paused(host: &Host, kind: Kind, name: &str) {
+    booted(host, kind, name);
+    host.hostctl(&["pause", name]).ok();
+    host.hostctl(&["resume", name]).ok();
+}
+
+fn restored(host: &Host, kind: Kind, name: &str) {
+    booted(host, kind, name);
+    keep(host, kind, name);
+    host.hostctl(&["snapshot", "restore", name, "kept"]).ok();
+    host.hostctl(&["snapshot", "rm", name, "kept"]).ok();
+}
+
+fn restored_while_paused(host: &Host, kind: Kind, name: &str) {
+    booted(host, kind, name);
+    host.hostctl(&["pause", name]).ok();
+    keep(host, kind, name);
+    host.hostctl(&["snapshot", "restore", name, "kept"]).ok();
+}
+
+/// More than once from one snapshot, and from a snapshot of what was restored.
+fn restored_again(host: &Host, kind: Kind, name: &str) {
+    restored(host, kind, name);
+    keep(host, kind, name);
+    for _ in 0..2 {
+        host.hostctl(&["snapshot", "restore", name, "kept"]).ok();
+    }
+}
+
+fn cloned(host: &Host, kind: Kind, name: &str) {
+    let original = format!("of-{name}");
+    booted(host, kind, &original);
+    keep(host, kind, &original);
+    let source = format!("{original}/kept");
+    host.hostctl(&["copy", "--start", &source, name]).ok();
+    // Both run, and neither is in the other's way.
+    assert_eq!(shell(host, &original, "hostname").trim(), original);
+    host.hostctl(&["rm", "--force", &original]).ok();
+}
+
+/// Takes the snapshot `kept`, with memory where there can be some.
+fn keep(host: &Host, kind: Kind, name: &str) {
+    let stateful: &[&str] = match kind {
+        Kind::Container => &[],
+        Kind::Vm => &["--stateful"],
+    };
+    let create = ["snapshot", "create"];
+    host.hostctl(&[&create[..], stateful, &[name, "kept"]].concat())
+        .ok();
+}
+
+#[track_caller]
+fn shell(host: &Host, name: &str, script: &str) -> String {
+    host.hostctl(&["exec", name, "sh", "-c", script]).ok()
+}
+
+fn count(host: &Host, name: &str) -> u64 {
+    // It may be between emptying the file and writing to it.
+    let text = shell(host, name, "until grep . /count 2>/dev/null; do :; done");
+    text.trim().parse().expect("it counts")
+}
+
+fn try_out(host: &Host, kind: Kind, origin: &str, make: Origin) {
+    let name = format!("{origin}-{}", kind.name());
+    make(host, kind, &name);
+    if kind == Kind::Vm {
+        assert!(count(host, &name) >= COUNT, "the workload has begun anew");
+    }
+    works(host, &name);
+    is_itself(host, &name);
+    speaks(host, &name);
+    let went_on = kind == Kind::Vm && !["booted", "paused"].contains(&origin);
+    ends(host, &name, went_on);
+    host.hostctl(&["rm", "--force", &name]).ok();
+}
+
+/// The workload does its work, and stands still when it is to.
+fn works(host: &Host, name: &str) {
+    let before = count(host, name);
+    while count(host, name) <= before {}
+    host.hostctl(&["pause", name]).ok();
+    host.hostctl(&["resume", name]).ok();
+    let before = count(host, name);
+    while count(host, name) <= before {}
+    let stats = ["stats", "--no-stream", "--json", name];
+    let stats = host.hostctl(&stats).json();
+    let stats = if stats.is_array() { &stats[0] } else { &stats };
+    assert!(stats["pids"].as_u64() > Some(0), "{stats}");
+}
+
+/// It has the name, address and time that are its own.
+fn is_itself(host: &Host, name: &str) {
+    assert_eq!(shell(host, name, "hostname").trim(), name);
+    let instance = host.hostctl(&["inspect", "--json", name]).json();
+    let address = instance["address"].as_str().expect("it has an address");
+    let shown = shell(host, name, "ip -4 addr show; cat /etc/hosts");
+    assert!(shown.contains(&format!("inet {address}/")), "{shown}");
+    assert!(shown.contains(&format!("{address}\t{name}")), "{shown}");
+    shell(
+        host,
+        name,
+        "ping -c 1 -W 10 $(ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p')",
+    );
+    let theirs: u64 = shell(host, name, "date +%s")
+        .trim()
+        .parse()
+        .expect("a number");
+    let ours = SystemTime::now().duration_since(UNIX_EPOCH);
+    let ours = ours.expect("the clock is set").as_secs();
+    assert!(theirs.abs_diff(ours) < 60, "it is {ours}, and not {theirs}");
+}
+
+/// Exec, its streams and limits, and the workload's own output.
+fn speaks(host: &Host, name: &str) {
+    let exec = |script: &str| host.hostctl(&["exec", name, "sh", "-c", script]);
+    exec("exit 9").exits(9);
+    exec("kill -9 $$").exits(137);
+    let mut command = host.hostctl_command(&["exec", "-i", name, "wc", "-c"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().expect("hostctl runs");
+    let mut input = child.stdin.take().expect("the stream is piped");
+    input.write_all(&[b'x'; 100_000]).expect("hostctl reads");
+    drop(input);
+    let output = child.wait_with_output().expect("hostctl ends");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "100000");
+
+    // Not so low that the workload itself could not go on.
+    host.hostctl(&["update", "--pids", "100", name]).ok();
+
+    shell(host, name, "echo heard >/said; mv /said /say");
+    await_log(host, name, "heard");
+}
+
+/// It can be asked to stop, and what it makes of that arrives.
+///
+/// But for the exit status of a VM that `went_on` from memory: its agent reports that through an I/O
+/// port, and QEMU's TCG, which is the processor of the simulated host, lets no process use one once the
+/// task register was restored as KVM saves it (busy, as it is).
+fn ends(host: &Host, name: &str, went_on: bool) {
+    host.hostctl(&["stop", name]).ok();
+    let instance = host.hostctl(&["inspect", "--json", name]).json();
+    assert_eq!(instance["state"], "stopped", "{instance:#}");
+    if !went_on {
+        assert_eq!(instance["exit"]["code"], 5, "{instance:#}");
+    }
+    assert!(host.hostctl(&["logs", name]).ok().contains("bye"));
+    host.hostctl(&["start", name]).ok();
+    assert_eq!(shell(host, name, "hostname").trim(), name);
+}
