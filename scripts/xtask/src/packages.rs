@@ -29,6 +29,7 @@ pub(crate) const ALL: &[&str] = &[
     "podman",          // Runs containers with hostd-oci in its tests.
     "qemu-system-x86", // The simulated host.
     "skopeo",          // Pushes to the registry in the image tests.
+    "systemd",         // Has limits set by it in the tests of hostd-oci.
     "umoci",           // OCI layouts from file trees.
     "xz-utils",        // Kernel modules.
 ];
