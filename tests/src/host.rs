@@ -7,9 +7,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::thread;
 
-use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use tempfile::TempDir;
 
 use crate::output::Output;
@@ -124,8 +124,8 @@ impl Host {
             None => {
                 // The host's init starts it again.
                 let pid = self.run("pidof", &["hostd"]).ok();
-                let pid = pid.trim().parse().expect("one hostd runs");
-                kill(Pid::from_raw(pid), Signal::SIGKILL).expect("the daemon can be killed");
+                let pid = pid.trim().parse().ok().and_then(Pid::from_raw);
+                kill_and_await(pid.expect("one hostd runs")).expect("the daemon can be killed");
             }
         }
         self.wait_until_it_answers();
@@ -268,9 +268,17 @@ impl Drop for Host {
 }
 
 /// Politely: a daemon without instances then removes what was for all of them.
-fn end(daemon: &Child) -> nix::Result<()> {
-    let pid = i32::try_from(daemon.id()).map_err(|_| Errno::ESRCH)?;
-    kill(Pid::from_raw(pid), Signal::SIGTERM)
+fn end(daemon: &Child) -> rustix::io::Result<()> {
+    kill_process(Pid::from_child(daemon), Signal::TERM)
+}
+
+/// Kills a process that is not our child; it is gone when this returns.
+fn kill_and_await(pid: Pid) -> rustix::io::Result<()> {
+    let process = pidfd_open(pid, PidfdFlags::empty())?;
+    pidfd_send_signal(&process, Signal::KILL)?;
+    let mut ended = [PollFd::new(&process, PollFlags::IN)];
+    while poll(&mut ended, None) == Err(Errno::INTR) {}
+    Ok(())
 }
 
 /// What the daemon was told to put its instances' control groups into.

@@ -228,10 +228,11 @@ fn broke(error: &hyper::Error) -> bool {
         })
 }
 
+/// A listener that goes while one is in its queue resets the connection.
 fn is_not_up_yet(error: &io::Error) -> bool {
     matches!(
         error.kind(),
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset
     )
 }
 

@@ -85,8 +85,9 @@ fn simulated(filter: &[String]) -> Result<()> {
             .chain(filter.iter().cloned())
             .collect();
         if !machine.run(&words, false)?.success() {
-            let log = ["tail", "-n", "60", "/var/log/hostd.log"].map(str::to_owned);
-            machine.run(&log, false)?;
+            for words in DIAGNOSIS {
+                machine.run(&words.map(str::to_owned), false)?;
+            }
             bail!("Tests failed in the simulated host: {}", program.name);
         }
     }
@@ -96,6 +97,14 @@ fn simulated(filter: &[String]) -> Result<()> {
     }
     Ok(())
 }
+
+/// What a failed program's host is asked: most of all whether its memory ran out.
+const DIAGNOSIS: [[&str; 3]; 4] = [
+    ["tail", "-n60", "/var/log/hostd.log"],
+    ["sh", "-c", "dmesg | tail -n 60"],
+    ["sh", "-c", "free -m"],
+    ["sh", "-c", "df -m; du -amx / | sort -rn | head -n 30"],
+];
 
 /// A test program that runs in the simulated host.
 struct Program {
