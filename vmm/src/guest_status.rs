@@ -1,11 +1,24 @@
-//! The register through which a guest says how its workload fares: one 32-bit write to an I/O port.
+//! How a guest says how its workload fares: a 32-bit report, in one of two ways.
 //!
-//! In a Linux guest it takes two lines of the first process: `ioperm(PORT, 4, 1)` and
-//! `outl(exit(code, oom), PORT)`. Reads give [`MAGIC`], so a guest can tell whether the register is
-//! there. Writes of another width, or of an unknown kind, do nothing.
+//! - Over vsock, if the machine has it: connect to [`VSOCK_PORT`] of the host from a port below
+//!   [`VSOCK_GUEST_PORTS_END`], send the report as 4 bytes in little-endian order, all at once, and
+//!   shut down; the machine's end of the connection is closed when the report was taken. The machine
+//!   itself listens there: no socket of the host is asked.
+//! - By a write to the I/O port [`PORT`]. In a Linux guest it takes two lines of the first process:
+//!   `ioperm(PORT, 4, 1)` and `outl(exit(code, oom), PORT)`, which a kernel that is locked down
+//!   refuses. Reads give [`MAGIC`], so a guest can tell whether the register is there.
+//!
+//! Reports of another width, or of an unknown kind, do nothing.
 
 /// The I/O port, 4 bytes wide.
 pub const PORT: u16 = 0x610;
+
+/// The host's vsock port (of CID 2) for reports.
+pub const VSOCK_PORT: u32 = PORT as u32;
+
+/// Guests' ports from here on are anybody's, in Linux; those below are for privileged processes, who
+/// alone are to speak for the guest.
+pub const VSOCK_GUEST_PORTS_END: u32 = 1024;
 
 /// What a 32-bit read of [`PORT`] gives: `hstd` in ASCII, first letter in the lowest byte.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"hstd");

@@ -21,6 +21,7 @@ use crate::control::memory::MemoryControls;
 use crate::control::server::Server;
 use crate::devices::boot_timer::Start;
 use crate::devices::generation::{self, GenerationError};
+use crate::devices::guest_status::{Readiness, Reports};
 use crate::events::EventLoop;
 use crate::exit::ExitSwitch;
 use crate::footprint;
@@ -149,8 +150,8 @@ impl Machine {
         let memory = memory(&plan)?;
         generation::renew(&memory.all)?;
         let vm = Arc::new(Vm::new(&kvm, memory.all, plan.spec.memory.track_dirty)?);
-        let virtio = VirtioDevices::new(&mut plan)?;
-        let mut parts = Parts::new(vm.clone(), early.exit, plan.spec.transport)?;
+        let virtio = VirtioDevices::new(&mut plan, &early.reports)?;
+        let mut parts = Parts::new(vm.clone(), early.exit, early.reports, plan.spec.transport)?;
         let saved_port = plan.saved().map(|state| state.devices.serial.clone());
         let (serial, terminal) = parts.add_serial_port(plan.console, saved_port.as_ref())?;
         let power_button = parts.add_power()?;
@@ -184,7 +185,7 @@ impl Machine {
                 saver: Saver::new(&kvm, begun.features)?,
                 io_apic,
                 serial,
-                readiness: parts.readiness.clone(),
+                readiness: parts.reports.readiness().clone(),
                 transports: parts.transports,
                 functions: parts.functions,
                 windows: plan.windows,
@@ -197,7 +198,7 @@ impl Machine {
                 counters,
                 vcpus: vcpus.clone(),
                 exit: parts.exit.clone(),
-                readiness: parts.readiness,
+                readiness: parts.reports.readiness().clone(),
                 power_button,
                 disks: virtio.disks,
                 nets: virtio.nets,
@@ -246,6 +247,7 @@ impl Machine {
 /// there before they are.
 struct Early {
     exit: ExitSwitch,
+    reports: Reports,
     filters: Filters,
     vcpus: VcpuThreads,
 }
@@ -256,11 +258,13 @@ impl Early {
         kvm::prepare_interrupts()?;
         signals::hold_back()?;
         let exit = ExitSwitch::new().map_err(host("make an event"))?;
+        let readiness = Readiness::new().map_err(host("make an event"))?;
         let filters = Filters {
             absent: options.no_seccomp,
         };
         let vcpus = VcpuThreads::start(cpus, &filters.enter(Thread::Vcpu, &exit))?;
         Ok(Self {
+            reports: Reports::new(exit.clone(), readiness),
             exit,
             filters,
             vcpus,
@@ -363,7 +367,7 @@ struct VirtioDevices {
 
 impl VirtioDevices {
     /// The list, in the order of the plan's windows.
-    fn new(plan: &mut Plan) -> Result<Self, MachineError> {
+    fn new(plan: &mut Plan, reports: &Reports) -> Result<Self, MachineError> {
         let mut list = Self::default();
         for (index, disk) in plan.disks.drain(..).enumerate() {
             list.add(format!("disk{index}"), block(disk), |list, device| {
@@ -376,7 +380,8 @@ impl VirtioDevices {
             })?;
         }
         if let Some(plan) = plan.vsock.take() {
-            list.add("vsock".to_owned(), vsock(plan), |_, _| ())?;
+            let vsock = vsock(plan).map(|vsock| vsock.with_reports(reports.clone()));
+            list.add("vsock".to_owned(), vsock, |_, _| ())?;
         }
         if plan.rng {
             list.add("rng".to_owned(), Ok(Rng::new()), |_, _| ())?;

@@ -413,6 +413,14 @@ mod tests {
     }
 
     #[test]
+    fn the_port_of_reports_is_the_machines_own() {
+        let stream = json!({"port": 0x610, "path": "/dev/null", "direction": "from_guest"});
+        let error = plan("/vsock/streams", json!([stream])).unwrap_err();
+        let want = "`/vsock/streams/0/port` is 1552";
+        assert!(error.to_string().starts_with(want), "{error}");
+    }
+
+    #[test]
     fn an_mtu_is_one_that_a_driver_accepts() {
         assert_eq!(
             plan("/nets/0/mtu", json!(68)).unwrap().nets[0].mtu,

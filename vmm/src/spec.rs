@@ -243,6 +243,7 @@ pub struct Vsock {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockStream {
+    /// Not that of `guest_status`.
     pub port: u32,
     /// `fd:N` or a path.
     pub path: PathBuf,

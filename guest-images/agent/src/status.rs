@@ -1,12 +1,21 @@
-//! Tells the host how the workload fares, through the status register of hostd-vmm.
+//! Tells the host how the workload fares, in the ways that `vmm::guest_status` describes; the numbers
+//! here are those of that file.
 //!
-//! The register is described in `vmm::guest_status`, and the numbers here are those of that file:
-//! one 32-bit write to an I/O port for each report.
+//! vsock comes first: a kernel that is locked down lets no process use I/O ports, and some processors
+//! do not either once the machine went on from a snapshot. The register is for machines without vsock.
 
-use crate::sys::Ports;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::time::Duration;
 
-/// The register's I/O port.
+use crate::sys;
+use crate::transport;
+
+/// The register's I/O port, and the host's vsock port.
 const PORT: u16 = 0x610;
+
+/// How long the host may take to say that it has a report.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
 
 /// What reading it gives, where there is one.
 const MAGIC: u32 = u32::from_le_bytes(*b"hstd");
@@ -24,22 +33,34 @@ pub struct End {
     pub oom: bool,
 }
 
-/// Says that the workload runs and that the agent can be reached. Says nothing without a register.
+/// Says that the workload runs and that the agent can be reached. Says nothing if nobody listens.
 pub fn report_ready() {
-    if let Some(register) = register() {
-        register.write(READY);
-    }
+    report(READY);
 }
 
-/// Says how the workload ended, which ends the machine. Returns if there is no register.
+/// Says how the workload ended, which ends the machine. Returns if nobody listens.
 pub fn report_end(end: End) {
-    if let Some(register) = register() {
-        let oom = if end.oom { EXIT_OOM } else { 0 };
-        register.write(EXIT | u32::from(end.code) | oom);
+    let oom = if end.oom { EXIT_OOM } else { 0 };
+    report(EXIT | u32::from(end.code) | oom);
+}
+
+fn report(value: u32) {
+    if send(value).is_err() {
+        // Without a register either there is nobody to tell.
+        let _ = sys::write_port(PORT, MAGIC, value);
     }
 }
 
-fn register() -> Option<Ports> {
-    let ports = Ports::open(PORT).ok()?;
-    (ports.read() == MAGIC).then_some(ports)
+/// Returns once the host has the report.
+fn send(value: u32) -> io::Result<()> {
+    let mut stream = transport::connect_privileged(PORT.into())?;
+    stream.set_read_timeout(Some(ANSWER_MAX))?;
+    stream.write_all(&value.to_le_bytes())?;
+    stream.shutdown(Shutdown::Write)?;
+    match stream.read(&mut [0]) {
+        // The host hangs up when it has it.
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(()),
+        Err(error) => Err(error),
+    }
 }

@@ -8,7 +8,7 @@
 )]
 
 use std::arch::asm;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitStatus};
@@ -142,15 +142,49 @@ pub(crate) fn freeze(file_system: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// Writes `value` to an I/O port that reads as `magic`; whether that has come about.
+///
+/// A process of its own does it: where the kernel grants ports and the processor refuses them, as some
+/// do in a machine that went on from a snapshot, that one is killed, and not the first process of all.
+pub(crate) fn write_port(port: u16, magic: u32, value: u32) -> io::Result<bool> {
+    in_child(|| {
+        Ports::open(port).is_ok_and(|ports| {
+            let there = ports.read() == magic;
+            if there {
+                ports.write(value);
+            }
+            there
+        })
+    })
+}
+
+/// Whether `act` returns true in a child, which ends with it. It may only make system calls and use
+/// ports. The child is taken off the kernel's list by whoever takes all.
+fn in_child(act: impl FnOnce() -> bool) -> io::Result<bool> {
+    let (mut reader, writer) = io::pipe()?;
+    // SAFETY: the child makes system calls and uses ports, and ends. It takes no locks.
+    let pid = Errno::result(unsafe { libc::fork() })?;
+    if pid == 0 {
+        if act() {
+            // Nobody hears of it if the parent is gone.
+            let _ = write(&writer, b"1");
+        }
+        // SAFETY: ends the child without running anything else.
+        unsafe { libc::_exit(0) };
+    }
+    drop(writer);
+    Ok(reader.read(&mut [0])? == 1)
+}
+
 /// Four I/O ports that the calling thread may use until this is dropped. Programs that it starts in
 /// the meantime would inherit the permission.
 #[derive(Debug)]
-pub(crate) struct Ports {
+struct Ports {
     first: u16,
 }
 
 impl Ports {
-    pub(crate) fn open(first: u16) -> io::Result<Ports> {
+    fn open(first: u16) -> io::Result<Ports> {
         // SAFETY: ioperm takes plain numbers.
         let result = unsafe { libc::ioperm(first.into(), 4, 1) };
         Errno::result(result)?;
@@ -158,7 +192,7 @@ impl Ports {
     }
 
     /// One 32-bit read.
-    pub(crate) fn read(&self) -> u32 {
+    fn read(&self) -> u32 {
         let value;
         // SAFETY: the ports may be used as long as `self` lives. They are a virtual machine's status
         // register or nothing; reading does not change the memory of the process.
@@ -174,7 +208,7 @@ impl Ports {
     }
 
     /// One 32-bit write.
-    pub(crate) fn write(&self, value: u32) {
+    fn write(&self, value: u32) {
         // SAFETY: as in `read`; what writing does, it does to the virtual machine as a whole.
         unsafe {
             asm!(
@@ -191,5 +225,18 @@ impl Drop for Ports {
     fn drop(&mut self) {
         // SAFETY: ioperm takes plain numbers. Giving up what one has does not fail.
         unsafe { libc::ioperm(self.first.into(), 4, 0) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_that_faults_is_the_end_of_a_child_alone() {
+        assert!(in_child(|| true).unwrap());
+        assert!(!in_child(|| false).unwrap());
+        // Nobody has asked for the port.
+        assert!(!in_child(|| Ports { first: 0x610 }.read() != 0).unwrap());
     }
 }

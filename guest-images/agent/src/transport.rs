@@ -1,6 +1,7 @@
 //! How the agent and the host reach each other: vsock, or unix sockets for development.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -15,6 +16,9 @@ use crate::sys;
 
 /// The host's context id.
 const HOST_CID: u32 = libc::VMADDR_CID_HOST;
+
+/// Ports that Linux gives to nobody without CAP_NET_BIND_SERVICE.
+const PRIVILEGED_PORTS: Range<u32> = 512..1024;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 64;
@@ -67,6 +71,19 @@ impl Transport {
             family: self.clone(),
         })
     }
+}
+
+/// Connects to a port of the host over vsock, from one that only privileged processes may have.
+pub(crate) fn connect_privileged(port: u32) -> io::Result<UnixStream> {
+    let socket = vsock()?;
+    // Somebody else in the machine, or a connection that is about to end, may have some of them.
+    let free = PRIVILEGED_PORTS.rev().find(|own| {
+        let address = VsockAddr::new(libc::VMADDR_CID_ANY, *own);
+        bind(socket.as_raw_fd(), &address).is_ok()
+    });
+    free.ok_or(io::ErrorKind::AddrInUse)?;
+    connect(socket.as_raw_fd(), &VsockAddr::new(HOST_CID, port))?;
+    Ok(socket.into())
 }
 
 impl Listener {

@@ -8,6 +8,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
+use vmm::devices::guest_status::{Readiness, Reports};
+use vmm::exit::ExitSwitch;
 use vmm::spec::StreamDirection;
 use vmm::virtio::vsock::{HostStream, Vsock, VsockHost};
 use vmm_fuzz::{Script, run};
@@ -44,7 +46,10 @@ fuzz_target!(|script: Script| {
             stream(2, StreamDirection::ToGuest, "/dev/zero"),
             stream(3, StreamDirection::FromGuest, "/dev/null"),
         ];
-        let mut vsock = Vsock::new(3, host, streams).expect("it is complete");
+        let exit = ExitSwitch::new().expect("events can be made");
+        let readiness = Readiness::new().expect("events can be made");
+        let vsock = Vsock::new(3, host, streams).expect("it is complete");
+        let mut vsock = vsock.with_reports(Reports::new(exit, readiness));
         let mut client = UnixStream::connect(&path).expect("somebody listens");
         client
             .write_all(b"CONNECT 4\nhello")

@@ -1,4 +1,4 @@
-//! The register of `crate::guest_status`: what the guest says about its workload.
+//! What the guest says about its workload (`crate::guest_status`), and the register to say it with.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -54,29 +54,27 @@ impl Readiness {
     }
 }
 
-/// The register.
-#[derive(Debug)]
-pub struct GuestStatus {
+/// Where reports go, whichever way they come. Clones take those of the same guest.
+#[derive(Clone, Debug)]
+pub struct Reports {
     exit: ExitSwitch,
     readiness: Readiness,
 }
 
-impl GuestStatus {
-    /// A register that passes reports on to `exit` and `readiness`.
+impl Reports {
+    /// Passes reports on to `exit` and `readiness`.
     pub fn new(exit: ExitSwitch, readiness: Readiness) -> Self {
         Self { exit, readiness }
     }
-}
 
-impl BusDevice for GuestStatus {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
-        if offset == 0 && data.len() == 4 {
-            data.copy_from_slice(&MAGIC.to_le_bytes());
-        }
+    /// Whether the guest has said that it is ready.
+    pub fn readiness(&self) -> &Readiness {
+        &self.readiness
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
-        let (0, Ok(value)) = (offset, <[u8; 4]>::try_from(data)) else {
+    /// Takes what a guest has written: a report in 4 bytes. Anything else does nothing.
+    pub fn take(&self, written: &[u8]) {
+        let Ok(value) = <[u8; 4]>::try_from(written) else {
             return;
         };
         match Report::parse(u32::from_le_bytes(value)) {
@@ -91,6 +89,33 @@ impl BusDevice for GuestStatus {
     }
 }
 
+/// The register.
+#[derive(Debug)]
+pub struct GuestStatus {
+    reports: Reports,
+}
+
+impl GuestStatus {
+    /// A register whose reports go there.
+    pub fn new(reports: Reports) -> Self {
+        Self { reports }
+    }
+}
+
+impl BusDevice for GuestStatus {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if offset == 0 && data.len() == 4 {
+            data.copy_from_slice(&MAGIC.to_le_bytes());
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if offset == 0 {
+            self.reports.take(data);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,7 +125,7 @@ mod tests {
     fn reports_of_the_right_width_are_passed_on() {
         let switch = ExitSwitch::new().unwrap();
         let readiness = Readiness::new().unwrap();
-        let mut register = GuestStatus::new(switch.clone(), readiness.clone());
+        let mut register = GuestStatus::new(Reports::new(switch.clone(), readiness.clone()));
 
         register.write(0, &READY.to_le_bytes()[..2]);
         register.write(2, &READY.to_le_bytes());

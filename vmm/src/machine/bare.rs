@@ -107,7 +107,7 @@ impl Bare<'_> {
         let features = x86_64::state::restore(self.kvm, self.vcpus, &state.processors, elapsed_ns)?;
         self.set_clock(state, elapsed_ns)?;
         if state.devices.ready {
-            self.parts.readiness.set();
+            self.parts.reports.readiness().set();
         }
         self.restore_virtio(state)?;
         let mut io_apic = self.io_apic.lock().expect("no device panics");

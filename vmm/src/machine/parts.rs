@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{MachineError, host, unrestorable};
 use crate::bus::BusDevice;
 use crate::devices::boot_timer::{BootTimer, Start};
-use crate::devices::guest_status::{GuestStatus, Readiness as GuestReadiness};
+use crate::devices::guest_status::{GuestStatus, Reports};
 use crate::devices::ioapic::IoApic;
 use crate::devices::keyboard::KeyboardController;
 use crate::devices::power::PowerRegisters;
@@ -39,7 +39,7 @@ type FunctionParts = (Arc<Mutex<Interrupts>>, Place);
 pub(super) struct Parts {
     vm: Arc<Vm>,
     pub(super) exit: ExitSwitch,
-    pub(super) readiness: GuestReadiness,
+    pub(super) reports: Reports,
     pub(super) events: EventLoop,
     pub(super) buses: Buses,
     /// The devices' ends of the interrupt lines.
@@ -56,6 +56,7 @@ impl Parts {
     pub(super) fn new(
         vm: Arc<Vm>,
         exit: ExitSwitch,
+        reports: Reports,
         transport: spec::Transport,
     ) -> Result<Self, MachineError> {
         let mut events = EventLoop::new(exit.clone()).map_err(host("make an event loop"))?;
@@ -64,7 +65,7 @@ impl Parts {
             vm,
             events,
             exit,
-            readiness: GuestReadiness::new().map_err(host("make an event"))?,
+            reports,
             buses: Buses::default(),
             lines: BTreeMap::new(),
             transports: Vec::new(),
@@ -129,9 +130,9 @@ impl Parts {
         let ports = layout::POWER_PORT..layout::POWER_PORT + layout::POWER_PORTS;
         self.add_port(ports, PowerRegisters::new(exit.clone()));
         let ports = layout::KEYBOARD_PORT..layout::KEYBOARD_PORT + 1;
-        self.add_port(ports, KeyboardController::new(exit.clone()));
+        self.add_port(ports, KeyboardController::new(exit));
         let ports = u64::from(guest_status::PORT)..u64::from(guest_status::PORT) + 4;
-        self.add_port(ports, GuestStatus::new(exit, self.readiness.clone()));
+        self.add_port(ports, GuestStatus::new(self.reports.clone()));
         Ok(power_button)
     }
 

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::descriptors::Inherited;
 use crate::devices::serial::{Bounded, Output, Patient};
+use crate::guest_status;
 use crate::memory::{Image, MemoryPlan};
 use crate::spec::{Console, ConsoleTarget, Net, Pmem, StreamDirection, Vsock};
 use crate::virtio::vsock::HostStream;
@@ -146,6 +147,14 @@ impl Opener {
                 StreamDirection::ToGuest => Access::Read,
                 StreamDirection::FromGuest => Access::Append,
             };
+            if stream.port == guest_status::VSOCK_PORT {
+                let wanted = "another port than the one for the guest's reports";
+                return Err(range(
+                    &format!("{field}/port"),
+                    stream.port.to_string(),
+                    wanted,
+                ));
+            }
             Ok(HostStream {
                 port: stream.port,
                 file: open.file(&format!("{field}/path"), &stream.path, access)?,

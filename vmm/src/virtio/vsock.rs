@@ -26,6 +26,7 @@ use self::packet::HEADER_BYTES;
 use super::chain::{Chain, take_all};
 use super::state::{self, DeviceState, StateError};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
+use crate::devices::guest_status::Reports;
 use crate::spec::StreamDirection;
 
 /// Device type, virtio 1.2 section 5.
@@ -119,6 +120,13 @@ impl Vsock {
             event_buffers: VecDeque::new(),
             reset: Reset::Known,
         })
+    }
+
+    /// Takes the guest's reports, too, at the port for them.
+    #[must_use]
+    pub fn with_reports(mut self, reports: Reports) -> Vsock {
+        self.muxer.reports = Some(reports);
+        self
     }
 
     /// Sends the guest what there is for it and room for; whether buffers were used.

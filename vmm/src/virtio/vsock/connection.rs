@@ -215,7 +215,8 @@ impl Connection {
             return Fate::Reset;
         }
         let mut done = if self.host_deaf { len } else { 0 };
-        while done < len && self.writable && self.buffer.is_empty() {
+        let direct = self.endpoint.writes_guest_memory();
+        while done < len && direct && self.writable && self.buffer.is_empty() {
             let mut list = IoList::new();
             let part = (len - done).min(self.endpoint.write_bytes_max());
             list.push_readable(chain, HEADER_BYTES + done, part);

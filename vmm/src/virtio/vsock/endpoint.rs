@@ -1,4 +1,5 @@
-//! The host's end of a connection: a unix socket, or a descriptor that the VMM was given.
+//! The host's end of a connection: a unix socket, a descriptor that the VMM was given, or the VMM
+//! itself, who takes reports.
 //!
 //! Nothing here blocks, and nobody else is made to see a flag change. A flag like O_NONBLOCK belongs
 //! to the open file, which a descriptor may share with a shell or a monitor, so:
@@ -20,6 +21,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 
+use crate::devices::guest_status::Reports;
 use crate::spec::StreamDirection;
 use crate::virtio::chain::IoList;
 
@@ -33,6 +35,8 @@ pub(super) enum Endpoint {
     Socket(OwnedFd),
     /// One direction, which outlives the connection.
     Stream(Stream),
+    /// What the guest sends is reports, one in each packet.
+    Reports(Reports),
 }
 
 /// A descriptor that the guest is joined to in one direction.
@@ -112,6 +116,7 @@ impl Endpoint {
         match self {
             Endpoint::Socket(_) => true,
             Endpoint::Stream(stream) => stream.direction == StreamDirection::FromGuest,
+            Endpoint::Reports(_) => true,
         }
     }
 
@@ -120,19 +125,38 @@ impl Endpoint {
         match self {
             Endpoint::Socket(_) => true,
             Endpoint::Stream(stream) => stream.direction == StreamDirection::ToGuest,
+            Endpoint::Reports(_) => false,
         }
     }
 
     /// Whether the end of the guest's data is the end of the connection.
     pub(super) fn ends_with_guest_data(&self) -> bool {
-        matches!(self, Endpoint::Stream(stream) if stream.direction == StreamDirection::FromGuest)
+        match self {
+            Endpoint::Socket(_) => false,
+            Endpoint::Stream(stream) => stream.direction == StreamDirection::FromGuest,
+            Endpoint::Reports(_) => true,
+        }
     }
 
     /// The most that one call of [`write`](Self::write) may be given.
     pub(super) fn write_bytes_max(&self) -> usize {
         match self {
             Endpoint::Stream(stream) if stream.mode == Mode::Polled => PIPE_BYTES_MIN,
-            Endpoint::Socket(_) | Endpoint::Stream(_) => usize::MAX,
+            Endpoint::Socket(_) | Endpoint::Stream(_) | Endpoint::Reports(_) => usize::MAX,
+        }
+    }
+
+    /// Whether [`write`](Self::write) can take data where the guest has put it.
+    pub(super) fn writes_guest_memory(&self) -> bool {
+        !matches!(self, Endpoint::Reports(_))
+    }
+
+    /// The descriptor that tells when the end is ready, if there is one; it always is without.
+    pub(super) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Endpoint::Socket(socket) => Some(socket.as_fd()),
+            Endpoint::Stream(stream) => Some(stream.file.as_fd()),
+            Endpoint::Reports(_) => None,
         }
     }
 
@@ -148,6 +172,7 @@ impl Endpoint {
                     list.read_from(stream.file.as_fd())
                 }
             },
+            Endpoint::Reports(_) => Ok(0),
         })
     }
 
@@ -163,6 +188,7 @@ impl Endpoint {
                     list.write_to(stream.file.as_fd())
                 }
             },
+            Endpoint::Reports(_) => Err(io::ErrorKind::Unsupported.into()),
         })
     }
 
@@ -180,6 +206,10 @@ impl Endpoint {
                     (&stream.file).write(bytes)
                 }
             },
+            Endpoint::Reports(reports) => {
+                reports.take(bytes);
+                Ok(bytes.len())
+            }
         })
     }
 
@@ -189,15 +219,6 @@ impl Endpoint {
         if let Endpoint::Socket(socket) = self {
             // It fails only if the other end is gone, which shows when it is used.
             let _ = shutdown(socket.as_raw_fd(), how);
-        }
-    }
-}
-
-impl AsFd for Endpoint {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Endpoint::Socket(socket) => socket.as_fd(),
-            Endpoint::Stream(stream) => stream.file.as_fd(),
         }
     }
 }

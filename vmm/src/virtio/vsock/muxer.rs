@@ -14,6 +14,8 @@ use super::connection::{Connection, Fate, Outgoing};
 use super::endpoint::{Endpoint, Stream};
 use super::listener::{Greeting, VsockHost, read_request};
 use super::packet::{HEADER_BYTES, HOST_CID, Header, Operation, TYPE_STREAM};
+use crate::devices::guest_status::Reports;
+use crate::guest_status::{VSOCK_GUEST_PORTS_END, VSOCK_PORT};
 use crate::virtio::chain::Chain;
 
 /// The most connections at a time, those that are being opened included. With
@@ -33,6 +35,10 @@ const CLIENTS_PER_CALL_MAX: usize = 4096;
 
 /// Ports of host clients: far from those that programs listen on.
 const HOST_PORTS: Range<u32> = 1 << 30..1 << 31;
+
+/// The most connections at a time that reports come by. A guest makes one for each report, and a
+/// machine sees two in its life.
+const REPORTERS_MAX: usize = 4;
 
 /// `VMADDR_PORT_ANY`: not a port. Epoll tokens that have it are not connections.
 const NO_PORT: u32 = u32::MAX;
@@ -77,6 +83,8 @@ pub(super) struct Muxer {
     next_port: u32,
     /// By port; not there while a connection has it.
     streams: HashMap<u32, Option<Stream>>,
+    /// Where the guest's reports go, if it may send them here.
+    pub(super) reports: Option<Reports>,
     /// Connections that have something for the guest, in turn.
     ready: VecDeque<Key>,
     /// Connections that the guest must be told do not exist, with the type that it used.
@@ -104,6 +112,7 @@ impl Muxer {
             next_client: 0,
             next_port: HOST_PORTS.start,
             streams,
+            reports: None,
             ready: VecDeque::new(),
             resets: BTreeSet::new(),
         })
@@ -184,7 +193,7 @@ impl Muxer {
 
     /// The guest asks for a connection.
     fn open(&mut self, key: Key, request: &Header) {
-        match self.endpoint_for(key.host_port) {
+        match self.endpoint_for(key) {
             Some(endpoint) => {
                 // It would be taken for one of the new connection.
                 self.resets.remove(&(key, TYPE_STREAM));
@@ -194,14 +203,25 @@ impl Muxer {
         }
     }
 
-    fn endpoint_for(&mut self, port: u32) -> Option<Endpoint> {
+    fn endpoint_for(&mut self, key: Key) -> Option<Endpoint> {
+        let port = key.host_port;
         if port == NO_PORT || self.is_full() {
             return None;
+        }
+        if let (VSOCK_PORT, Some(reports)) = (port, &self.reports) {
+            let trusted = key.guest_port < VSOCK_GUEST_PORTS_END;
+            let possible = trusted && self.reporters() < REPORTERS_MAX;
+            return possible.then(|| Endpoint::Reports(reports.clone()));
         }
         match self.streams.get_mut(&port) {
             Some(stream) => stream.take().map(Endpoint::Stream),
             None => self.host.connect(port).ok().map(Endpoint::Socket),
         }
+    }
+
+    fn reporters(&self) -> usize {
+        let ports = self.connections.keys().map(|key| key.host_port);
+        ports.filter(|port| *port == VSOCK_PORT).count()
     }
 
     fn is_full(&self) -> bool {
@@ -214,10 +234,11 @@ impl Muxer {
             | EpollFlags::EPOLLRDHUP
             | EpollFlags::EPOLLOUT;
         let event = EpollEvent::new(flags, key.token());
-        let watched = match self.epoll.add(connection.endpoint.as_fd(), event) {
+        let descriptor = connection.endpoint.descriptor();
+        let watched = match descriptor.map(|descriptor| self.epoll.add(descriptor, event)) {
             // Regular files are always ready, as a connection takes its endpoint to be.
-            Ok(()) | Err(Errno::EPERM) => true,
-            Err(_) => false,
+            None | Some(Ok(()) | Err(Errno::EPERM)) => true,
+            Some(Err(_)) => false,
         };
         self.connections.insert(key, connection);
         let fate = if watched { Fate::Lives } else { Fate::Reset };
@@ -251,7 +272,9 @@ impl Muxer {
         }
         // A stream's open file may be shared, so closing our descriptor would not be enough.
         // Regular files were never added.
-        let _ = self.epoll.delete(connection.endpoint.as_fd());
+        if let Some(descriptor) = connection.endpoint.descriptor() {
+            let _ = self.epoll.delete(descriptor);
+        }
         if let Endpoint::Stream(stream) = connection.endpoint
             && let Some(place) = self.streams.get_mut(&key.host_port)
         {

@@ -11,6 +11,7 @@
 
 mod connections;
 mod hostile;
+mod reports;
 mod restored;
 mod streams;
 
