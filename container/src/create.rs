@@ -81,14 +81,20 @@ pub struct CreateOptions {
     pub id: String,
     /// The directory that holds `config.json`.
     pub bundle: PathBuf,
+    /// Another name for that file, looked for in the bundle.
+    pub config: Option<PathBuf>,
     pub stdio: Stdio,
     /// A static program to execute in place of what `process.args[0]` names in the root, which may
     /// then be empty. Such a container gets no devices but those of its configuration.
     pub executable: Option<OwnedFd>,
     /// They become the descriptors 3, 4, … of the process.
     pub descriptors: Vec<OwnedFd>,
+    /// Added to the environment of the process, `NAME=VALUE`.
+    pub env: Vec<String>,
     /// Written, atomically, when the container is created.
     pub pid_file: Option<PathBuf>,
+    /// A unix stream socket that gets a pidfd of the first process before anything is set up.
+    pub pidfd_socket: Option<PathBuf>,
     /// Keep the caller's session keyring.
     pub no_new_keyring: bool,
     /// Have systemd manage the control group: `linux.cgroupsPath` is then SLICE:PREFIX:NAME.
@@ -214,14 +220,7 @@ enum Starter {
 fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), CreateError> {
     check_single_thread()?;
     let bundle = step("find the bundle", options.bundle.canonicalize())?;
-    let config = Config::load(&bundle)?;
-    let setting = Setting {
-        id: &options.id,
-        bundle: &bundle,
-        bare: options.executable.is_some(),
-        systemd: options.systemd_cgroup,
-    };
-    let plan = Plan::new(&config, &setting)?;
+    let (config, plan) = read(&options, &bundle)?;
     // What reads and checks a configuration is half of the program, and done.
     footprint::forget_code();
     idmap::apply(&plan.mounts)?;
@@ -259,6 +258,9 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
         Forked::Parent(process) => {
             drop((theirs, listener));
             making.record_process(process)?;
+            if let Some(path) = &options.pidfd_socket {
+                step("send the pidfd", making.hand_over_process(path))?;
+            }
             making.move_network_devices(&plan)?;
             let console = making.conduct(&ours, &plan, console_socket.as_ref())?;
             making.settle(&cgroup, &plan)?;
@@ -283,6 +285,23 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
             ))
         }
     }
+}
+
+fn read(options: &CreateOptions, bundle: &Path) -> Result<(Config, Plan), CreateError> {
+    let config = match &options.config {
+        Some(file) => Config::load_file(&bundle.join(file))?,
+        None => Config::load(bundle)?,
+    };
+    let setting = Setting {
+        id: &options.id,
+        bundle,
+        bare: options.executable.is_some(),
+        systemd: options.systemd_cgroup,
+    };
+    let mut plan = Plan::new(&config, &setting)?;
+    let added = options.env.iter().map(String::as_str).map(CString::new);
+    plan.process.env.extend(added.flatten());
+    Ok((config, plan))
 }
 
 /// The kernel counts a process's threads as directories of /proc/self/task.

@@ -1,8 +1,11 @@
 //! Runs the hooks of the specification: programs that get the container's state on standard input.
 
+use std::ffi::{CString, OsStr};
 use std::io::{self, Write};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus, Stdio};
 
 use oci_spec::runtime::{Hook, Hooks};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -12,21 +15,25 @@ use crate::process::Process;
 /// Why a hook stops what it belongs to.
 #[derive(Debug, thiserror::Error)]
 pub enum HookError {
-    #[error("cannot run the {name} hook `{path}`")]
+    /// The words are those that users of the other runtimes look for.
+    #[error("error running {name} hook #{index}: cannot run `{path}`")]
     Run {
         name: &'static str,
+        index: usize,
         path: String,
         source: io::Error,
     },
-    #[error("the {name} hook `{path}` ended with {status}")]
+    #[error("error running {name} hook #{index}: `{path}` ended with {}", describe(*status))]
     Status {
         name: &'static str,
+        index: usize,
         path: String,
-        status: std::process::ExitStatus,
+        status: ExitStatus,
     },
-    #[error("the {name} hook `{path}` took longer than {seconds} s")]
+    #[error("error running {name} hook #{index}: `{path}` took longer than {seconds} s")]
     Timeout {
         name: &'static str,
+        index: usize,
         path: String,
         seconds: i64,
     },
@@ -56,22 +63,54 @@ pub(crate) fn lists(hooks: &Hooks) -> [(&[Hook], &'static str); 6] {
     ]
 }
 
-/// Runs hooks in their order; the first that fails ends it.
-pub(crate) fn run(hooks: &[Hook], name: &'static str, state: &str) -> Result<(), HookError> {
-    hooks.iter().try_for_each(|hook| run_one(hook, name, state))
+/// What hooks find around them. What the specification leaves open is as with runc.
+#[derive(Debug, Default)]
+pub(crate) struct Surroundings<'a> {
+    /// The OCI state, for standard input.
+    pub(crate) state: &'a str,
+    /// The working directory; this process's own if none is given.
+    pub(crate) directory: Option<PathBuf>,
+    /// What a hook without an environment of its own gets; this process's own if none is given.
+    pub(crate) env: Option<&'a [CString]>,
 }
 
-fn run_one(hook: &Hook, name: &'static str, state: &str) -> Result<(), HookError> {
+impl<'a> Surroundings<'a> {
+    pub(crate) fn of_state(state: &'a str) -> Self {
+        Self {
+            state,
+            ..Self::default()
+        }
+    }
+}
+
+/// Runs hooks in their order; the first that fails ends it.
+pub(crate) fn run(
+    hooks: &[Hook],
+    name: &'static str,
+    around: &Surroundings<'_>,
+) -> Result<(), HookError> {
+    let mut numbered = hooks.iter().enumerate();
+    numbered.try_for_each(|(index, hook)| run_one(hook, name, index, around))
+}
+
+/// Runs one hook, which errors call by its place in the list.
+pub(crate) fn run_one(
+    hook: &Hook,
+    name: &'static str,
+    index: usize,
+    around: &Surroundings<'_>,
+) -> Result<(), HookError> {
     let path = hook.path().display().to_string();
     let failed = |source| HookError::Run {
         name,
+        index,
         path: path.clone(),
         source,
     };
-    let mut child = command(hook).spawn().map_err(failed)?;
+    let mut child = command(hook, around).spawn().map_err(failed)?;
     if let Some(mut stdin) = child.stdin.take() {
         // A hook need not read its state.
-        let _ = stdin.write_all(state.as_bytes());
+        let _ = stdin.write_all(around.state.as_bytes());
     }
     if let Some(seconds) = hook.timeout() {
         let pid = child.id().cast_signed();
@@ -87,6 +126,7 @@ fn run_one(hook: &Hook, name: &'static str, state: &str) -> Result<(), HookError
             child.wait().map_err(failed)?;
             return Err(HookError::Timeout {
                 name,
+                index,
                 path,
                 seconds,
             });
@@ -96,20 +136,48 @@ fn run_one(hook: &Hook, name: &'static str, state: &str) -> Result<(), HookError
     if status.success() {
         Ok(())
     } else {
-        Err(HookError::Status { name, path, status })
+        Err(HookError::Status {
+            name,
+            index,
+            path,
+            status,
+        })
     }
 }
 
-fn command(hook: &Hook) -> Command {
+/// As C libraries describe signals: those that a hook is likely to end by.
+fn describe(status: ExitStatus) -> String {
+    let words = match status.signal() {
+        Some(libc::SIGSYS) => "bad system call",
+        Some(libc::SIGKILL) => "killed",
+        Some(libc::SIGTERM) => "terminated",
+        Some(libc::SIGSEGV) => "segmentation fault",
+        Some(libc::SIGABRT) => "aborted",
+        _ => return status.to_string(),
+    };
+    format!("signal: {words}")
+}
+
+fn command(hook: &Hook, around: &Surroundings<'_>) -> Command {
     let mut command = Command::new(hook.path());
     let mut args = hook.args().iter().flatten();
     if let Some(name) = args.next() {
         command.arg0(name);
     }
-    command.args(args).env_clear();
-    for entry in hook.env().iter().flatten() {
-        let (key, value) = entry.split_once('=').unwrap_or((entry, ""));
-        command.env(key, value);
+    command.args(args);
+    let own = hook.env().as_ref();
+    if own.is_some() || around.env.is_some() {
+        command.env_clear();
+    }
+    let given = around.env.filter(|_| own.is_none()).unwrap_or_default();
+    let own = own.into_iter().flatten().map(String::as_bytes);
+    for entry in own.chain(given.iter().map(|entry| entry.to_bytes())) {
+        let mut halves = entry.splitn(2, |byte| *byte == b'=').map(OsStr::from_bytes);
+        let name = halves.next().unwrap_or_default();
+        command.env(name, halves.next().unwrap_or_default());
+    }
+    if let Some(directory) = &around.directory {
+        command.current_dir(directory);
     }
     command.stdin(Stdio::piped()).stdout(Stdio::null());
     command
@@ -131,16 +199,21 @@ mod tests {
         let json = serde_json::json!([
             {"path": "/bin/sh", "args": ["hook", "-c", script, "name"], "env": ["A=b"]}
         ]);
-        run(&hooks(&json.to_string()), "prestart", "{}\n").unwrap();
+        let around = Surroundings::of_state("{}\n");
+        run(&hooks(&json.to_string()), "prestart", &around).unwrap();
         assert_eq!(std::fs::read_to_string(out).unwrap(), "{}\nname b \n");
     }
 
     #[test]
     fn a_hook_that_fails_or_hangs_is_an_error() {
-        let run = |json: &str| run(&hooks(json), "poststart", "").unwrap_err().to_string();
+        let around = Surroundings::default();
+        let run = |json: &str| {
+            let result = run(&hooks(json), "poststart", &around);
+            result.unwrap_err().to_string()
+        };
         let message = run(r#"[{"path":"/bin/false"},{"path":"/bin/true"}]"#);
         assert!(
-            message.contains("the poststart hook `/bin/false` ended with"),
+            message.contains("error running poststart hook #0: `/bin/false` ended with"),
             "{message}"
         );
         let message = run(r#"[{"path":"/bin/sleep","args":["sleep","60"],"timeout":1}]"#);

@@ -11,8 +11,8 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use libc::MS_SHARED;
 use nix::sys::signal::SigSet;
@@ -23,13 +23,14 @@ use rustix::system::{setdomainname, sethostname};
 use crate::cgroup::Entry;
 use crate::create::Stdio;
 use crate::handshake::{Channel, Message};
+use crate::hooks::Surroundings;
 use crate::launch::{self, Ending, Program};
 use crate::mounts::{self, CgroupTrees};
 use crate::plan::namespaces::Kind;
 use crate::plan::{Inherited, Plan};
 use crate::root::Root;
 use crate::tty::{self, Terminal};
-use crate::{devices, hooks, masks, namespaces, rootfs, sys};
+use crate::{devices, environment, hooks, masks, namespaces, rootfs, sys};
 
 /// What connects the first process to the outside.
 #[derive(Debug)]
@@ -78,6 +79,7 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     sys::reset_signal_handlers();
     SigSet::empty().thread_set_mask()?;
     step("enter the cgroup", wiring.entry.join())?;
+    sys::reset_affinity();
     let state = wiring.channel.await_proceed()?;
     step("enter the namespaces", namespaces::enter(&plan.namespaces))?;
     step("start a session", setsid())?;
@@ -93,7 +95,7 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     devices::make(&plan.devices, plan.device_links, in_user_namespace, &root)?;
     // It need not exist in the image. On a read-only root it stays as it is, and the change fails.
     let _ = root.make_directory(&plan.process.cwd);
-    run_hooks(plan, &wiring.channel, &state)?;
+    run_hooks(plan, &wiring.channel, &root, &state)?;
     let terminal = open_terminal(plan, &root)?;
     masks::hide(&plan.masked_paths, &root)?;
     set_sysctl(plan)?;
@@ -113,7 +115,7 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
         Some(file) => Program::Descriptor(file),
         None => launch::find_program(&plan.process)?,
     };
-    let env = launch::environment(&plan.process);
+    let env = environment::environment(&plan.process);
     let has_identity = launch::identity_first(&plan.process, plan.filter.as_ref());
     if has_identity {
         launch::take_on_identity(&plan.process)?;
@@ -155,14 +157,14 @@ fn launch(
     starter: &Channel,
     descriptors: Vec<OwnedFd>,
 ) -> Result<Infallible, Error> {
-    let start_hooks = plan.hooks.start_container().as_deref().unwrap_or_default();
-    hooks::run(start_hooks, "startContainer", &prepared.state)?;
     let ending = Ending {
         process: &plan.process,
         filter: plan.filter.as_ref(),
         env: prepared.env,
         program: prepared.program,
         has_identity: prepared.has_identity,
+        start_hooks: plan.hooks.start_container().as_deref().unwrap_or_default(),
+        state: &prepared.state,
     };
     Ok(ending.launch(starter, descriptors)?)
 }
@@ -194,14 +196,23 @@ fn set_names(plan: &Plan) -> Result<(), StepError> {
 
 /// Has the creator run its hooks, and runs those that belong into the container's namespaces. Both
 /// see the mounts, and the host's tree as `/`.
-fn run_hooks(plan: &Plan, channel: &Channel, state: &str) -> Result<(), Error> {
+fn run_hooks(plan: &Plan, channel: &Channel, root: &Root, state: &str) -> Result<(), Error> {
     let some = |hooks: &Option<Vec<_>>| hooks.as_ref().is_some_and(|hooks| !hooks.is_empty());
     if some(plan.hooks.prestart()) || some(plan.hooks.create_runtime()) {
         channel.send(&Message::Hooks)?;
         channel.await_proceed()?;
     }
     let hooks = plan.hooks.create_container().as_deref().unwrap_or_default();
-    Ok(hooks::run(hooks, "createContainer", state)?)
+    let around = Surroundings {
+        state,
+        // The root has no path of its own yet.
+        directory: Some(PathBuf::from(format!(
+            "/proc/self/fd/{}",
+            root.as_fd().as_raw_fd()
+        ))),
+        env: None,
+    };
+    Ok(hooks::run(hooks, "createContainer", &around)?)
 }
 
 /// Writes through the host's /proc, which nothing in the container can have replaced

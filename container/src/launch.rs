@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::AtFlags;
 use nix::sys::personality::{self, Persona};
-use oci_spec::runtime::LinuxPersonalityDomain;
+use oci_spec::runtime::{Hook, LinuxPersonalityDomain};
 use rustix::fs::{FileType, Mode, OFlags, PROC_SUPER_MAGIC};
 use rustix::process::{Pid, Rlimit, fchdir, getcwd, getrlimit, prlimit, setrlimit, umask};
 use rustix::thread::{
@@ -21,7 +21,9 @@ use rustix::thread::{
     set_thread_res_uid,
 };
 
+use crate::environment::variable;
 use crate::handshake::{Channel, Message};
+use crate::hooks::{self, HookError, Surroundings};
 use crate::plan::capability::{self, Capabilities};
 use crate::plan::memory::MemoryPolicy;
 use crate::plan::process::{Label, ProcessPlan, UserPlan};
@@ -37,7 +39,7 @@ const PATH_DEFAULT: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 pub(crate) enum LaunchError {
     #[error("executable file `{name}` not found in $PATH")]
     NotInPath { name: String, source: io::Error },
-    #[error("cannot execute `{name}`")]
+    #[error("cannot exec `{name}`")]
     Execute { name: String, source: io::Error },
     #[error("cannot change to the working directory `{path}`")]
     WorkingDirectory { path: String, source: io::Error },
@@ -45,6 +47,8 @@ pub(crate) enum LaunchError {
     Outside { path: String },
     #[error("linux.seccomp")]
     Filter(#[from] SeccompError),
+    #[error(transparent)]
+    Hook(#[from] HookError),
     #[error("cannot {step}")]
     Step {
         step: &'static str,
@@ -123,41 +127,6 @@ fn check_executable(path: &Path) -> io::Result<()> {
         return Ok(());
     }
     Err(io::Error::from_raw_os_error(libc::EACCES))
-}
-
-/// The environment, with HOME as the container's /etc/passwd has it where it is not given.
-pub(crate) fn environment(process: &ProcessPlan) -> Vec<CString> {
-    let mut env = process.env.clone();
-    if variable(&env, b"HOME").is_none() {
-        let home = home_of(process.user.uid).unwrap_or_else(|| "/".to_owned());
-        env.extend(CString::new(format!("HOME={home}")));
-    }
-    env
-}
-
-fn variable<'a>(env: &'a [CString], name: &[u8]) -> Option<&'a [u8]> {
-    // The last one wins, as with the other runtimes.
-    env.iter().rev().find_map(|entry| {
-        entry
-            .to_bytes()
-            .strip_prefix(name)
-            .and_then(|rest| rest.strip_prefix(b"="))
-    })
-}
-
-fn home_of(uid: u32) -> Option<String> {
-    /// A longer file is read to here.
-    const PASSWD_BYTES_MAX: u64 = 1024 * 1024;
-    let file = std::fs::File::open("/etc/passwd").ok()?;
-    let text = io::read_to_string(io::Read::take(file, PASSWD_BYTES_MAX)).ok()?;
-    text.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let found = fields.nth(2)?.parse() == Ok(uid);
-        fields
-            .nth(2)
-            .filter(|home| found && !home.is_empty())
-            .map(str::to_owned)
-    })
 }
 
 /// Changes to the working directory and makes sure that it is inside: a descriptor that leaked could
@@ -374,6 +343,10 @@ pub(crate) struct Ending<'a> {
     pub(crate) program: Program,
     /// Whether the identity was taken on before.
     pub(crate) has_identity: bool,
+    /// What runs before the program, as the program would: its user, rights, limits and filter.
+    pub(crate) start_hooks: &'a [Hook],
+    /// The OCI state, for the hooks.
+    pub(crate) state: &'a str,
 }
 
 /// Whether the identity may be taken on before the filter is installed: without no_new_privs the
@@ -393,11 +366,11 @@ impl Ending<'_> {
     ) -> Result<Infallible, LaunchError> {
         let starter = step("keep the channel", lift(starter, descriptors.len()))?;
         let starter = Channel::new(starter);
-        let program = match self.program {
+        let program = match &self.program {
             Program::Descriptor(file) => {
                 Program::Descriptor(step("keep the program", lift(file, descriptors.len()))?)
             }
-            program @ Program::Path(_) => program,
+            Program::Path(path) => Program::Path(path.clone()),
         };
         step("report", starter.send(&Message::Executing))?;
         let first = identity_first(self.process, self.filter);
@@ -405,17 +378,32 @@ impl Ending<'_> {
             take_on_identity(self.process)?;
         }
         step("place the descriptors", place_descriptors(descriptors))?;
+        let error = self.execute(&program, &starter, first);
+        // The original channel may have been overwritten by a descriptor.
+        error.or_else(|error| fail(&starter, &error))
+    }
+
+    fn execute(
+        &self,
+        program: &Program,
+        starter: &Channel,
+        identity_first: bool,
+    ) -> Result<Infallible, LaunchError> {
         // As late as possible: a low limit must not stop what comes before.
         for (resource, limit) in &self.process.limits {
             step("set process.rlimits", setrlimit(*resource, *limit))?;
         }
-        install(self.filter, &starter)?;
-        if !first {
+        install(self.filter, starter)?;
+        if !identity_first {
             take_on_identity(self.process)?;
         }
-        let error = execute(&program, &self.process.args, &self.env);
-        // The original channel may have been overwritten by a descriptor.
-        error.or_else(|error| fail(&starter, &error))
+        let around = Surroundings {
+            state: self.state,
+            directory: None,
+            env: Some(&self.env),
+        };
+        hooks::run(self.start_hooks, "startContainer", &around)?;
+        execute(program, &self.process.args, &self.env)
     }
 }
 

@@ -9,6 +9,7 @@ pub mod cgroup;
 mod copy;
 pub mod create;
 mod devices;
+mod environment;
 pub mod error;
 pub mod footprint;
 mod handshake;

@@ -9,7 +9,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use libc::{MS_SHARED, MS_SLAVE};
-use rustix::fs::{CWD, Mode, PROC_SUPER_MAGIC, fstat, fstatfs, mkdirat, symlinkat};
+use rustix::fs::{
+    CWD, FileType, Mode, OFlags, PROC_SUPER_MAGIC, fstat, fstatfs, mkdirat, symlinkat,
+};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
     fsconfig_set_string, fsmount, fsopen,
@@ -115,6 +117,7 @@ fn make_one(
         }
         MountKind::FileSystem { name, source } => {
             let existing = root.find(&mount.destination).ok();
+            refuse_link(name, &mount.destination, root)?;
             let destination = root.make_directory(&mount.destination)?;
             let tree = new_file_system(name, source, &mount.options, existing.as_ref(), hint)?;
             if name == "tmpfs" && mount.options.copy_up {
@@ -156,6 +159,25 @@ fn set_all(tree: BorrowedFd<'_>, own: MountAttributes, options: &Options) -> io:
         mount_setattr(tree, options.recursive, true, None)?;
     }
     Ok(())
+}
+
+/// An image whose /proc is a link would have everything that trusts /proc look elsewhere (CVE-2019-19921,
+/// CVE-2023-27561).
+fn refuse_link(name: &str, destination: &Path, root: &Root) -> io::Result<()> {
+    if !matches!(name, "proc" | "sysfs") {
+        return Ok(());
+    }
+    let last = root.open(destination, OFlags::PATH | OFlags::NOFOLLOW);
+    let is_link = |file| fstat(file).map(|stat| FileType::from_raw_mode(stat.st_mode).is_symlink());
+    match last.map(is_link) {
+        Ok(Ok(false)) => Ok(()),
+        Ok(Err(error)) => Err(error.into()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(Ok(true)) => Err(io::Error::other(format!(
+            "{name} must be mounted on ordinary directory"
+        ))),
+    }
 }
 
 /// A mount over a file of /proc could fool the programs, and this one, that trust what /proc says

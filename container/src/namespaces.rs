@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::sched::{CloneFlags, setns, unshare};
+use rustix::io::Errno;
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 use rustix::thread::{Gid, Uid, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
@@ -82,14 +83,37 @@ pub(crate) fn enter(plan: &NamespacePlan) -> io::Result<()> {
     Ok(())
 }
 
-/// In a user namespace, the ids are the overflow ids until the mapped root is taken on.
+/// In a user namespace, the ids are the overflow ids until the mapped root is taken on; or, where nobody is
+/// mapped to root, the first that is mapped. The process has all rights there in any case.
 pub(crate) fn become_root() -> io::Result<()> {
-    let (uid, gid) = (Uid::from_raw(0), Gid::from_raw(0));
     // Not allowed where the mapping was written by a user without rights; the groups stay then.
     let _ = set_thread_groups(&[]);
-    set_thread_res_gid(gid, gid, gid)?;
-    set_thread_res_uid(uid, uid, uid)?;
+    let set_group = |gid| {
+        let gid = Gid::from_raw(gid);
+        set_thread_res_gid(gid, gid, gid)
+    };
+    let set_user = |uid| {
+        let uid = Uid::from_raw(uid);
+        set_thread_res_uid(uid, uid, uid)
+    };
+    match set_group(0) {
+        Err(Errno::INVAL) => set_group(first_mapped("/proc/self/gid_map")?)?,
+        set => set?,
+    }
+    match set_user(0) {
+        Err(Errno::INVAL) => set_user(first_mapped("/proc/self/uid_map")?)?,
+        set => set?,
+    }
     Ok(())
+}
+
+/// The first id of this process's namespace that there is.
+fn first_mapped(path: &str) -> io::Result<u32> {
+    let map = std::fs::read_to_string(path)?;
+    let first = map.split_whitespace().next();
+    first
+        .and_then(|id| id.parse().ok())
+        .ok_or_else(|| Errno::INVAL.into())
 }
 
 fn needs_helper(plan: &NamespacePlan) -> bool {
@@ -174,15 +198,16 @@ fn await_sibling(ours: &Channel, helper: &OwnedFd) -> io::Result<Process> {
 
 fn help(plan: &NamespacePlan, theirs: &Channel) -> io::Result<Cloned> {
     theirs.await_proceed()?;
-    if plan.makes(Kind::USER) {
-        become_root()?;
-    }
     if plan.makes(Kind::TIME) {
         unshare(CloneFlags::from_bits_retain(libc::CLONE_NEWTIME))?;
-        // Before a mount namespace is joined: this /proc is the host's.
+        // Before a mount namespace is joined: this /proc is the host's. And as the user who owns the
+        // files there of a process that cannot be traced: not yet as the container's root.
         if !plan.time_offsets.is_empty() {
             std::fs::write("/proc/self/timens_offsets", &plan.time_offsets)?;
         }
+    }
+    if plan.makes(Kind::USER) {
+        become_root()?;
     }
     join(plan, |_| true)?;
     if plan.joined(Kind::USER).is_some() {

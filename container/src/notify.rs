@@ -30,7 +30,10 @@ pub(crate) fn hand_over(
         "metadata": seccomp.listener_metadata().clone().unwrap_or_default(),
         "state": state,
     });
-    let socket = UnixStream::connect(path)?;
+    let socket = UnixStream::connect(path).map_err(|error| {
+        let text = format!("failed to connect with seccomp agent {}", path.display());
+        io::Error::new(error.kind(), format!("{text}: {error}"))
+    })?;
     send_descriptor(
         socket.as_fd(),
         message.to_string().as_bytes(),

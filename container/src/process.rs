@@ -4,12 +4,14 @@
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 
-use crate::sys;
+use crate::{handshake, sys};
 
 /// More than a stat file has: 52 numbers, and a name of at most 64 bytes.
 const STAT_BYTES: usize = 1024;
@@ -92,6 +94,12 @@ impl Process {
     /// ESRCH if it has ended; EINVAL if there is no such signal.
     pub fn signal(&self, signal: i32) -> io::Result<()> {
         sys::pidfd_send_signal(self.pidfd.as_fd(), signal)
+    }
+
+    /// Sends the descriptor to whoever listens at a unix stream socket.
+    pub(crate) fn hand_over(&self, socket: &Path) -> io::Result<()> {
+        let socket = UnixStream::connect(socket)?;
+        handshake::send_descriptor(socket.as_fd(), b"pidfd", self.as_fd())
     }
 
     /// Waits until the process has ended, whoever its parent is; false if `milliseconds` went by first.

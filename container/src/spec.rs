@@ -5,7 +5,7 @@ mod location;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Capability, LinuxResources, Process, Spec};
+use oci_spec::runtime::{Capabilities, Capability, LinuxResources, Process, Spec};
 use serde_json::Value;
 
 /// A configuration larger than this is refused.
@@ -82,9 +82,9 @@ impl Config {
         // The straight way first: it is several times faster than the one that can name the field.
         if let Ok(spec) = serde_json::from_slice(&text) {
             return Ok(Self {
+                warnings: ambient_in_vain(&spec),
                 spec,
                 text,
-                warnings: Vec::new(),
             });
         }
         let invalid = |field: String, reason: String| SpecError::Invalid {
@@ -94,14 +94,17 @@ impl Config {
         };
         let mut value: Value = serde_json::from_slice(&text)
             .map_err(|error| invalid("not JSON".to_owned(), error.to_string()))?;
-        let warnings = drop_unknown_capabilities(&mut value);
+        let mut warnings = drop_unknown_capabilities(&mut value);
         if let Some(process) = value.get_mut("process") {
-            correct_scheduler_flags(process);
+            correct_process(process);
         }
+        drop_empty_policy(&mut value);
         let spec = location::read(&value).map_err(|misfit| {
+            let reason = policy_words(&misfit.field) + &misfit.reason;
             let whole = misfit.field.is_empty().then(|| "the whole".to_owned());
-            invalid(whole.unwrap_or(misfit.field), misfit.reason)
+            invalid(whole.unwrap_or(misfit.field), reason)
         })?;
+        warnings.extend(ambient_in_vain(&spec));
         Ok(Self {
             spec,
             text,
@@ -137,8 +140,62 @@ pub(crate) fn drop_unknown_capabilities(config: &mut Value) -> Vec<String> {
     warnings
 }
 
-/// Puts the names of scheduler flags that the specification has in the form that oci-spec expects.
-fn correct_scheduler_flags(process: &mut Value) {
+/// Ambient capabilities that the kernel will not give, in the words of runc, which warns of them too.
+fn ambient_in_vain(spec: &Spec) -> Vec<String> {
+    let sets = spec.process().as_ref();
+    let Some(sets) = sets.and_then(|process| process.capabilities().as_ref()) else {
+        return Vec::new();
+    };
+    let has = |set: &Option<Capabilities>, name: &Capability| {
+        set.as_ref().is_some_and(|set| set.contains(name))
+    };
+    let vain = |name: &&Capability| !has(sets.inheritable(), name) || !has(sets.permitted(), name);
+    let mut names: Vec<String> = sets
+        .ambient()
+        .iter()
+        .flatten()
+        .filter(vain)
+        .map(Capability::to_string)
+        .collect();
+    names.sort_unstable();
+    let warn = |name| {
+        format!(
+            "can't raise ambient capability CAP_{name}: it is not permitted and inheritable as well"
+        )
+    };
+    names.into_iter().map(warn).collect()
+}
+
+/// A memory policy that says nothing is none.
+fn drop_empty_policy(config: &mut Value) {
+    let linux = config.get_mut("linux").and_then(Value::as_object_mut);
+    if let Some(linux) = linux
+        && linux
+            .get("memoryPolicy")
+            .is_some_and(|policy| *policy == serde_json::json!({}))
+    {
+        linux.remove("memoryPolicy");
+    }
+}
+
+/// Words that tell a wrong memory policy from other errors, as runc's do.
+fn policy_words(field: &str) -> String {
+    let part = match field.strip_prefix("linux.memoryPolicy") {
+        Some(part) if part.starts_with(".flags") => "flag",
+        Some(part) if part.starts_with(".nodes") => "nodes",
+        Some(_) => "mode",
+        None => return String::new(),
+    };
+    format!("invalid memory policy {part}: ")
+}
+
+/// Puts what the specification allows in the form that oci-spec expects: a user that is not given is root,
+/// and scheduler flags have other names.
+fn correct_process(process: &mut Value) {
+    if let Some(process) = process.as_object_mut() {
+        let root = || serde_json::json!({"uid": 0, "gid": 0});
+        process.entry("user").or_insert_with(root);
+    }
     let flags = process.pointer_mut("/scheduler/flags");
     for flag in flags.and_then(Value::as_array_mut).into_iter().flatten() {
         let expected = match flag.as_str() {
@@ -169,7 +226,7 @@ pub fn load_process(path: &Path) -> Result<Process, SpecError> {
     let mut config = serde_json::json!({"process": process});
     // What is unknown can be given to nobody; the container's own configuration was warned of.
     drop_unknown_capabilities(&mut config);
-    correct_scheduler_flags(&mut config["process"]);
+    correct_process(&mut config["process"]);
     location::read(&config["process"]).map_err(|misfit| {
         let field = format!("process.{}", misfit.field);
         invalid(field.trim_end_matches('.').to_owned(), misfit.reason)

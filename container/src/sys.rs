@@ -292,6 +292,14 @@ pub(crate) fn namespace_type(file: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(u64::from(result.unsigned_abs()))
 }
 
+/// Lets this process run on every processor that its group may use, whatever its caller's own may be.
+/// That is a courtesy: if the kernel refuses, nothing is lost but time.
+pub(crate) fn reset_affinity() {
+    let mut all = rustix::thread::CpuSet::new();
+    (0..rustix::thread::CpuSet::MAX_CPU).for_each(|processor| all.set(processor));
+    let _ = rustix::thread::sched_setaffinity(None, &all);
+}
+
 /// Ends the process at once: no destructors and no exit handlers, which belong to the parent.
 pub(crate) fn exit_now(status: i32) -> ! {
     // SAFETY: `_exit` touches no memory of the process.

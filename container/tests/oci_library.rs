@@ -93,6 +93,9 @@ impl Bare {
             executable: Some(File::open("/bin/busybox").unwrap().into()),
             descriptors: Vec::new(),
             pid_file: None,
+            pidfd_socket: None,
+            config: None,
+            env: Vec::new(),
             no_new_keyring: false,
             systemd_cgroup: false,
         }

@@ -106,13 +106,16 @@ impl Cgroup {
                 .filter(|directory| controller.is_none_or(|name| directory.has(name)))
                 .peekable();
             if chosen.peek().is_none() {
-                return Err(refused("no hierarchy has this controller"));
+                let name = controller.unwrap_or_default().to_owned();
+                return Err(CgroupError::Controller { name });
             }
             for directory in chosen {
                 directory.path.push(path);
-                if !directory.path.is_dir() {
-                    return Err(refused("it does not exist"));
-                }
+                let found = std::fs::metadata(&directory.path);
+                found.map_err(|source| CgroupError::Join {
+                    path: directory.path.clone(),
+                    source,
+                })?;
             }
         }
         Entry::open(&directories)

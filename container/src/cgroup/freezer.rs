@@ -120,7 +120,7 @@ impl Cgroup {
         }
     }
 
-    fn freezer_path(&self) -> PathBuf {
+    pub(super) fn freezer_path(&self) -> PathBuf {
         let directory = self.directory_of("freezer").or_else(|| self.unified());
         directory
             .map(|directory| directory.path.clone())

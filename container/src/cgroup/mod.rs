@@ -45,8 +45,16 @@ use self::{
 pub enum CgroupError {
     #[error("linux.cgroupsPath {path:?} cannot be used: {reason}")]
     Path { path: String, reason: &'static str },
-    #[error("{path:?} is no group below the container's: {reason}")]
+    #[error("bad sub cgroup path {path:?}: {reason}")]
     Below { path: String, reason: &'static str },
+    #[error("unknown controller {name:?}")]
+    Controller { name: String },
+    #[error("cannot join the container's groups: adding pid to {path:?}")]
+    Join {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("no cgroup hierarchy is mounted")]
     NoHierarchy,
     #[error("linux.resources.{field} cannot be honoured: {reason}")]
@@ -80,8 +88,10 @@ pub enum CgroupError {
         #[source]
         source: std::io::Error,
     },
-    #[error("{path:?} has processes of others; every container needs a cgroup of its own")]
+    #[error("container's cgroup is not empty: {path:?} has processes of others")]
     Occupied { path: PathBuf },
+    #[error("container's cgroup unexpectedly frozen: {path:?}")]
+    Frozen { path: PathBuf },
     #[error("{path:?} still has processes after {seconds} s")]
     Busy { path: PathBuf, seconds: u64 },
     #[error("{path:?} did not freeze within {seconds} s")]
@@ -197,8 +207,9 @@ impl Cgroup {
         let result =
             build::build(hierarchies, &path, &resources, occupant, &mut made).and_then(|()| {
                 let fresh = made.is_everything_of(hierarchies);
-                if !fresh {
-                    cgroup.thaw()?;
+                if !fresh && cgroup.is_frozen()? {
+                    let path = cgroup.freezer_path();
+                    return Err(CgroupError::Frozen { path });
                 }
                 setting::apply(&resources::plan(&cgroup.directories, &resources)?)?;
                 let rules = resources.devices().as_deref().unwrap_or_default();

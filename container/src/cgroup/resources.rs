@@ -111,10 +111,11 @@ fn plan_section(
     }
 }
 
-/// Zero and less mean no limit, as with `--pids-limit` of the engines.
+/// Less than zero means no limit. Zero is one: where no process may be, none more may be, and systemd
+/// has no word for zero.
 fn plan_pids(directory: &Directory, pids: &LinuxPids) -> Vec<Setting> {
     let value = match pids.limit() {
-        limit if limit > 0 => limit.to_string(),
+        limit if limit >= 0 => limit.max(1).to_string(),
         _ => "max".to_owned(),
     };
     vec![Setting::new(
@@ -227,7 +228,9 @@ fn plan_unified(
         match unified.filter(|unified| controller == "cgroup" || unified.has(controller)) {
             Some(unified) => settings.push(Setting::new(field, &unified.path, file, value)),
             None => {
-                let reason = format!("{controller} is not a controller of cgroup v2 on this host");
+                let reason = format!(
+                    "{controller} is not a controller of cgroup v2 on this host: invalid configuration"
+                );
                 return Err(CgroupError::invalid(field, value, reason));
             }
         }
@@ -316,8 +319,8 @@ mod tests {
     }
 
     #[test]
-    fn no_pids_limit_can_be_said_in_two_ways() {
-        for (limit, value) in [(5, "5"), (0, "max"), (-1, "max")] {
+    fn no_pids_limit_is_less_than_zero() {
+        for (limit, value) in [(5, "5"), (0, "1"), (-1, "max")] {
             let pids = LinuxPidsBuilder::default().limit(limit).build().unwrap();
             let settings = plan_pids(&directory(Version::V1, &["pids"]), &pids);
             assert_eq!(settings[0].value, value);

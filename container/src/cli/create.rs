@@ -17,9 +17,15 @@ struct Making {
     /// Directory of the bundle: config.json and, usually, the root file system
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     bundle: PathBuf,
+    /// Configuration in place of the bundle's config.json, looked for in the bundle
+    #[arg(short = 'f', long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Unix socket that gets the other side of the terminal
     #[arg(long, value_name = "SOCKET")]
     console_socket: Option<PathBuf>,
+    /// Unix socket that gets a pidfd of the first process
+    #[arg(long, value_name = "SOCKET")]
+    pidfd_socket: Option<PathBuf>,
     /// File to write the pid of the first process to
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
@@ -70,10 +76,13 @@ impl Making {
             root: global.root.clone(),
             id: self.id,
             bundle: self.bundle,
+            config: self.config,
+            env: super::activation(),
             stdio: super::stdio(self.console_socket, stays),
             executable: None,
             descriptors: super::preserved(self.preserve_fds)?,
             pid_file: self.pid_file,
+            pidfd_socket: self.pidfd_socket,
             no_new_keyring: self.no_new_keyring,
             systemd_cgroup: global.manages_by_systemd(),
         })

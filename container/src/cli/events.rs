@@ -26,12 +26,12 @@ impl Show {
     pub(super) fn run(self, global: &Global) -> Result<i32> {
         let events = Events::open(&global.root, &self.id)?;
         if self.stats {
-            print(&format!("{}\n", events.stats()?))?;
+            print(&format!("{}\n", serde_json::to_string(&events.stats()?)?))?;
             return Ok(0);
         }
         let mut stdout = io::stdout().lock();
         events.follow(self.interval, |event| {
-            writeln!(stdout, "{event}")?;
+            writeln!(stdout, "{}", serde_json::to_string(event)?)?;
             stdout.flush()
         })?;
         Ok(0)

@@ -39,6 +39,9 @@ pub(super) struct Exec {
     /// Return as soon as the program runs
     #[arg(short, long)]
     detach: bool,
+    /// Unix socket that gets a pidfd of the process
+    #[arg(long, value_name = "SOCKET")]
+    pidfd_socket: Option<PathBuf>,
     /// File to write the pid of the process to
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
@@ -120,6 +123,7 @@ impl Exec {
             stdio: super::stdio(self.console_socket, !self.detach),
             descriptors: super::preserved(self.preserve_fds)?,
             pid_file: self.pid_file,
+            pidfd_socket: self.pidfd_socket,
             ignore_paused: self.ignore_paused,
             cgroups: self.cgroup,
         })

@@ -2,9 +2,10 @@
 
 use std::fmt::Write;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use container::verbs::list::list;
+use container::verbs::run::default_root;
 use container::verbs::state::State;
 
 use super::{Global, print};
@@ -27,6 +28,11 @@ pub(super) enum Format {
 
 impl List {
     pub(super) fn run(self, global: &Global) -> Result<i32> {
+        // Without any container yet there need be no directory; one that was named should be there.
+        if global.root != default_root() {
+            let named = std::fs::metadata(&global.root);
+            named.with_context(|| format!("cannot read {}", global.root.display()))?;
+        }
         let states = list(&global.root)?;
         if self.quiet {
             let names: String = states

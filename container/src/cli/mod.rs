@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use anyhow::{Context, Result};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use container::create::Stdio;
 use container::log::{Format, Log};
 use container::verbs::run::default_root;
@@ -21,10 +21,22 @@ mod spec;
 mod state;
 mod update;
 
+/// In runc's form, which engines read.
+const VERSION: &str = concat!(
+    "version ",
+    env!("CARGO_PKG_VERSION"),
+    "\ncommit: v",
+    env!("CARGO_PKG_VERSION"),
+    "\nspec: 1.3.0"
+);
+
 /// Runs containers as the Open Container Initiative specifies them.
 #[derive(Debug, Parser)]
-#[command(name = "hostd-oci", version, disable_help_subcommand = false)]
+#[command(name = "hostd-oci", version = VERSION, disable_version_flag = true)]
 pub(crate) struct Arguments {
+    /// Show the version, and that of the specification
+    #[arg(short = 'v', long, action = ArgAction::Version)]
+    version: Option<bool>,
     #[command(flatten)]
     pub(crate) global: Global,
     #[command(subcommand)]
@@ -152,7 +164,7 @@ impl Verb {
 
 /// Carries out the command, and says with which status to exit.
 pub(crate) fn run(arguments: Arguments) -> Result<i32> {
-    let Arguments { global, verb } = arguments;
+    let Arguments { global, verb, .. } = arguments;
     if verb.enters() {
         container::sealed::seal();
         container::footprint::forget_code();
@@ -192,15 +204,31 @@ pub(crate) fn print(text: &str) -> Result<()> {
 
 /// The descriptors that `--preserve-fds` passes on, and those of systemd's socket activation.
 pub(crate) fn preserved(count: u16) -> Result<Vec<std::os::fd::OwnedFd>> {
-    let activated = std::env::var("LISTEN_FDS")
-        .ok()
-        .and_then(|count| count.parse::<u16>().ok());
-    let count = count.saturating_add(activated.unwrap_or(0));
+    let count = count.saturating_add(activated().unwrap_or(0));
     let copy = |number: i32| {
-        container::process::copy_inherited(number)
-            .map_err(|error| anyhow::anyhow!("descriptor {number} is not open: {error}"))
+        container::process::copy_inherited(number).with_context(|| {
+            format!(
+                "descriptor {number} (preserved-fd {}) is not open",
+                number - 3
+            )
+        })
     };
     (3..3 + i32::from(count)).map(copy).collect()
+}
+
+/// How many descriptors systemd's socket activation gave this program.
+fn activated() -> Option<u16> {
+    std::env::var("LISTEN_FDS").ok()?.parse().ok()
+}
+
+/// What tells a container's program about them (sd_listen_fds(3)): it is process 1.
+fn activation() -> Vec<String> {
+    let Some(count) = activated() else {
+        return Vec::new();
+    };
+    let mut env = vec![format!("LISTEN_FDS={count}"), "LISTEN_PID=1".to_owned()];
+    env.extend(std::env::var("LISTEN_FDNAMES").map(|names| format!("LISTEN_FDNAMES={names}")));
+    env
 }
 
 /// Where the standard streams come from; `stays` is whether this program stays beside the process.

@@ -12,6 +12,7 @@ use super::scope::Scope;
 use super::{CreateError, CreateOptions, Starter, step, write_pid_file};
 use crate::cgroup::Cgroup;
 use crate::handshake::{self, Channel, Message};
+use crate::hooks::Surroundings;
 use crate::network_devices::{self, Moved};
 use crate::plan::Plan;
 use crate::process::Process;
@@ -112,6 +113,12 @@ impl Making {
         Ok(home.map_or(Ok(()), |home| home.write_process(process))?)
     }
 
+    /// Sends a descriptor of the process to whoever wants to watch it.
+    pub(super) fn hand_over_process(&self, socket: &Path) -> io::Result<()> {
+        let process = self.process.as_ref();
+        process.map_or(Ok(()), |process| process.hand_over(socket))
+    }
+
     /// Gives the process its network devices. It is in its network namespace, and still waits.
     pub(super) fn move_network_devices(&mut self, plan: &Plan) -> Result<(), CreateError> {
         let devices = &plan.network_devices;
@@ -128,6 +135,11 @@ impl Making {
         console_socket: Option<&UnixStream>,
     ) -> Result<Option<OwnedFd>, CreateError> {
         let state = oci_state(&self.record, Status::Created, self.record.pid);
+        let around = Surroundings {
+            state: &state,
+            directory: Some(self.record.bundle.clone()),
+            env: None,
+        };
         self.set_score(plan)?;
         let raised = launch::raise_limits(&plan.process, self.record.pid);
         step("raise process.rlimits", raised)?;
@@ -146,7 +158,7 @@ impl Making {
             match step("hear from the first process", channel.receive())? {
                 Some(Message::Hooks) => {
                     for (list, name) in hooks::lists(&plan.hooks).into_iter().take(2) {
-                        hooks::run(list, name, &state)?;
+                        hooks::run(list, name, &around)?;
                     }
                     let _ = proceed();
                 }

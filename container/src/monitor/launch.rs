@@ -144,6 +144,9 @@ fn create(spec: &MonitorSpec, descriptors: Vec<OwnedFd>) -> Result<Workload, Mon
         executable,
         descriptors,
         pid_file: None,
+        pidfd_socket: None,
+        config: None,
+        env: Vec::new(),
         no_new_keyring: false,
         systemd_cgroup: false,
     })?;

@@ -102,7 +102,8 @@ impl Capabilities {
         }
     }
 
-    /// Adds a capability to all sets but the inheritable and the ambient, as `exec --cap` does.
+    /// Adds a capability as runc's `exec --cap` does: to all sets but the inheritable one, and to the
+    /// ambient one only if there are inheritable ones at all.
     pub(crate) fn add(&mut self, name: &str) -> bool {
         let name = name.to_ascii_uppercase();
         let name = name.strip_prefix("CAP_").unwrap_or(&name);
@@ -113,6 +114,9 @@ impl Capabilities {
         self.bounding |= bit;
         self.effective |= bit;
         self.permitted |= bit;
+        if !self.inheritable.is_empty() {
+            self.ambient |= bit;
+        }
         true
     }
 }

@@ -27,7 +27,9 @@ pub(crate) fn plan(linux: &Linux) -> Result<Option<MemoryPolicy>, PlanError> {
         Vec::new()
     } else {
         members(list, NODES_MAX).ok_or_else(|| {
-            let reason = format!("`{list}` is no list of memory nodes below {NODES_MAX}");
+            let reason = format!(
+                "invalid memory policy nodes: `{list}` is no list of memory nodes below {NODES_MAX}"
+            );
             PlanError::invalid(field, reason)
         })?
     };
@@ -36,7 +38,10 @@ pub(crate) fn plan(linux: &Linux) -> Result<Option<MemoryPolicy>, PlanError> {
         MemoryPolicyModeType::MpolDefault | MemoryPolicyModeType::MpolLocal
     );
     if everywhere && !nodes.is_empty() {
-        let reason = format!("{} takes no nodes", policy.mode());
+        let reason = format!(
+            "set_mempolicy(2) calls it an invalid argument: {} takes no nodes",
+            policy.mode()
+        );
         return Err(PlanError::invalid(field, reason));
     }
     // MPOL_PREFERRED without nodes prefers the local one.

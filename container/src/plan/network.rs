@@ -32,7 +32,8 @@ pub(crate) fn plan(
     for (name, device) in devices {
         let field = format!("linux.netDevices.{name}");
         if !namespaces.has(Kind::NETWORK) {
-            let reason = "it needs a network namespace of the container's own";
+            let reason = "unable to move network devices without a NET namespace: \
+                          it needs a network namespace of the container's own";
             return Err(PlanError::invalid(field, reason));
         }
         let given = device.name().as_deref().filter(|name| !name.is_empty());
@@ -115,6 +116,6 @@ mod tests {
         }
         let linux = serde_json::from_str(r#"{"netDevices":{"a":{}}}"#).unwrap();
         let error = plan(&linux, &NamespacePlan::default()).unwrap_err();
-        assert!(error.to_string().contains("needs a network namespace"));
+        assert!(error.to_string().contains("without a NET namespace"));
     }
 }

@@ -130,7 +130,11 @@ impl Rules {
             let notify = syscall.action() == LinuxSeccompAction::ScmpActNotify;
             let unanswered = |name: &&String| matches!(name.as_str(), "write" | "sendmsg");
             if let (true, Some(name)) = (notify, syscall.names().iter().find(unanswered)) {
-                let reason = "the agent hears of the listener by it, and could not answer before";
+                // The agent hears of the listener by it, and could not answer before.
+                let reason = match name.as_str() {
+                    "write" => "SCMP_ACT_NOTIFY cannot be used for the write syscall",
+                    _ => "SCMP_ACT_NOTIFY cannot be used for the sendmsg syscall",
+                };
                 return Err(invalid(format!("{field}.names"), name, reason));
             }
             if syscall.names().is_empty() {

@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::cgroup::{Cgroup, CgroupError};
-use crate::hooks;
+use crate::hooks::{self, Surroundings};
 use crate::process::Process;
 use crate::state::{Home, StateError, Status};
 use crate::systemd::{Systemd, SystemdError};
@@ -13,6 +13,9 @@ use crate::verbs::state::oci_state;
 /// How long a killed process may take to be gone, in milliseconds: it may have much memory to give
 /// back.
 const END_MILLISECONDS_MAX: u32 = 10_000;
+
+/// How long a process that ends may take to have ended, before it counts as running.
+const PATIENCE_MILLISECONDS: u32 = 100;
 
 /// What to delete.
 #[derive(Clone, Debug)]
@@ -63,8 +66,20 @@ pub fn delete(options: &DeleteOptions) -> Result<Vec<String>, DeleteError> {
         }
         Err(error) => return Err(error.into()),
     };
-    let (status, process) = home.observe(&record)?;
-    // A created container has not run anything yet: it is deleted only by force, as with runc.
+    let (status, mut process) = home.observe(&record)?;
+    // The specification wants a container that is only created to be no exception.
+    if let (Some(running), false) = (&process, options.force) {
+        // Somebody may just have killed it.
+        if running
+            .ended_within(PATIENCE_MILLISECONDS)
+            .map_err(|source| DeleteError::Kill {
+                id: options.id.clone(),
+                source,
+            })?
+        {
+            process = None;
+        }
+    }
     if process.is_some() && !options.force {
         return Err(DeleteError::NotStopped {
             id: options.id.clone(),
@@ -84,8 +99,9 @@ pub fn delete(options: &DeleteOptions) -> Result<Vec<String>, DeleteError> {
 
     let mut warnings = Vec::new();
     let state = oci_state(&record, Status::Stopped, 0);
-    for hook in &record.poststop {
-        if let Err(error) = hooks::run(std::slice::from_ref(hook), "poststop", &state) {
+    let around = Surroundings::of_state(&state);
+    for (index, hook) in record.poststop.iter().enumerate() {
+        if let Err(error) = hooks::run_one(hook, "poststop", index, &around) {
             warnings.push(crate::error::chain(&error));
         }
     }

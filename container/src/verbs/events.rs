@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::process::Process;
@@ -27,6 +28,17 @@ pub enum EventsError {
     Wait(#[source] io::Error),
     #[error("cannot write an event")]
     Write(#[source] io::Error),
+}
+
+/// Something to tell of a container. Its members are in runc's order: there are readers that take the
+/// text for what it looks like.
+#[derive(Clone, Debug, Serialize)]
+pub struct Event {
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    pub id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<Value>,
 }
 
 /// A container whose events are wanted.
@@ -59,8 +71,12 @@ impl Events {
     ///
     /// # Errors
     /// If the container is gone.
-    pub fn stats(&self) -> Result<Value, EventsError> {
-        Ok(json!({"type": "stats", "id": self.id, "data": self.cgroup.usage()?}))
+    pub fn stats(&self) -> Result<Event, EventsError> {
+        Ok(Event {
+            kind: "stats",
+            id: self.id.clone(),
+            data: Some(self.cgroup.usage()?),
+        })
     }
 
     /// Hands every event to `write` until the container has ended: its usage at every interval, and
@@ -71,7 +87,7 @@ impl Events {
     pub fn follow(
         &self,
         interval: Duration,
-        mut write: impl FnMut(&Value) -> io::Result<()>,
+        mut write: impl FnMut(&Event) -> io::Result<()>,
     ) -> Result<(), EventsError> {
         let watch = self.cgroup.watch_memory()?;
         let mut next = Instant::now() + interval;
@@ -93,7 +109,12 @@ impl Events {
             if let (Some(true), Some(watch)) = (ready.get(1), &watch)
                 && watch.short_of_memory().map_err(EventsError::Wait)?
             {
-                write(&json!({"type": "oom", "id": self.id})).map_err(EventsError::Write)?;
+                let shortage = Event {
+                    kind: "oom",
+                    id: self.id.clone(),
+                    data: None,
+                };
+                write(&shortage).map_err(EventsError::Write)?;
             }
             if ready[0] {
                 return Ok(());

@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::sys::signal::SigSet;
 use oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec, Spec};
@@ -14,6 +14,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::cgroup::{Cgroup, CgroupError, Entry};
 use crate::create::{CreateError, Stdio, connect_console, harden, write_pid_file};
+use crate::environment;
 use crate::handshake::{Channel, Message};
 use crate::launch::{self, Program};
 use crate::namespaces::{self, Forked};
@@ -42,6 +43,8 @@ pub struct ExecOptions {
     pub descriptors: Vec<OwnedFd>,
     /// Written, atomically, when the program runs.
     pub pid_file: Option<PathBuf>,
+    /// A unix stream socket that gets a pidfd of the process before its program runs.
+    pub pidfd_socket: Option<PathBuf>,
     /// Wait for a paused container to be resumed, instead of refusing.
     pub ignore_paused: bool,
     /// Groups below the container's own to run in, as `[CONTROLLER:]PATH`; in its own if empty.
@@ -91,6 +94,8 @@ pub enum ExecError {
     State(#[from] StateError),
     #[error("cannot exec in container `{id}`: it is {status}")]
     Status { id: String, status: Status },
+    #[error("cannot exec in a paused container: `{id}`, as it is paused, without --ignore-paused")]
+    Paused { id: String },
     #[error(transparent)]
     Spec(#[from] SpecError),
     #[error(transparent)]
@@ -157,6 +162,9 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
         Forked::Parent(process) => {
             drop(theirs);
             let child = Child(Some(process));
+            if let Some(path) = &options.pidfd_socket {
+                step("send the pidfd", child.hand_over(path))?;
+            }
             let console = child.conduct(&ours, &plan, &record, console_socket.as_ref())?;
             if let Some(path) = &options.pid_file {
                 step("write the pid file", write_pid_file(path, child.pid()))?;
@@ -250,9 +258,13 @@ fn changed(spec: &Spec, changes: &Changes) -> Result<ProcessSpec, ExecError> {
 /// The first process of a container that can take one more.
 fn find_init(home: &Home, record: &Record, ignore_paused: bool) -> Result<Process, ExecError> {
     let (status, process) = home.observe(record)?;
-    let refused = || ExecError::Status {
-        id: record.id.clone(),
-        status,
+    let refused = || {
+        let id = record.id.clone();
+        if status == Status::Paused {
+            ExecError::Paused { id }
+        } else {
+            ExecError::Status { id, status }
+        }
     };
     let can = match status {
         Status::Created | Status::Running => true,
@@ -291,6 +303,12 @@ struct Child(Option<Process>);
 impl Child {
     fn pid(&self) -> i32 {
         self.0.as_ref().map_or(0, Process::pid)
+    }
+
+    fn hand_over(&self, socket: &Path) -> io::Result<()> {
+        self.0
+            .as_ref()
+            .map_or(Ok(()), |process| process.hand_over(socket))
     }
 
     fn into_process(mut self) -> Result<Process, ExecError> {
@@ -373,9 +391,13 @@ fn enter(plan: &ExecPlan, namespaces: &NamespacePlan, wiring: Wiring) -> ! {
     let prepare = || -> Result<Program, Error> {
         sys::reset_signal_handlers();
         SigSet::empty().thread_set_mask()?;
-        set_affinity(plan.process.affinity.0.as_ref())?;
+        let (before, after) = &plan.process.affinity;
+        set_affinity(before.as_ref())?;
         wiring.entry.join()?;
-        set_affinity(plan.process.affinity.1.as_ref())?;
+        if before.is_none() && after.is_none() {
+            sys::reset_affinity();
+        }
+        set_affinity(after.as_ref())?;
         channel.await_proceed()?;
         namespaces::enter(namespaces)?;
         setsid()?;
@@ -398,9 +420,11 @@ fn enter(plan: &ExecPlan, namespaces: &NamespacePlan, wiring: Wiring) -> ! {
     let ending = launch::Ending {
         process: &plan.process,
         filter: plan.filter.as_ref(),
-        env: launch::environment(&plan.process),
+        env: environment::environment(&plan.process),
         program: prepared,
         has_identity: false,
+        start_hooks: &[],
+        state: "",
     };
     match ending.launch(&channel, wiring.descriptors) {
         Ok(never) => match never {},

@@ -3,8 +3,11 @@
 use std::io;
 use std::path::PathBuf;
 
+use oci_spec::runtime::LinuxNamespaceType;
+
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::process::Process;
+use crate::spec::Config;
 use crate::state::{Home, StateError, Status};
 
 /// To whom, and what.
@@ -42,8 +45,17 @@ pub fn kill(options: &KillOptions) -> Result<(), KillError> {
     let (status, process) = home.observe(&record)?;
     let signal = options.signal;
     let failed = |source| KillError::Signal { signal, source };
-    if options.all {
+    // Without a pid namespace of its own nobody else would kill the others.
+    let grouped = !record.cgroup.is_empty();
+    let leaves_others = || signal == libc::SIGKILL && grouped && shares_pids(&home);
+    if options.all || leaves_others() {
         let cgroup = Cgroup::open(&record.cgroup)?;
+        if !options.all && process.is_none() && cgroup.pids()?.is_empty() {
+            return Err(KillError::NotRunning {
+                id: options.id.clone(),
+                status,
+            });
+        }
         if signal == libc::SIGKILL {
             return Ok(cgroup.kill_all()?);
         }
@@ -70,6 +82,20 @@ pub fn kill(options: &KillOptions) -> Result<(), KillError> {
         Cgroup::open(&record.cgroup)?.thaw()?;
     }
     Ok(())
+}
+
+/// Whether the kernel does not kill the other processes with the first.
+fn shares_pids(home: &Home) -> bool {
+    let Ok(config) = Config::load_file(&home.config_path()) else {
+        return false;
+    };
+    let linux = config.spec.linux().as_ref();
+    let mut namespaces = linux
+        .and_then(|linux| linux.namespaces().as_ref())
+        .into_iter()
+        .flatten();
+    !namespaces
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none())
 }
 
 /// A process that ends at this moment needs no signal.

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use crate::handshake::{self, Channel, Message};
-use crate::hooks::{self, HookError};
+use crate::hooks::{self, HookError, Surroundings};
 use crate::notify;
 use crate::spec::Config;
 use crate::state::{Home, Record, START_SOCKET, StateError, Status};
@@ -132,7 +132,11 @@ pub(crate) fn run_poststart(home: &Home, record: &Record) -> Result<(), StartErr
         return Ok(());
     }
     let state = oci_state(record, Status::Running, record.pid);
-    if let Err(error) = hooks::run(&record.poststart, "poststart", &state) {
+    if let Err(error) = hooks::run(
+        &record.poststart,
+        "poststart",
+        &Surroundings::of_state(&state),
+    ) {
         if let (_, Some(process)) = home.observe(record)? {
             // It may have ended already.
             let _ = process.signal(libc::SIGKILL);

@@ -107,10 +107,10 @@ fn a_program_that_is_not_there_is_told_in_the_words_that_engines_look_for() {
         ),
         (
             "/bin/nope",
-            "cannot execute `/bin/nope`: No such file or directory",
+            "cannot exec `/bin/nope`: No such file or directory",
         ),
-        ("/bin", "cannot execute `/bin`: Permission denied"),
-        ("/plain", "cannot execute `/plain`: Permission denied"),
+        ("/bin", "cannot exec `/bin`: Permission denied"),
+        ("/plain", "cannot exec `/plain`: Permission denied"),
     ] {
         let bundle = Bundle::new("").with(|config| config["process"]["args"] = json!([program]));
         fs::write(bundle.rootfs().join("plain"), "text").unwrap();
@@ -143,7 +143,7 @@ fn what_the_kernel_cannot_execute_is_told_by_start() {
     assert!(
         ended
             .stderr
-            .contains("cannot execute `/garbage`: Exec format error"),
+            .contains("cannot exec `/garbage`: Exec format error"),
         "{ended:?}"
     );
     bundle.wait_for_status("stopped");
@@ -353,7 +353,9 @@ fn a_hook_that_fails_stops_the_creation() {
         });
         let message = bundle.refusal();
         assert!(
-            message.contains(&format!("the {name} hook `/bin/false` ended with")),
+            message.contains(&format!(
+                "error running {name} hook #0: `/bin/false` ended with"
+            )),
             "{message}"
         );
     }
@@ -382,7 +384,7 @@ fn an_engine_gets_the_terminal_over_its_console_socket() {
     }
 }
 
-fn receive_descriptor(socket: &std::os::unix::net::UnixStream) -> fs::File {
+pub(crate) fn receive_descriptor(socket: &std::os::unix::net::UnixStream) -> fs::File {
     use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);

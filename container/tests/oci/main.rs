@@ -17,4 +17,5 @@ mod process;
 mod races;
 mod rootless;
 mod seccomp;
+mod suites;
 mod systemd;

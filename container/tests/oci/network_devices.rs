@@ -115,5 +115,7 @@ fn a_device_that_cannot_move_is_refused_and_stays() {
         let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
         namespaces.retain(|namespace| namespace["type"] != "network");
     });
-    bundle.assert_refused("linux.netDevices.one: it needs a network namespace");
+    bundle.assert_refused(
+        "linux.netDevices.one: unable to move network devices without a NET namespace",
+    );
 }

@@ -217,7 +217,7 @@ impl Monitor {
 pub(super) fn program_failure(message: &str) -> Option<u8> {
     let message = message.to_ascii_lowercase();
     let missing = ["not found in $path", "no such file"];
-    if !["executable file `", "cannot execute `"]
+    if !["executable file `", "cannot exec `"]
         .iter()
         .any(|text| message.contains(text))
     {
@@ -285,15 +285,15 @@ mod tests {
         let table = [
             ("executable file `a` not found in $PATH: ENOENT", Some(127)),
             (
-                "cannot execute `/a`: No such file or directory (os error 2)",
+                "cannot exec `/a`: No such file or directory (os error 2)",
                 Some(127),
             ),
             (
-                "cannot execute `/a`: Permission denied (os error 13)",
+                "cannot exec `/a`: Permission denied (os error 13)",
                 Some(126),
             ),
             (
-                "cannot execute `/a`: Exec format error (os error 8)",
+                "cannot exec `/a`: Exec format error (os error 8)",
                 Some(126),
             ),
             (

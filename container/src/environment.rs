@@ -1,0 +1,63 @@
+//! The environment of a container's program: what the configuration gives it, and HOME.
+
+use std::collections::HashSet;
+use std::ffi::{CStr, CString};
+use std::io;
+
+use crate::plan::process::ProcessPlan;
+
+/// The environment, each variable once, with HOME as the container's /etc/passwd has it where it is not
+/// given, or empty.
+pub(crate) fn environment(process: &ProcessPlan) -> Vec<CString> {
+    let mut env = last_of_each(&process.env);
+    if variable(&env, b"HOME").is_none_or(<[u8]>::is_empty) {
+        env.retain(|entry| name_of(entry) != b"HOME");
+        let home = home_of(process.user.uid).unwrap_or_else(|| "/".to_owned());
+        env.extend(CString::new(format!("HOME={home}")));
+    }
+    env
+}
+
+/// Of variables that are given more than once the last, in the place of the last, as with runc: programs
+/// do not agree about which one they take.
+fn last_of_each(env: &[CString]) -> Vec<CString> {
+    let mut seen = HashSet::new();
+    let mut kept: Vec<CString> = env
+        .iter()
+        .rev()
+        .filter(|entry| seen.insert(name_of(entry)))
+        .cloned()
+        .collect();
+    kept.reverse();
+    kept
+}
+
+fn name_of(entry: &CStr) -> &[u8] {
+    let mut halves = entry.to_bytes().splitn(2, |byte| *byte == b'=');
+    halves.next().unwrap_or_default()
+}
+
+/// The value of a variable; of several the last, as with the other runtimes.
+pub(crate) fn variable<'a>(env: &'a [CString], name: &[u8]) -> Option<&'a [u8]> {
+    env.iter().rev().find_map(|entry| {
+        entry
+            .to_bytes()
+            .strip_prefix(name)
+            .and_then(|rest| rest.strip_prefix(b"="))
+    })
+}
+
+fn home_of(uid: u32) -> Option<String> {
+    /// A longer file is read to here.
+    const PASSWD_BYTES_MAX: u64 = 1024 * 1024;
+    let file = std::fs::File::open("/etc/passwd").ok()?;
+    let text = io::read_to_string(io::Read::take(file, PASSWD_BYTES_MAX)).ok()?;
+    text.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let found = fields.nth(2)?.parse() == Ok(uid);
+        fields
+            .nth(2)
+            .filter(|home| found && !home.is_empty())
+            .map(str::to_owned)
+    })
+}
