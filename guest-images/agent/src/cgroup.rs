@@ -40,6 +40,15 @@ pub(crate) struct Cgroups {
     memory_max: Mutex<Option<u64>>,
 }
 
+/// How often a group has come to its limit of memory: its file `memory.events`.
+#[derive(Debug)]
+pub(crate) struct LimitHits {
+    path: PathBuf,
+    events: File,
+    /// Those that have been told of.
+    count: u64,
+}
+
 /// What a group has of the memory that it may have.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Usage {
@@ -112,6 +121,21 @@ impl Cgroups {
         self.workload.join("memory.max")
     }
 
+    /// How often the workload comes to its limit of memory; `None` where the kernel does not control
+    /// memory.
+    pub(crate) fn limit_hits(&self) -> Result<Option<LimitHits>, CgroupError> {
+        let path = self.workload.join("memory.events");
+        match File::open(&path) {
+            Ok(events) => Ok(Some(LimitHits {
+                path,
+                events,
+                count: 0,
+            })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(CgroupError { path, source }),
+        }
+    }
+
     /// What the workload's group uses of its memory; `None` if that is not limited.
     pub(crate) fn usage(&self) -> Result<Option<Usage>, CgroupError> {
         let Some(limit_bytes) = *self.memory_max() else {
@@ -155,10 +179,7 @@ impl Cgroups {
         let waited = File::open(&path).and_then(|mut events| {
             let deadline = Instant::now() + FREEZE_MAX;
             loop {
-                let mut text = String::new();
-                events.seek(SeekFrom::Start(0))?;
-                events.read_to_string(&mut text)?;
-                if entry(&text, "frozen") == 1 {
+                if entry(&read_again(&mut events)?, "frozen") == 1 {
                     return Ok(());
                 }
                 let left = deadline.saturating_duration_since(Instant::now());
@@ -194,6 +215,31 @@ impl Cgroups {
     }
 }
 
+impl LimitHits {
+    /// Returns once the group has come to its limit since the last call: whether it had to wait for
+    /// that.
+    pub(crate) fn wait(&mut self) -> Result<bool, CgroupError> {
+        self.try_wait().map_err(|source| CgroupError {
+            path: self.path.clone(),
+            source,
+        })
+    }
+
+    fn try_wait(&mut self) -> io::Result<bool> {
+        let mut waited = false;
+        loop {
+            let count = entry(&read_again(&mut self.events)?, "max");
+            if count != self.count {
+                self.count = count;
+                return Ok(waited);
+            }
+            // The kernel tells of a change of the file so (cgroup-v2.rst, "memory.events").
+            wait([(self.events.as_fd(), libc::POLLPRI)], None)?;
+            waited = true;
+        }
+    }
+}
+
 impl Cgroup {
     fn create(path: PathBuf) -> Result<Self, CgroupError> {
         make(&path)?;
@@ -219,6 +265,14 @@ impl Cgroup {
         let events = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
         has_oom_kill(&events)
     }
+}
+
+/// The text that a file of the kernel's has now.
+fn read_again(file: &mut File) -> io::Result<String> {
+    let mut text = String::new();
+    file.seek(SeekFrom::Start(0))?;
+    file.read_to_string(&mut text)?;
+    Ok(text)
 }
 
 fn has_oom_kill(events: &str) -> bool {

@@ -11,12 +11,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use crate::cgroup::Usage;
+use crate::cgroup::{CgroupError, Usage};
 use crate::console::{chain, say};
 use crate::reaper::STACK_BYTES;
 use crate::server::Agent;
 
-/// How often the workload is looked at.
+/// How often the workload is looked at while it is at its limit.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// So many intervals of thrashing in a row are too many.
@@ -65,20 +65,30 @@ pub(crate) fn watch(agent: Arc<Agent>) -> io::Result<()> {
 }
 
 fn run(agent: &Agent) {
+    if let Err(error) = look(agent) {
+        say(&format!(
+            "The workload's memory is not watched: {}",
+            chain(&error)
+        ));
+    }
+}
+
+/// Looks once in an interval while the workload is at its limit, and not at all before: a guest that
+/// has nothing to do is to stay asleep.
+fn look(agent: &Agent) -> Result<(), CgroupError> {
+    let Some(mut hits) = agent.cgroups.limit_hits()? else {
+        return Ok(());
+    };
     let mut watch = Watch::default();
     loop {
+        if hits.wait()? {
+            watch = Watch::default();
+        }
         thread::sleep(INTERVAL);
-        let result = match agent.cgroups.usage() {
-            Ok(Some(usage)) if watch.is_over(usage) => agent.cgroups.kill_for_memory(usage),
-            Ok(_) => Ok(()),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = result {
-            say(&format!(
-                "The workload's memory is not watched: {}",
-                chain(&error)
-            ));
-            return;
+        if let Some(usage) = agent.cgroups.usage()?
+            && watch.is_over(usage)
+        {
+            agent.cgroups.kill_for_memory(usage)?;
         }
     }
 }

@@ -247,6 +247,9 @@ pub enum StateReason {
     Exited,
     /// The workload exceeded its memory limit.
     OutOfMemory,
+    /// What ran the workload ended before it: the guest was reset, or its VMM failed. `error` says
+    /// more, and the exit code is 125.
+    Crashed,
     /// The start failed.
     StartFailed,
     /// The processes were gone and left no exit record: the host was reset, or they were killed.

@@ -221,6 +221,7 @@ fn exited(code: Option<i32>, signal: Option<i32>) -> Ended {
             oom: false,
         },
         at: Timestamp::now(),
+        error: None,
     }
 }
 

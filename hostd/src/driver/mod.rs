@@ -146,6 +146,8 @@ pub enum Ended {
     Exited {
         exit: Exit,
         at: Timestamp,
+        /// Why the workload did not end by its own doing, if it did not.
+        error: Option<String>,
     },
     /// What ran it is gone and left no record.
     Lost,

@@ -273,6 +273,7 @@ fn to_ended(record: &ExitRecord) -> Ended {
             oom: record.oom,
         },
         at: record.finished_at,
+        error: None,
     }
 }
 

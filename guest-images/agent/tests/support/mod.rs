@@ -210,16 +210,21 @@ impl Exec {
     }
 
     /// Reads output until it ends in `text`.
+    #[track_caller]
     pub(crate) fn expect(&mut self, text: &str) -> String {
-        let mut output = Vec::new();
-        while !output.ends_with(text.as_bytes()) {
-            let frame = self.receive();
-            let Frame::Stdout(data) = frame else {
-                panic!("{frame:?} after {:?}", String::from_utf8_lossy(&output));
+        let mut output = String::new();
+        while !output.ends_with(text) {
+            let mut line = String::new();
+            if let Err(error) = self.frames.read_line(&mut line) {
+                panic!("{error} after {output:?}");
+            }
+            let Ok(Frame::Stdout(data)) = serde_json::from_str(&line) else {
+                panic!("{line:?} after {output:?}");
             };
-            output.extend(STANDARD.decode(data).unwrap());
+            let data = STANDARD.decode(data).unwrap();
+            output.push_str(str::from_utf8(&data).unwrap());
         }
-        String::from_utf8(output).unwrap()
+        output
     }
 
     /// Reads to the last frame.

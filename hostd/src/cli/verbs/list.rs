@@ -6,7 +6,7 @@ use clap::Args;
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
 
-use crate::api::types::{Instance, InstanceState, Isolation, PortSpec, Protocol};
+use crate::api::types::{Instance, InstanceState, Isolation, PortSpec, Protocol, StateReason};
 use crate::cli::client::with_query;
 use crate::cli::error::CliError;
 use crate::cli::output::Table;
@@ -116,6 +116,7 @@ pub(super) fn state(instance: &Instance) -> String {
         return name;
     };
     let how = match (exit.oom, exit.code, exit.signal) {
+        _ if instance.reason == Some(StateReason::Crashed) => "crashed".to_owned(),
         (true, ..) => "out of memory".to_owned(),
         (_, Some(code), _) => code.to_string(),
         (_, None, Some(signal)) => signal_name(signal),
@@ -261,5 +262,13 @@ mod tests {
             job.exit = Some(Exit { code, signal, oom });
             assert_eq!(rows(&[job])[0][1], expected);
         }
+        let mut job = instance("job", InstanceState::Stopped);
+        job.exit = Some(Exit {
+            code: Some(125),
+            signal: None,
+            oom: false,
+        });
+        job.reason = Some(StateReason::Crashed);
+        assert_eq!(rows(&[job])[0][1], "stopped (crashed)");
     }
 }

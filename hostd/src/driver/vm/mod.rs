@@ -4,6 +4,7 @@
 mod apply;
 mod control;
 mod disk;
+mod end;
 mod guest;
 mod machine;
 mod resumed;
@@ -11,21 +12,18 @@ mod snapshots;
 
 use std::convert;
 use std::fs;
-use std::future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use agent::initramfs;
-use agent::protocol::{self, Frame, Request as GuestRequest};
+use agent::protocol::{self, Request as GuestRequest};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
 use tokio::time;
-use vmm::control::{
-    ExitStatus, MachineState, Request as MachineRequest, Response as MachineResponse,
-};
+use vmm::control::{MachineState, Request as MachineRequest, Response as MachineResponse};
 
 use self::machine::Parts;
 use super::confined::{Engine, Launch, Phases, blocking};
@@ -33,8 +31,8 @@ use super::container::from_image;
 use super::monitor::Monitor;
 use super::workload::{Workload, stop_signal};
 use super::{
-    Channel, Control, Driver, DriverError, Ended, Extent, Recovered, Running, Session, chain,
-    machine_id, session,
+    Channel, Control, Driver, DriverError, Extent, Recovered, Running, Session, chain, machine_id,
+    session,
 };
 use crate::api::types::{Effect, InstanceState, Limits, Stats};
 use crate::limits::{self, MIB, Rules};
@@ -49,8 +47,6 @@ const DISK_DEFAULT_BYTES: u64 = 10 << 30;
 const VMM_OVERHEAD_BYTES: u64 = 64 * MIB;
 /// A machine that has hung up ends within milliseconds; then its monitor takes its container down.
 const END_DEADLINE: Duration = Duration::from_secs(5);
-/// Of the console, what an error message quotes.
-const CONSOLE_QUOTED_BYTES: usize = 400;
 
 /// What is fixed about virtual machines.
 pub const RULES: Rules = Rules {
@@ -302,21 +298,23 @@ impl Driver for VmDriver {
                     "a failed start left something behind"
                 );
             }
-            started.map(|running| with_exit_status(running, &self.engine, record))
+            started.map(|running| end::with_exit_status(running, self.run(record)))
         }
         .boxed()
     }
 
     fn recover<'a>(&'a self, record: &'a Record) -> BoxFuture<'a, Result<Recovered, DriverError>> {
         async move {
-            let run = self.engine.paths.instance_run(&record.instance.name);
-            Ok(match self.engine.recover(record, ready(run)).await? {
-                Recovered::Live(mut running) => {
-                    running.paused = self.is_paused(record).await?;
-                    Recovered::Live(with_exit_status(running, &self.engine, record))
-                }
-                ended @ Recovered::Ended(_) => ended,
-            })
+            let run = self.run(record);
+            Ok(
+                match self.engine.recover(record, ready(run.clone())).await? {
+                    Recovered::Live(mut running) => {
+                        running.paused = self.is_paused(record).await?;
+                        Recovered::Live(end::with_exit_status(running, run))
+                    }
+                    Recovered::Ended(ended) => Recovered::Ended(end::of_workload(ended, &run)),
+                },
+            )
         }
         .boxed()
     }
@@ -344,7 +342,7 @@ impl Driver for VmDriver {
                 }
                 Channel::Attach { stdin } => {
                     let run = self.engine.paths.instance_run(&record.instance.name);
-                    let amend = move |frame| with_guest_oom(frame, &run);
+                    let amend = move |frame| end::of_stream(frame, &run);
                     self.engine.attach_streams(record, stdin, amend).await
                 }
             }
@@ -443,57 +441,10 @@ fn ready(run: PathBuf) -> BoxFuture<'static, Result<(), DriverError>> {
             Err(error) => {
                 // Its last act is to write down why it ended. One that hangs is explained as it is.
                 let ended = Monitor::of(run.clone()).ended();
-                let _ = time::timeout(END_DEADLINE, ended).await;
-                Err(explain(&run, &error))
+                let ended = time::timeout(END_DEADLINE, ended).await.ok();
+                Err(end::explain(&run, &error, ended.as_ref()))
             }
         }
     }
     .boxed()
-}
-
-/// Why a guest did not come up: what its VMM says, or else its console.
-fn explain(run: &Path, error: &DriverError) -> DriverError {
-    let status = exit_status(run);
-    let code = status.as_ref().and_then(|status| status.code);
-    let console = fs::read(machine::console_file(run)).unwrap_or_default();
-    let quoted = &console[console.len().saturating_sub(CONSOLE_QUOTED_BYTES)..];
-    let quoted = String::from_utf8_lossy(quoted);
-    let message = match status.and_then(|status| status.error) {
-        Some(error) => error,
-        // A word before the workload runs is about why it does not.
-        None if code.is_some() && !quoted.trim().is_empty() => quoted.trim().to_owned(),
-        None if quoted.trim().is_empty() => chain(error),
-        None => format!("{}; its console ends: {}", chain(error), quoted.trim()),
-    };
-    DriverError::of_workload(code, message)
-}
-
-fn exit_status(run: &Path) -> Option<ExitStatus> {
-    serde_json::from_slice(&fs::read(machine::exit_file(run)).ok()?).ok()
-}
-
-/// A guest's workload that was killed for want of memory is told of by the VMM, not by the cgroup.
-/// The monitor sees the VMM's end; that the guest ran out of memory only the VMM has seen.
-fn with_guest_oom(mut frame: Frame, run: &Path) -> Frame {
-    if let Frame::Exit { oom, .. } = &mut frame {
-        *oom |= exit_status(run).is_some_and(|status| status.oom);
-    }
-    frame
-}
-
-fn with_exit_status(running: Running, engine: &Engine, record: &Record) -> Running {
-    let run = engine.paths.instance_run(&record.instance.name);
-    let ended = running.ended.then(move |ended| {
-        future::ready(match ended {
-            Ended::Exited { mut exit, at } => {
-                exit.oom |= exit_status(&run).is_some_and(|status| status.oom);
-                Ended::Exited { exit, at }
-            }
-            Ended::Lost => Ended::Lost,
-        })
-    });
-    Running {
-        ended: ended.boxed(),
-        ..running
-    }
 }

@@ -187,9 +187,12 @@ impl Task {
         let before = self.state();
         let instance = &mut self.record.instance;
         instance.pid = None;
-        let (fact, exit, at) = match ended {
-            Ended::Exited { exit, at } => (Fact::Ended, Some(exit), at),
-            Ended::Lost => (Fact::Lost, None, Timestamp::now()),
+        let (fact, exit, at, error) = match ended {
+            Ended::Exited { exit, at, error } => (Fact::Ended, Some(exit), at, error),
+            Ended::Lost => {
+                let error = "what ran the instance is gone and left no record";
+                (Fact::Lost, None, Timestamp::now(), Some(error.to_owned()))
+            }
         };
         instance.state = lifecycle::observe(before, fact);
         instance.exit = exit;
@@ -197,11 +200,12 @@ impl Task {
         instance.reason = Some(match exit {
             _ if before == InstanceState::Stopping => StateReason::Requested,
             Some(exit) if exit.oom => StateReason::OutOfMemory,
+            Some(_) if error.is_some() => StateReason::Crashed,
             Some(_) => StateReason::Exited,
             None => StateReason::Lost,
         });
-        if fact == Fact::Lost && before != InstanceState::Stopping {
-            instance.error = Some("what ran the instance is gone and left no record".to_owned());
+        if before != InstanceState::Stopping && error.is_some() {
+            instance.error = error;
         }
         let kind = if instance.state == InstanceState::Failed {
             "instance.failed"
