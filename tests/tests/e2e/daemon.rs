@@ -16,9 +16,9 @@ pub(crate) const TESTS: &[(&str, KindTest)] = &[
 
 fn kill_daemon(host: &Host, kind: Kind) {
     let name = format!("alive-{}", kind.name());
-    let script = "echo started; read line </tmp/wake; echo woken; read line </tmp/wake; exit 4";
-    let script = format!("mkfifo /tmp/wake; {script}");
-    start_script(host, kind, &name, &[], &script);
+    let script = "mkfifo /tmp/wake /tmp/end; echo started; read line </tmp/wake; echo woken; \
+        read line </tmp/end; exit 4";
+    start_script(host, kind, &name, &[], script);
     await_log(host, &name, "started");
     let before = host.hostctl(&["inspect", "--json", &name]).json();
     host.kill_and_restart_daemon();
@@ -26,11 +26,11 @@ fn kill_daemon(host: &Host, kind: Kind) {
     assert_eq!(after["state"], "running");
     assert_eq!(after["pid"], before["pid"], "it is not the same process");
     assert_eq!(after["address"], before["address"]);
-    let wake = ["exec", &name, "sh", "-c", "echo go >/tmp/wake"];
-    host.hostctl(&wake).ok();
+    host.hostctl(&["exec", &name, "sh", "-c", "echo go >/tmp/wake"])
+        .ok();
     await_log(host, &name, "woken");
     // This one may be killed on its way out: the workload's end takes every other process with it.
-    host.hostctl(&wake);
+    host.hostctl(&["exec", &name, "sh", "-c", "echo go >/tmp/end"]);
     host.hostctl(&["wait", &name]).exits(4);
     assert_eq!(host.hostctl(&["logs", &name]).ok(), "started\nwoken\n");
     host.hostctl(&["rm", &name]).ok();

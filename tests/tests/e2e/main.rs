@@ -3,6 +3,7 @@
 //! A test gets the host and a kind, and knows no more of the kind than a user would.
 
 mod api;
+mod crash;
 mod daemon;
 mod images;
 mod lifecycle;
@@ -41,6 +42,7 @@ const LONE_TESTS: &[(&str, &[(&str, KindTest)])] = &[("daemon", daemon::TESTS)];
 const HOST_TESTS: &[(&str, &[(&str, HostTest)])] = &[
     ("api", api::TESTS),
     ("images", images::TESTS),
+    ("crash", crash::TESTS),
     ("vmm", vmm::TESTS),
 ];
 
