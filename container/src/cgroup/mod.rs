@@ -17,6 +17,7 @@ mod freezer;
 mod hierarchy;
 mod io;
 mod memory;
+mod owner;
 mod properties;
 mod removal;
 mod resources;

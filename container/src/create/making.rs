@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
+use libc::MOUNT_ATTR_RDONLY;
 
 use super::scope::Scope;
 use super::{CreateError, CreateOptions, Starter, step, write_pid_file};
@@ -15,6 +16,8 @@ use crate::handshake::{self, Channel, Message};
 use crate::hooks::Surroundings;
 use crate::network_devices::{self, Moved};
 use crate::plan::Plan;
+use crate::plan::mounts::{MountKind, MountPlan};
+use crate::plan::namespaces::Kind;
 use crate::process::Process;
 use crate::spec::Config;
 use crate::state::{Home, INIT_SOCKET, Record, Status};
@@ -88,6 +91,10 @@ impl Making {
             Cgroup::create(&plan.cgroup, plan.resources.as_ref())?
         };
         self.cgroup = Some(cgroup.clone());
+        match cgroup_owner(plan) {
+            Some(0) | None => {}
+            Some(owner) => cgroup.give_to(owner)?,
+        }
         Ok(cgroup)
     }
 
@@ -267,6 +274,20 @@ impl Drop for Making {
             let _ = home.remove();
         }
     }
+}
+
+/// The user who may manage the group from inside (config-linux.md, Cgroup ownership): that of the program,
+/// if the container sees the group as the root of all groups, and can write there.
+fn cgroup_owner(plan: &Plan) -> Option<u32> {
+    let is_root = plan.namespaces.makes(Kind::CGROUP);
+    let writable = |mount: &MountPlan| {
+        let attributes = mount.options.attributes.set | mount.options.recursive.set;
+        matches!(mount.what, MountKind::Cgroup) && attributes & MOUNT_ATTR_RDONLY == 0
+    };
+    let may = is_root && plan.mounts.iter().any(writable);
+    plan.namespaces
+        .host_user(plan.process.user.uid)
+        .filter(|_| may)
 }
 
 fn map_or_empty(map: &Option<HashMap<String, String>>) -> BTreeMap<String, String> {

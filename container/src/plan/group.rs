@@ -1,12 +1,13 @@
 //! Which control group a container gets, and whether it needs one.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use oci_spec::runtime::{Linux, LinuxDeviceCgroup, LinuxResources};
 
 use super::{PlanError, Setting};
 use crate::cgroup::Cgroup;
-use crate::systemd::ScopePlan;
+use crate::systemd::{ScopePlan, annotation};
 
 /// Where the group is.
 #[derive(Debug)]
@@ -18,7 +19,11 @@ pub(super) struct GroupPlan {
 }
 
 impl GroupPlan {
-    pub(super) fn new(linux: &Linux, setting: &Setting<'_>) -> Result<Self, PlanError> {
+    pub(super) fn new(
+        linux: &Linux,
+        annotations: Option<&HashMap<String, String>>,
+        setting: &Setting<'_>,
+    ) -> Result<Self, PlanError> {
         let resources = linux.resources().as_ref();
         let root = rustix::process::geteuid().is_root();
         if let Some(field) = resources.and_then(device_rule).filter(|_| !root) {
@@ -28,7 +33,7 @@ impl GroupPlan {
         if setting.systemd {
             return Ok(Self {
                 path: String::new(),
-                scope: Some(scope(linux, setting.id)?),
+                scope: Some(scope(linux, annotations, setting.id)?),
             });
         }
         let path = cgroup_path(linux, setting.id)?;
@@ -50,11 +55,25 @@ impl GroupPlan {
     }
 }
 
-fn scope(linux: &Linux, id: &str) -> Result<ScopePlan, PlanError> {
+fn scope(
+    linux: &Linux,
+    annotations: Option<&HashMap<String, String>>,
+    id: &str,
+) -> Result<ScopePlan, PlanError> {
     let path = linux.cgroups_path().as_deref().map(Path::to_string_lossy);
     let path = path.unwrap_or_default();
-    ScopePlan::new(&path, id)
-        .map_err(|allowed| PlanError::value("linux.cgroupsPath", &path, &allowed))
+    let mut scope = ScopePlan::new(&path, id)
+        .map_err(|allowed| PlanError::value("linux.cgroupsPath", &path, &allowed))?;
+    if let Some(annotations) = annotations {
+        scope.properties = annotation::properties(annotations).map_err(|key| {
+            PlanError::value(
+                format!("annotations.{key}"),
+                &annotations[key],
+                annotation::ALLOWED,
+            )
+        })?;
+    }
+    Ok(scope)
 }
 
 /// The first device rule that is more than a denial of everything.

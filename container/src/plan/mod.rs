@@ -142,7 +142,7 @@ impl Plan {
             .map(|(index, mount)| MountPlan::new(index, mount, &surroundings))
             .collect::<Result<Vec<_>, _>>()?;
         let device_defaults = has_device_defaults(&mounts, setting.bare);
-        let group = GroupPlan::new(linux, setting)?;
+        let group = GroupPlan::new(linux, spec.annotations().as_ref(), setting)?;
         Ok(Self {
             rootfs_path,
             rootfs,

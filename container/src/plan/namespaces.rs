@@ -129,6 +129,22 @@ impl NamespacePlan {
             .map(|(_, file)| file)
     }
 
+    /// Who a user of the container is outside; nothing for who is not mapped, or if the mapping is that of
+    /// a namespace that is joined.
+    pub(crate) fn host_user(&self, uid: u32) -> Option<u32> {
+        if !self.has(Kind::USER) {
+            return Some(uid);
+        }
+        self.uid_map.lines().find_map(|line| {
+            let mut numbers = line
+                .split(' ')
+                .filter_map(|number| number.parse::<u32>().ok());
+            let (first, outside, size) = (numbers.next()?, numbers.next()?, numbers.next()?);
+            let offset = uid.checked_sub(first).filter(|offset| *offset < size)?;
+            outside.checked_add(offset)
+        })
+    }
+
     fn set_maps(&mut self, linux: &Linux) -> Result<(), PlanError> {
         for (field, mappings, text) in [
             ("linux.uidMappings", linux.uid_mappings(), &mut self.uid_map),

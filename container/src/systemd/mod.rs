@@ -5,6 +5,7 @@
 //! know. The limits that it knows it is told, as properties of the unit: otherwise it would put its own
 //! back in their place when it next reads its configuration.
 
+pub(crate) mod annotation;
 mod bus;
 mod scope;
 mod wire;
@@ -90,7 +91,12 @@ impl Systemd {
         let mut body = Writer::default();
         body.text(&plan.unit);
         body.text("fail");
-        body.properties(&properties);
+        let asked = plan
+            .properties
+            .iter()
+            .map(|(name, value)| (name.as_str(), value));
+        let own = properties.iter().map(|(name, value)| (*name, value));
+        body.properties(own.chain(asked));
         // No units beside it.
         body.array(8, |_| {});
         self.manage(
@@ -126,7 +132,7 @@ impl Systemd {
         let mut body = Writer::default();
         body.text(unit);
         body.flag(true);
-        body.properties(properties);
+        body.properties(properties.iter().map(|(name, value)| (*name, value)));
         let act = "set linux.resources of the container's scope";
         self.manage(act, "SetUnitProperties", "sba(sv)", body)
             .map(|_| ())

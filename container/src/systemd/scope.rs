@@ -1,5 +1,7 @@
 //! Which scope a container gets: `linux.cgroupsPath` as engines write it for systemd, `SLICE:PREFIX:NAME`.
 
+use super::Value;
+
 /// What a unit's name may be made of (systemd.unit(5)).
 const PUNCTUATION: &str = ":-_.\\@";
 
@@ -13,6 +15,8 @@ pub(crate) struct ScopePlan {
     pub(crate) unit: String,
     /// As `machine.slice`; empty for that which systemd chooses.
     pub(crate) slice: String,
+    /// What annotations ask for, by name.
+    pub(crate) properties: Vec<(String, Value)>,
 }
 
 impl ScopePlan {
@@ -50,6 +54,7 @@ impl ScopePlan {
         Ok(ScopePlan {
             unit,
             slice: (*slice).to_owned(),
+            properties: Vec::new(),
         })
     }
 }

@@ -36,9 +36,12 @@ pub(super) enum MessageKind {
 pub(crate) enum Value {
     Flag(bool),
     Large(u64),
+    Number(u32),
+    Signed(i32),
     Text(String),
     Bytes(Vec<u8>),
     Numbers(Vec<u32>),
+    Texts(Vec<String>),
     Pairs(Vec<(String, String)>),
 }
 
@@ -47,9 +50,12 @@ impl Value {
         match self {
             Value::Flag(_) => "b",
             Value::Large(_) => "t",
+            Value::Number(_) => "u",
+            Value::Signed(_) => "i",
             Value::Text(_) => "s",
             Value::Bytes(_) => "ay",
             Value::Numbers(_) => "au",
+            Value::Texts(_) => "as",
             Value::Pairs(_) => "a(ss)",
         }
     }
@@ -103,7 +109,10 @@ impl Writer {
                 self.align(8);
                 self.0.extend(value.to_le_bytes());
             }
+            Value::Number(value) => self.number(*value),
+            Value::Signed(value) => self.number(value.cast_unsigned()),
             Value::Text(text) => self.text(text),
+            Value::Texts(texts) => self.array(4, |it| texts.iter().for_each(|text| it.text(text))),
             Value::Bytes(bytes) => self.array(1, |it| it.0.extend(bytes)),
             Value::Numbers(values) => {
                 self.array(4, |it| values.iter().for_each(|value| it.number(*value)));
@@ -125,7 +134,7 @@ impl Writer {
     /// `a(sv)`
     pub(super) fn properties<'a>(
         &mut self,
-        properties: impl IntoIterator<Item = &'a (&'static str, Value)>,
+        properties: impl IntoIterator<Item = (&'a str, &'a Value)>,
     ) {
         self.array(8, |it| {
             for (name, value) in properties {
@@ -319,7 +328,7 @@ mod tests {
     fn a_call_has_the_bytes_that_the_specification_wants() {
         let mut body = Writer::default();
         body.text("ab");
-        body.properties(&[("x", Value::Large(5))]);
+        body.properties([("x", &Value::Large(5))]);
         let call = Call {
             path: "/a",
             interface: "b.c",

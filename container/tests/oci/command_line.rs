@@ -3,11 +3,12 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::process::Stdio;
+use std::time::Instant;
 
 use container::cgroup::Cgroup;
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, Ended, finish, finish_child};
+use crate::bundle::{Bundle, Ended, PATIENCE, finish, finish_child};
 
 fn running() -> Bundle {
     let bundle = Bundle::new("while true; do sleep 1; done");
@@ -66,7 +67,12 @@ fn events_tells_of_the_shortage_of_memory_and_ends_with_the_container() {
         .map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
     assert_eq!(events.next().unwrap()["type"], "stats");
     fs::write(bundle.path().join("go/now"), "").unwrap();
-    let shortage = events.find(|event| event["type"] == "oom").unwrap();
+    let start = Instant::now();
+    let shortage = events
+        .by_ref()
+        .take_while(|_| start.elapsed() < PATIENCE)
+        .find(|event| event["type"] == "oom")
+        .unwrap();
     assert_eq!(shortage["id"], bundle.id.as_str());
     assert_eq!(bundle.verb(&["kill"], &["KILL"]).status, 0);
     assert_eq!(

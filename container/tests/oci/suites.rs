@@ -22,6 +22,15 @@ fn status_line<'a>(status: &'a str, name: &str) -> &'a str {
     line.map_or("", |line| line.rsplit('\t').next().unwrap())
 }
 
+/// Lets the user 100000 of the host, whom user namespaces map, have the root file system.
+fn give_away(bundle: &Bundle) {
+    fs::set_permissions(bundle.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    for path in [bundle.rootfs(), bundle.rootfs().join("bin")] {
+        let owner = Some(100_000);
+        std::os::unix::fs::chown(path, owner, owner).unwrap();
+    }
+}
+
 #[test]
 fn a_variable_is_there_once_and_home_is_never_empty() {
     let with = |env: Value| {
@@ -387,15 +396,55 @@ fn a_user_namespace_need_not_map_root_and_clocks_can_be_set_in_one() {
                 .unwrap()
                 .retain(|option| option != "gid=5");
         });
-        // The mapped user has to get there.
-        fs::set_permissions(bundle.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        for path in [bundle.rootfs(), bundle.rootfs().join("bin")] {
-            let owner = Some(100_000);
-            std::os::unix::fs::chown(path, owner, owner).unwrap();
-        }
+        give_away(&bundle);
         bundle.output()
     };
     let script = "id -u; grep -c 'monotonic *7881' /proc/self/timens_offsets";
     assert_eq!(in_user_namespace(1000, script), "1000\n1\n");
     assert_eq!(in_user_namespace(0, script), "0\n1\n");
+}
+
+#[test]
+fn a_container_manages_its_own_group_of_v2_if_it_sees_it_as_the_root_and_can_write() {
+    // Where v1 has controllers the group stays root's.
+    let unified = fs::metadata("/sys/fs/cgroup/cgroup.controllers").is_ok();
+    for (writable, own_view, given) in [
+        (true, true, unified),
+        (true, false, false),
+        (false, true, false),
+    ] {
+        let bundle = sleeping().with(|config| {
+            let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+            config["linux"]["uidMappings"] = map.clone();
+            config["linux"]["gidMappings"] = map;
+            config["process"]["user"] = json!({"uid": 5, "gid": 5});
+            let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.push(json!({"type": "user"}));
+            namespaces.retain(|namespace| own_view || namespace["type"] != "cgroup");
+            let mounts = config["mounts"].as_array_mut().unwrap();
+            let cgroup = mounts
+                .iter_mut()
+                .find(|mount| mount["type"] == "cgroup")
+                .unwrap();
+            let options = cgroup["options"].as_array_mut().unwrap();
+            options.retain(|option| !writable || option != "ro");
+        });
+        give_away(&bundle);
+        bundle.start();
+        let cgroup = Cgroup::open(&format!("/{}", bundle.id)).unwrap();
+        for (_, path) in cgroup.views() {
+            for (file, changed) in [
+                ("", given),
+                ("cgroup.procs", given),
+                ("cgroup.events", false),
+            ] {
+                let Ok(found) = fs::metadata(path.join(file)) else {
+                    continue;
+                };
+                let expected = if changed { 100_005 } else { 0 };
+                let found = std::os::unix::fs::MetadataExt::uid(&found);
+                assert_eq!(found, expected, "{}, {file}", path.display());
+            }
+        }
+    }
 }

@@ -158,6 +158,48 @@ fn systemd_knows_the_limits_and_keeps_them_when_it_reads_its_units_again() {
 }
 
 #[test]
+fn a_scope_has_the_properties_that_annotations_ask_for_and_is_forgotten_when_it_failed() {
+    if !is_possible() {
+        return;
+    }
+    let bundle = scoped("exec sleep 100").with(|config| {
+        config["annotations"] = json!({
+            "org.systemd.property.RuntimeMaxSec": "1",
+            "org.systemd.property.TimeoutStopSec": "uint64 7",
+            "org.systemd.property.Description": "'a test'",
+            "org.systemd.property.After": "['other.target']"
+        });
+    });
+    let output = beside_systemd(
+        &bundle,
+        false,
+        r#"$R --systemd-cgroup run --detach $ID >/dev/null 2>errors </dev/null || { cat errors >&2; exit 1; }
+        systemctl show unit-name.scope -p RuntimeMaxUSec,TimeoutStopUSec,Description
+        systemctl show unit-name.scope -p After | grep -o other.target
+        until systemctl is-failed --quiet unit-name.scope; do sleep 0.05; done
+        $R delete $ID
+        systemctl show unit-name.scope -p LoadState"#,
+    );
+    let lines: Vec<&str> = output.lines().collect();
+    assert_eq!(
+        lines,
+        [
+            "TimeoutStopUSec=7s",
+            "RuntimeMaxUSec=1s",
+            "Description=a test",
+            "other.target",
+            "LoadState=not-found"
+        ]
+    );
+    let bundle = bundle.with(|config| {
+        config["annotations"] = json!({"org.systemd.property.RuntimeMaxSec": "long"});
+    });
+    let ended = bundle.verb(&["--systemd-cgroup", "run"], &[]);
+    let words = "annotations.org.systemd.property.RuntimeMaxSec: `long`";
+    assert!(ended.stderr.contains(words), "{ended:?}");
+}
+
+#[test]
 fn without_systemd_the_request_is_refused_by_name() {
     if !is_own() {
         return;
