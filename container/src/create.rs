@@ -297,6 +297,7 @@ fn read(options: &CreateOptions, bundle: &Path) -> Result<(Config, Plan), Create
         bundle,
         bare: options.executable.is_some(),
         systemd: options.systemd_cgroup,
+        check: false,
     };
     let mut plan = Plan::new(&config, &setting)?;
     let added = options.env.iter().map(String::as_str).map(CString::new);

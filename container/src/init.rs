@@ -100,6 +100,7 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     masks::hide(&plan.masked_paths, &root)?;
     set_sysctl(plan)?;
     masks::make_readonly(&plan.readonly_paths, &root)?;
+    mounts::finish(&plan.mounts, &root)?;
     if let Some(label) = &plan.process.label {
         launch::set_label(label)?;
     }

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use libc::{MS_SHARED, MS_SLAVE};
+use libc::{MOUNT_ATTR_RDONLY, MS_SHARED, MS_SLAVE};
 use rustix::fs::{
     CWD, FileType, Mode, OFlags, PROC_SUPER_MAGIC, fstat, fstatfs, mkdirat, symlinkat,
 };
@@ -76,6 +76,24 @@ pub(crate) fn make(
             },
             destination: mount.destination.display().to_string(),
             hint,
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+/// Makes read-only what could not be before all was in it.
+pub(crate) fn finish(mounts: &[MountPlan], root: &Root) -> Result<(), MountError> {
+    let make = |mount: &MountPlan| {
+        let target = root.find(&mount.destination)?;
+        set_attributes(target.as_fd(), MOUNT_ATTR_RDONLY)
+    };
+    for mount in mounts.iter().filter(|mount| mount.read_only_last) {
+        make(mount).map_err(|source| MountError {
+            field: mount.field.clone(),
+            what: "read-only".to_owned(),
+            destination: mount.destination.display().to_string(),
+            hint: String::new(),
             source,
         })?;
     }

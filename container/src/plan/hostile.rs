@@ -107,6 +107,7 @@ fn try_plan(config: &Value) -> Result<Plan, String> {
         bundle: Path::new("/"),
         bare: false,
         systemd: false,
+        check: true,
     };
     Plan::new(&config, &setting).map_err(|error| error.to_string())
 }

@@ -81,6 +81,9 @@ pub(crate) struct Setting<'a> {
     pub(crate) bare: bool,
     /// Control groups are managed by systemd.
     pub(crate) systemd: bool,
+    /// Nothing will be carried out: what is to be mounted is found, but not copied, which waits for a grace
+    /// period of the kernel when the copy is closed unused.
+    pub(crate) check: bool,
 }
 
 /// Why a configuration cannot be carried out.
@@ -130,12 +133,14 @@ impl Plan {
         let namespaces = NamespacePlan::new(linux)?;
         let available = capability::available_in(&namespaces);
         let privileged = capability::available().contains(CapabilitySet::SYS_ADMIN);
-        let (rootfs_path, rootfs) = mounts::open_rootfs(root, setting.bundle, privileged)?;
+        let copy = privileged && !setting.check;
+        let (rootfs_path, rootfs) = mounts::open_rootfs(root, setting.bundle, copy)?;
         let surroundings = Surroundings {
             linux,
             label: mount_label(linux)?,
             bundle: setting.bundle,
             privileged,
+            copy,
         };
         let mounts = spec.mounts().iter().flatten().enumerate();
         let mounts = mounts
@@ -251,7 +256,7 @@ fn sysctl(
             Kind::NETWORK
         } else if IPC.contains(&path.as_str()) || path.starts_with("fs/mqueue/") {
             Kind::IPC
-        } else if path == "kernel/domainname" || path == "kernel/hostname" {
+        } else if path == "kernel/domainname" {
             Kind::UTS
         } else if path.starts_with("user/") {
             Kind::USER
@@ -260,7 +265,7 @@ fn sysctl(
                 field(),
                 value,
                 "the setting is the host's; a container has those of its namespaces: net.*, user.*, \
-                 fs.mqueue.*, those of System V IPC, kernel.hostname and kernel.domainname",
+                 fs.mqueue.*, those of System V IPC and kernel.domainname; kernel.hostname is hostname's",
             ));
         };
         if !namespaces.has(kind) {

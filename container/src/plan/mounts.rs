@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use libc::MOUNT_ATTR_RDONLY;
 use oci_spec::runtime::{Linux, Mount};
 use rustix::fs::{CWD, FileType, OFlags, fstat};
 use rustix::mount::{OpenTreeFlags, open_tree};
@@ -22,6 +23,8 @@ pub(crate) struct MountPlan {
     pub(crate) what: MountKind,
     pub(crate) options: Options,
     pub(crate) id_map: Option<IdMap>,
+    /// It becomes read-only only when all that is in it has been made.
+    pub(crate) read_only_last: bool,
 }
 
 /// How the owners of a mount's files are mapped: the texts of uid_map and gid_map.
@@ -61,8 +64,8 @@ pub(crate) enum Tree {
 
 impl Tree {
     /// Takes hold of what is at `path` now.
-    pub(crate) fn new(path: &Path, recursive: bool, privileged: bool) -> io::Result<Self> {
-        if privileged {
+    pub(crate) fn new(path: &Path, recursive: bool, copy: bool) -> io::Result<Self> {
+        if copy {
             return clone_tree(CWD, path, recursive).map(Tree::Detached);
         }
         std::fs::metadata(path)?;
@@ -94,7 +97,10 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) label: Option<&'a str>,
     pub(crate) bundle: &'a Path,
     /// Whether the caller may copy mounts.
+    /// The caller may mount.
     pub(crate) privileged: bool,
+    /// Sources are copied at once.
+    pub(crate) copy: bool,
 }
 
 /// File systems that have labels of the kernel's own making.
@@ -113,6 +119,7 @@ impl MountPlan {
             label,
             bundle,
             privileged,
+            copy,
         } = *surroundings;
         let field = format!("mounts[{index}]");
         let options = mount.options().iter().flatten().map(String::as_str);
@@ -127,8 +134,8 @@ impl MountPlan {
         let name = mount.typ().as_deref().unwrap_or("none");
         let what = match (options.bind, name) {
             _ if options.remount => MountKind::Remount,
-            (Some(bind), _) => bind_plan(&field, mount, bundle, bind, privileged)?,
-            (None, "bind") => bind_plan(&field, mount, bundle, Bind::Single, privileged)?,
+            (Some(bind), _) => bind_plan(&field, mount, bundle, bind, copy)?,
+            (None, "bind") => bind_plan(&field, mount, bundle, Bind::Single, copy)?,
             (None, "none" | "") => {
                 return Err(PlanError::value(
                     format!("{field}.type"),
@@ -153,20 +160,22 @@ impl MountPlan {
                 .push(("context".to_owned(), Some(label.to_owned())));
         }
         let id_map = id_map(&field, mount, &options, linux)?;
-        if id_map.is_some()
-            && !matches!(
-                what,
-                MountKind::Bind {
-                    source: Tree::Detached(_),
-                    ..
-                }
-            )
-        {
+        if id_map.is_some() && !(privileged && matches!(what, MountKind::Bind { .. })) {
             return Err(PlanError::value(
                 format!("{field}.type"),
                 name,
                 "its owners cannot be mapped: only those of a bind mount can, by a caller who may mount",
             ));
+        }
+        // Devices, and most other file systems, are in /dev.
+        let read_only_last = matches!(what, MountKind::FileSystem { .. })
+            && mount
+                .destination()
+                .components()
+                .eq(Path::new("/dev").components())
+            && options.attributes.set & MOUNT_ATTR_RDONLY != 0;
+        if read_only_last {
+            options.attributes.set &= !MOUNT_ATTR_RDONLY;
         }
         Ok(Self {
             field,
@@ -174,6 +183,7 @@ impl MountPlan {
             destination: mount.destination().clone(),
             what,
             options,
+            read_only_last,
         })
     }
 }
@@ -213,7 +223,7 @@ fn bind_plan(
     mount: &Mount,
     bundle: &Path,
     bind: Bind,
-    privileged: bool,
+    copy: bool,
 ) -> Result<MountKind, PlanError> {
     let field = format!("{field}.source");
     let Some(source) = mount.source() else {
@@ -227,7 +237,7 @@ fn bind_plan(
     };
     let recursive = bind == Bind::Recursive;
     let open = || -> io::Result<MountKind> {
-        let tree = Tree::new(&path, recursive, privileged)?;
+        let tree = Tree::new(&path, recursive, copy)?;
         let directory = match &tree {
             Tree::Detached(tree) => FileType::from_raw_mode(fstat(tree)?.st_mode).is_dir(),
             Tree::Path(path) => std::fs::metadata(path)?.is_dir(),
@@ -245,7 +255,7 @@ fn bind_plan(
 pub(crate) fn open_rootfs(
     root: &oci_spec::runtime::Root,
     bundle: &Path,
-    privileged: bool,
+    copy: bool,
 ) -> Result<(PathBuf, Tree), PlanError> {
     let field = "root.path";
     let path = bundle.join(root.path());
@@ -253,7 +263,7 @@ pub(crate) fn open_rootfs(
         let path = path.canonicalize()?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         rustix::fs::openat(CWD, &path, flags, rustix::fs::Mode::empty())?;
-        let tree = Tree::new(&path, true, privileged)?;
+        let tree = Tree::new(&path, true, copy)?;
         Ok((path, tree))
     };
     open().map_err(|source| PlanError::Open {

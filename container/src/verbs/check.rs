@@ -26,6 +26,7 @@ pub fn check(text: Vec<u8>, bundle: &Path, id: &str) -> Result<Vec<String>, Chec
         bundle,
         bare: false,
         systemd: false,
+        check: true,
     };
     Plan::new(&config, &setting)?;
     Ok(config.warnings)

@@ -216,6 +216,26 @@ fn proc_and_sys_are_not_mounted_over_a_link() {
 }
 
 #[test]
+fn a_read_only_dev_has_all_that_belongs_in_it() {
+    let script = "grep ' /dev tmpfs ro' /proc/mounts >/dev/null && test -c /dev/null \
+        && test -d /dev/shm && ! touch /dev/new 2>/dev/null && echo fine";
+    let bundle = Bundle::new(script).with(|config| {
+        let dev = &mut config["mounts"][1];
+        assert_eq!(dev["destination"], "/dev");
+        dev["options"].as_array_mut().unwrap().push(json!("ro"));
+    });
+    assert_eq!(bundle.output(), "fine\n");
+}
+
+#[test]
+fn the_host_name_is_no_setting_of_the_kernel() {
+    let bundle = Bundle::new("echo ran").with(|config| {
+        config["linux"]["sysctl"] = json!({"kernel.hostname": "name"});
+    });
+    bundle.assert_refused("kernel.hostname is hostname's");
+}
+
+#[test]
 fn a_cgroup_that_is_in_use_or_frozen_is_refused() {
     let first = sleeping();
     first.start();

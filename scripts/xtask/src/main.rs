@@ -10,6 +10,7 @@ mod host_image;
 mod kernel;
 mod packages;
 mod paths;
+mod peers;
 mod sim_host;
 mod step;
 mod test;
@@ -37,6 +38,7 @@ enum Command {
     SimHost(sim_host::Arguments),
     Demo(demo::Arguments),
     Fuzz(fuzz::Arguments),
+    Peers(peers::Arguments),
     Test(test::Arguments),
     Bench(bench::Arguments),
 }
@@ -59,6 +61,7 @@ fn main() -> Result<ExitCode> {
         }
         Command::Demo(arguments) => return demo::demo(&arguments),
         Command::Fuzz(arguments) => fuzz::fuzz(&arguments)?,
+        Command::Peers(arguments) => peers::peers(&arguments)?,
         Command::Test(arguments) => test::test(&arguments)?,
         Command::Bench(arguments) => bench::bench(&arguments)?,
     }

@@ -147,7 +147,7 @@ const SIMULATED: &[Program] = &[
 
 /// The executables of tests, in the order of their names, without what only a debugger reads: they go
 /// through an emulated network.
-fn programs(names: &[&str]) -> Result<Vec<PathBuf>> {
+pub(crate) fn programs(names: &[&str]) -> Result<Vec<PathBuf>> {
     let mut build = cargo(["test", "--release", "--locked", "--quiet"]);
     build.args(["--package", "tests", "--package", "container"]);
     for name in names {
