@@ -2,6 +2,7 @@
 //! one, and a branch of it for each device that may keep a thread busy.
 
 mod branch;
+mod stop;
 mod wakefulness;
 
 use std::hint;
@@ -14,6 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::branch::Branches;
+pub use self::stop::Stopper;
 use self::wakefulness::Wakefulness;
 use crate::exit::ExitSwitch;
 
@@ -123,6 +125,7 @@ pub struct EventLoop {
     sources: Vec<Option<Arc<dyn Source>>>,
     branches: Branches,
     exit: ExitSwitch,
+    stopper: Option<Stopper>,
 }
 
 opaque_debug!(EventLoop);
@@ -139,6 +142,7 @@ impl EventLoop {
             sources: Vec::new(),
             branches: Branches::default(),
             exit,
+            stopper: None,
         })
     }
 
@@ -170,7 +174,7 @@ impl EventLoop {
         let mut batch = [EpollEvent::default(); BATCH];
         let mut wakefulness = Wakefulness::default();
         let mut busy = Vec::new();
-        while self.exit.status().is_none() {
+        while !self.is_over() {
             self.serve(FOREVER, &mut batch, &mut busy)?;
             if !busy.is_empty() {
                 wakefulness.wake(Instant::now());
@@ -193,7 +197,7 @@ impl EventLoop {
         let mut found = false;
         let mut worked_at = Instant::now();
         let mut served_at = worked_at;
-        while self.exit.status().is_none() {
+        while !self.is_over() {
             // All of them, not up to the first.
             let worked = busy.iter().filter(|source| source.poll()).count() > 0;
             let now = Instant::now();

@@ -88,6 +88,9 @@ pub const GENERATION_GSI: u32 = 3;
 pub const SERIAL_GSI: u32 = 4;
 /// The line of power button presses: between the serial port's and the devices'.
 pub const POWER_BUTTON_GSI: u32 = 5;
+/// The line by which a machine with PCI tells of devices that come and go: there, virtio devices have
+/// no lines.
+pub const HOTPLUG_GSI: u32 = VIRTIO_GSI;
 /// The first virtio device's line; the others follow.
 pub const VIRTIO_GSI: u32 = 6;
 /// One line for each device.
@@ -101,5 +104,7 @@ pub const SERIAL_PORTS: u64 = 8;
 pub const KEYBOARD_PORT: u64 = 0x64;
 /// ACPI's sleep control, sleep status and reset registers, a byte each.
 pub const POWER_PORT: u64 = 0x600;
+/// Which devices of the PCI bus come and go (`hotplug::slots`).
+pub const HOTPLUG_PORT: u64 = 0x620;
 /// Registers at [`POWER_PORT`].
 pub const POWER_PORTS: u64 = 3;

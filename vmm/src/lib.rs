@@ -14,6 +14,7 @@ macro_rules! opaque_debug {
 }
 
 pub mod arch;
+pub mod assembly;
 pub mod boot;
 pub mod bus;
 pub mod control;
@@ -24,6 +25,8 @@ pub mod events;
 pub mod exit;
 pub mod footprint;
 pub mod guest_status;
+pub mod hotplug;
+pub mod inventory;
 pub mod kvm;
 pub mod layout;
 pub mod listen;

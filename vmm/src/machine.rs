@@ -8,12 +8,12 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::VcpuFd;
-use nix::errno::Errno;
 
 use self::bare::Bare;
 use self::parts::Parts;
 use crate::arch::x86_64::state::Saver;
 use crate::arch::x86_64::{ArchError, acpi};
+use crate::assembly::{self, DeviceSetupError, NewDevice};
 use crate::boot::BootError;
 use crate::control::ExitStatus;
 use crate::control::controls::Controls;
@@ -25,11 +25,13 @@ use crate::devices::guest_status::{Readiness, Reports};
 use crate::events::EventLoop;
 use crate::exit::ExitSwitch;
 use crate::footprint;
+use crate::hotplug::{Hotplug, Worker};
+use crate::inventory::Handle;
 use crate::kvm::{self, KvmError, Vm};
 use crate::layout;
 use crate::listen::Listener;
 use crate::memory::{Memory, MemoryError, MemoryPlan};
-use crate::plan::{DiskPlan, ListenPlan, NetPlan, Origin, Plan, TapPlan, VsockPlan};
+use crate::plan::{ListenPlan, Origin, Plan};
 use crate::seccomp::{self, Filter, SeccompError, Thread};
 use crate::signals::{self, SignalError};
 use crate::snapshot::memory::{MemoryFileError, Region};
@@ -39,14 +41,10 @@ use crate::terminal::RawTerminal;
 use crate::vcpu::{VcpuError, VcpuThreads, Vcpus};
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::{Balloon, BalloonHandle};
-use crate::virtio::block::{Block, BlockError, BlockHandle, BlockOptions};
 use crate::virtio::mem::{Mem, MemHandle};
-use crate::virtio::net::{Net, NetHandle};
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::state::StateError;
-use crate::virtio::tap::{Tap, TapError};
-use crate::virtio::vsock::{Vsock, VsockError, VsockHost};
 
 /// What the command line decides, apart from the specification.
 #[derive(Clone, Copy, Debug, Default)]
@@ -102,21 +100,6 @@ pub enum MachineError {
     Seccomp(#[from] SeccompError),
 }
 
-/// Why a virtio device could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceSetupError {
-    #[error(transparent)]
-    Block(#[from] BlockError),
-    #[error(transparent)]
-    Tap(#[from] TapError),
-    #[error("its socket cannot be listened on")]
-    Listen(#[source] io::Error),
-    #[error(transparent)]
-    Vsock(#[from] VsockError),
-    #[error("its event cannot be made")]
-    Event(#[source] Errno),
-}
-
 fn host(action: &'static str) -> impl Fn(io::Error) -> MachineError {
     move |source| MachineError::Host { action, source }
 }
@@ -151,8 +134,9 @@ impl Machine {
         generation::renew(&memory.all)?;
         let vm = Arc::new(Vm::new(&kvm, memory.all, plan.spec.memory.track_dirty)?);
         let virtio = VirtioDevices::new(&mut plan, &early.reports)?;
-        let mut parts = Parts::new(vm.clone(), early.exit, early.reports, plan.spec.transport)?;
         let saved_port = plan.saved().map(|state| state.devices.serial.clone());
+        let transport = plan.spec.transport;
+        let mut parts = Parts::new(vm.clone(), early.exit, early.reports, plan.spec)?;
         let (serial, terminal) = parts.add_serial_port(plan.console, saved_port.as_ref())?;
         let power_button = parts.add_power()?;
         let generation = parts.line(layout::GENERATION_GSI)?;
@@ -167,7 +151,7 @@ impl Machine {
             boot_memory: &memory.boot,
             vcpus: &fds,
             template: plan.cpu_template,
-            transport: plan.spec.transport,
+            transport,
             windows: &plan.windows,
             parts: &parts,
             io_apic: &io_apic,
@@ -177,31 +161,27 @@ impl Machine {
         let filters = early.filters;
         let vcpus = start_threads(early.vcpus, fds, &mut parts, filters)?;
         if let Some(listen) = plan.control {
-            let counters = parts.counters();
             let snapshotter = Snapshotter {
                 exit: parts.exit.clone(),
-                vm,
+                vm: vm.clone(),
                 vcpus: vcpus.clone(),
                 saver: Saver::new(&kvm, begun.features)?,
                 io_apic,
                 serial,
                 readiness: parts.reports.readiness().clone(),
-                transports: parts.transports,
-                functions: parts.functions,
-                windows: plan.windows,
-                spec: plan.spec,
+                inventory: parts.inventory.clone(),
+                slots: begun.hears.then(|| parts.slots()).flatten(),
                 anonymous: memory.anonymous,
                 last: Mutex::new(begun.from),
             };
             let snapshots = start_snapshots(snapshotter, filters)?;
             let controls = Controls {
-                counters,
+                hotplug: start_hotplug(&mut parts, vm, begun.hears, filters)?,
+                inventory: parts.inventory,
                 vcpus: vcpus.clone(),
                 exit: parts.exit.clone(),
                 readiness: parts.reports.readiness().clone(),
                 power_button,
-                disks: virtio.disks,
-                nets: virtio.nets,
                 memory: memory_controls(&plan.memory, virtio.balloon, virtio.mem),
                 snapshots: Some(snapshots),
             };
@@ -324,6 +304,32 @@ fn start_snapshots(
     SnapshotThread::start(snapshotter, enter).map_err(host("start the thread of snapshots"))
 }
 
+/// Starts the thread that makes devices while the machine runs, which waits, if there is PCI.
+fn start_hotplug(
+    parts: &mut Parts,
+    vm: Arc<Vm>,
+    guest_hears: bool,
+    filters: Filters,
+) -> Result<Option<Hotplug>, MachineError> {
+    let Some(pci) = parts.pci.take() else {
+        return Ok(None);
+    };
+    let worker = Worker {
+        vm,
+        exit: parts.exit.clone(),
+        bus: pci.bus,
+        inventory: parts.inventory.clone(),
+        slots: pci.slots,
+        guest_hears,
+        enter: filters.enter(Thread::Device, &parts.exit),
+    };
+    let enter = filters.enter(Thread::Hotplug, &parts.exit);
+    let thread = Hotplug::start(worker, pci.departures, enter);
+    thread
+        .map(Some)
+        .map_err(host("start the thread of devices"))
+}
+
 /// Starts the devices' threads, and gives the processors to theirs, where they wait.
 fn start_threads(
     threads: VcpuThreads,
@@ -358,9 +364,7 @@ fn serve(
 /// Virtio devices, each with its name, and what the control socket keeps of them.
 #[derive(Default)]
 struct VirtioDevices {
-    devices: Vec<(String, Box<dyn VirtioDevice>)>,
-    disks: Vec<BlockHandle>,
-    nets: Vec<NetHandle>,
+    devices: Vec<NewDevice>,
     balloon: Option<BalloonHandle>,
     mem: Option<MemHandle>,
 }
@@ -369,18 +373,16 @@ impl VirtioDevices {
     /// The list, in the order of the plan's windows.
     fn new(plan: &mut Plan, reports: &Reports) -> Result<Self, MachineError> {
         let mut list = Self::default();
-        for (index, disk) in plan.disks.drain(..).enumerate() {
-            list.add(format!("disk{index}"), block(disk), |list, device| {
-                list.disks.push(device.handle());
-            })?;
+        for disk in plan.disks.drain(..) {
+            let name = disk.name.clone();
+            list.push(name, assembly::disk(disk))?;
         }
-        for (index, net) in plan.nets.drain(..).enumerate() {
-            list.add(format!("net{index}"), network(net), |list, device| {
-                list.nets.push(device.handle());
-            })?;
+        for net in plan.nets.drain(..) {
+            let name = net.name.clone();
+            list.push(name, assembly::net(net))?;
         }
         if let Some(plan) = plan.vsock.take() {
-            let vsock = vsock(plan).map(|vsock| vsock.with_reports(reports.clone()));
+            let vsock = assembly::vsock(plan).map(|vsock| vsock.with_reports(reports.clone()));
             list.add("vsock".to_owned(), vsock, |_, _| ())?;
         }
         if plan.rng {
@@ -414,41 +416,26 @@ impl VirtioDevices {
         device: Result<D, DeviceSetupError>,
         keep: impl FnOnce(&mut Self, &D),
     ) -> Result<(), MachineError> {
-        match device {
-            Ok(device) => {
-                keep(self, &device);
-                self.devices.push((name, Box::new(device)));
-                Ok(())
+        let device = device.map(|device| {
+            keep(self, &device);
+            NewDevice {
+                name: name.clone(),
+                device: Box::new(device),
+                handle: Handle::Other,
             }
-            Err(source) => Err(MachineError::Device { name, source }),
-        }
+        });
+        self.push(name, device)
     }
-}
 
-fn block(plan: DiskPlan) -> Result<Block, DeviceSetupError> {
-    let options = BlockOptions {
-        read_only: plan.read_only,
-        serial: plan.serial,
-        limits: plan.limits,
-    };
-    Ok(Block::open(plan.top, plan.backing, options)?)
-}
-
-fn network(plan: NetPlan) -> Result<Net, DeviceSetupError> {
-    let tap = match plan.tap {
-        TapPlan::Name(name) => Tap::open(&name)?,
-        TapPlan::Open(descriptor) => Tap::from_fd(descriptor)?,
-    };
-    Ok(Net::new(tap, plan.mac).with_mtu(plan.mtu))
-}
-
-fn vsock(plan: VsockPlan) -> Result<Vsock, DeviceSetupError> {
-    let host = match plan.listen {
-        ListenPlan::Path(path) => VsockHost::bind(&path),
-        ListenPlan::Open(listener) => VsockHost::inherited(listener),
-    };
-    let host = host.map_err(DeviceSetupError::Listen)?;
-    Ok(Vsock::new(plan.cid, host, plan.streams)?)
+    fn push(
+        &mut self,
+        name: String,
+        device: Result<NewDevice, DeviceSetupError>,
+    ) -> Result<(), MachineError> {
+        let device = device.map_err(|source| MachineError::Device { name, source })?;
+        self.devices.push(device);
+        Ok(())
+    }
 }
 
 /// Where clients of the control socket come from.

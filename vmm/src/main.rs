@@ -13,6 +13,7 @@ use vmm::control::{ExitReason, ExitStatus};
 use vmm::descriptors::Inherited;
 use vmm::devices::boot_timer::Start;
 use vmm::exit::chain;
+use vmm::hotplug::client as hotplug;
 use vmm::machine::{Machine, Options};
 use vmm::plan::Plan;
 use vmm::snapshot::client;
@@ -51,8 +52,38 @@ struct Arguments {
     )]
     snapshot: Option<PathBuf>,
 
-    /// With --snapshot: the machine's control socket
-    #[arg(long, value_name = "SOCKET", requires = "snapshot")]
+    /// Attach a disk to the machine behind --control, as JSON in FILE (or - for standard input)
+    #[arg(
+        long,
+        value_name = "FILE",
+        group = "mode",
+        requires = "control",
+        conflicts_with_all = ["config", "restore", "check", "snapshot"]
+    )]
+    attach_disk: Option<PathBuf>,
+
+    /// Attach a network interface to the machine behind --control, as JSON in FILE
+    #[arg(
+        long,
+        value_name = "FILE",
+        group = "mode",
+        requires = "control",
+        conflicts_with_all = ["config", "restore", "check", "snapshot", "attach_disk"]
+    )]
+    attach_net: Option<PathBuf>,
+
+    /// Have the guest behind --control let go of a disk or network interface, and wait until it has
+    #[arg(
+        long,
+        value_name = "DEVICE",
+        group = "mode",
+        requires = "control",
+        conflicts_with_all = ["config", "restore", "check", "snapshot", "attach_disk", "attach_net"]
+    )]
+    detach: Option<String>,
+
+    /// The control socket of the machine to snapshot, or to change
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["config", "restore", "check"])]
     control: Option<PathBuf>,
 
     /// With --snapshot: only what was written since the last one
@@ -97,8 +128,10 @@ fn end_on_panic() {
 
 #[expect(clippy::print_stderr, reason = "the user's error message")]
 fn run(arguments: &Arguments, start: Start) -> anyhow::Result<u8> {
-    if let (Some(folder), Some(control)) = (&arguments.snapshot, &arguments.control) {
-        return snapshot(folder, control, arguments.diff);
+    if let Some(control) = &arguments.control {
+        let machine = UnixStream::connect(control)
+            .with_context(|| format!("cannot reach a machine at {}", control.display()))?;
+        return ask(arguments, &machine);
     }
     let mut plan = plan(arguments).context("the configuration is not usable")?;
     if arguments.check {
@@ -134,14 +167,27 @@ fn run(arguments: &Arguments, start: Start) -> anyhow::Result<u8> {
     Ok(status.process_code())
 }
 
+/// Does what takes another machine.
 #[expect(clippy::print_stdout, reason = "the user's answer")]
-fn snapshot(folder: &Path, control: &Path, diff: bool) -> anyhow::Result<u8> {
-    let machine = UnixStream::connect(control)
-        .with_context(|| format!("cannot reach a machine at {}", control.display()))?;
-    let kind = if diff { Kind::Diff } else { Kind::Full };
-    let report = client::snapshot(&machine, folder, kind)
-        .with_context(|| format!("there is no snapshot in {}", folder.display()))?;
-    println!("{}", serde_json::to_string(&report)?);
+fn ask(arguments: &Arguments, machine: &UnixStream) -> anyhow::Result<u8> {
+    if let Some(folder) = &arguments.snapshot {
+        let kind = if arguments.diff {
+            Kind::Diff
+        } else {
+            Kind::Full
+        };
+        let report = client::snapshot(machine, folder, kind)
+            .with_context(|| format!("there is no snapshot in {}", folder.display()))?;
+        println!("{}", serde_json::to_string(&report)?);
+    } else if let Some(path) = &arguments.attach_disk {
+        let name = hotplug::attach_disk(machine, read(path)?);
+        println!("{}", name.context("the disk is not attached")?);
+    } else if let Some(path) = &arguments.attach_net {
+        let name = hotplug::attach_net(machine, read(path)?);
+        println!("{}", name.context("the network interface is not attached")?);
+    } else if let Some(name) = &arguments.detach {
+        hotplug::detach(machine, name.clone()).with_context(|| format!("{name} stays"))?;
+    }
     Ok(0)
 }
 
@@ -178,5 +224,6 @@ fn read<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
             .read_to_string(&mut text)
     };
     read.with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("{} is not a machine", path.display()))
+    serde_json::from_str(&text)
+        .with_context(|| format!("{} is not what it should be", path.display()))
 }

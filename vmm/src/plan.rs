@@ -2,8 +2,10 @@
 //! address given. Nothing on the host is changed but for opened files.
 
 mod disk;
+mod handed;
 mod memory;
 mod opener;
+mod places;
 
 use std::fs::File;
 use std::io;
@@ -13,10 +15,10 @@ use std::path::{Path, PathBuf};
 
 pub use self::disk::{BACKING_FILES_MAX, DiskPlan, SERIAL_BYTES_MAX};
 use self::opener::{Access, Opener};
+pub use self::places::Places;
 use crate::boot::{self, CmdlineError};
 use crate::descriptors::DescriptorError;
 use crate::devices::serial::Output;
-use crate::layout;
 use crate::memory::{Image, MemoryPlan};
 use crate::snapshot::load::{LoadError, Loaded, OpenFiles, load};
 use crate::snapshot::restore::{ClockPolicy, OverrideError, Restore};
@@ -59,11 +61,10 @@ pub enum PlanError {
     InUse { field: String },
     #[error("`{field}`: cannot be examined")]
     Examine { field: String, source: io::Error },
-    #[error(
-        "{devices} virtio devices were asked for; at most {} are possible",
-        layout::VIRTIO_DEVICES_MAX
-    )]
-    Devices { devices: usize },
+    #[error("{devices} virtio devices were asked for; at most {most} are possible")]
+    Devices { devices: usize, most: usize },
+    #[error("device {name:?} of the snapshot, number {number}, is not where a device can be")]
+    Place { name: String, number: u32 },
     #[error(transparent)]
     Cmdline(#[from] CmdlineError),
     #[error("`/snapshots`")]
@@ -124,6 +125,8 @@ pub struct SnapshotPlan {
 /// A network interface.
 #[derive(Debug)]
 pub struct NetPlan {
+    /// As in the machine's statistics.
+    pub name: String,
     pub tap: TapPlan,
     pub mac: [u8; 6],
     pub mtu: Option<u16>,
@@ -163,12 +166,13 @@ pub struct ConsolePlan {
 impl Plan {
     /// Checks `spec` and opens what it names.
     pub fn new(spec: &Spec) -> Result<Plan, PlanError> {
+        let places = Places::new(spec)?;
         let named = match spec.transport {
-            Transport::Mmio => windows(spec)?,
+            Transport::Mmio => &places.windows[..],
             // A guest finds them by itself.
-            Transport::Pci => Vec::new(),
+            Transport::Pci => &[],
         };
-        let cmdline = boot::cmdline(&spec.boot.cmdline, &named)?;
+        let cmdline = boot::cmdline(&spec.boot.cmdline, named)?;
         let initramfs = initramfs_paths(spec)?;
         let mut open = Opener::default();
         let origin = Origin::Kernel(KernelPlan {
@@ -178,7 +182,7 @@ impl Plan {
             })?,
             cmdline,
         });
-        Plan::with_origin(spec, origin, open)
+        Plan::with_origin(spec, places, origin, open)
     }
 
     /// Reads the snapshots that `restore` names, and opens what the machine in them needs.
@@ -192,13 +196,14 @@ impl Plan {
             })
         })?;
         let loaded = load(files).map_err(PlanError::Snapshots)?;
-        let spec = restore.apply(loaded.state.machine.clone())?;
+        let places = Places::saved(&loaded.state)?;
+        let spec = restore.apply(loaded.state.machine.clone(), &places)?;
         let origin = Origin::Snapshot(SnapshotPlan {
             loaded,
             clock: restore.clock,
             paused: restore.paused,
         });
-        Plan::with_origin(&spec, origin, open)
+        Plan::with_origin(&spec, places, origin, open)
     }
 
     /// The state that the machine is to go on from.
@@ -209,7 +214,12 @@ impl Plan {
         }
     }
 
-    fn with_origin(spec: &Spec, origin: Origin, mut open: Opener) -> Result<Plan, PlanError> {
+    fn with_origin(
+        spec: &Spec,
+        places: Places,
+        origin: Origin,
+        mut open: Opener,
+    ) -> Result<Plan, PlanError> {
         let cpus = in_range("/cpus/count", spec.cpus.count, 1, CPUS_MAX)?;
         let memory = memory::plan(&spec.memory)?;
         if let Some(balloon) = spec.balloon {
@@ -224,9 +234,9 @@ impl Plan {
             cpus,
             cpu_template: spec.cpus.template,
             memory,
-            windows: windows(spec)?,
-            disks: open.each("/disks", &spec.disks, Opener::disk)?,
-            nets: open.each("/nets", &spec.nets, Opener::net)?,
+            disks: open.numbered("/disks", &places.disks, &spec.disks, Opener::disk)?,
+            nets: open.numbered("/nets", &places.nets, &spec.nets, Opener::net)?,
+            windows: places.windows,
             vsock: match &spec.vsock {
                 Some(vsock) => Some(open.vsock(vsock)?),
                 None => None,
@@ -245,22 +255,6 @@ impl Plan {
             },
         })
     }
-}
-
-fn windows(spec: &Spec) -> Result<Vec<Window>, PlanError> {
-    let later = spec.memory.max_mib.unwrap_or(0);
-    let mem = later > spec.memory.size_mib;
-    let optional = [spec.vsock.is_some(), spec.rng, spec.balloon.is_some(), mem];
-    let optional = optional.into_iter().filter(|there| *there).count();
-    let devices = spec.disks.len() + spec.nets.len() + optional + spec.pmem.len();
-    if devices > layout::VIRTIO_DEVICES_MAX {
-        return Err(PlanError::Devices { devices });
-    }
-    let place = match spec.transport {
-        Transport::Mmio => Window::nth,
-        Transport::Pci => Window::slot,
-    };
-    Ok((0..devices).map(place).collect())
 }
 
 fn initramfs_paths(spec: &Spec) -> Result<Vec<PathBuf>, PlanError> {
@@ -304,6 +298,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::layout;
 
     /// A specification that is all right, with one field changed.
     pub(super) fn plan(pointer: &str, value: Value) -> Result<Plan, PlanError> {

@@ -38,6 +38,8 @@ pub enum Thread {
     Device,
     /// Writes snapshots.
     Snapshot,
+    /// Makes devices while the machine runs, and their threads, which then have less.
+    Hotplug,
 }
 
 impl Thread {
@@ -47,6 +49,7 @@ impl Thread {
             Thread::Vcpu => "a virtual processor",
             Thread::Device => "a device",
             Thread::Snapshot => "the thread of snapshots",
+            Thread::Hotplug => "the thread of devices",
         }
     }
 
@@ -56,6 +59,7 @@ impl Thread {
             Thread::Vcpu => [SHARED, INTERRUPTS, VCPU],
             Thread::Device => [SHARED, INTERRUPTS, &[]],
             Thread::Snapshot => [SHARED, INTERRUPTS, SNAPSHOT],
+            Thread::Hotplug => [SHARED, INTERRUPTS, HOTPLUG],
         }
     }
 }
@@ -112,6 +116,11 @@ const KVM_GET_XCRS: u64 = 0x8188_aea6;
 const KVM_GET_XSAVE2: u64 = 0x9000_aecf;
 /// What a tap may leave to its user.
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+const TUNGETIFF: u64 = 0x8004_54d2;
+const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
+/// What a thread may ask for itself.
+const PR_SET_NAME: u64 = 15;
+const PR_SET_NO_NEW_PRIVS: u64 = 38;
 /// `tcsetattr` at once, which looks afterwards at what has come of it.
 const TCSETS: u64 = 0x5402;
 const TCGETS: u64 = 0x5401;
@@ -308,6 +317,46 @@ const SNAPSHOT: &[Rule] = &[
     rule(libc::SYS_lseek, Always, "holes in memory"),
 ];
 
+const HOTPLUG: &[Rule] = &[
+    rule(
+        libc::SYS_ioctl,
+        OneOf(
+            1,
+            &[KVM_IOEVENTFD, TUNGETIFF, TUNSETVNETHDRSZ, TUNSETOFFLOAD],
+        ),
+        "kicks of a device that is gone; taps that are handed over",
+    ),
+    rule(libc::SYS_flock, Always, "disks are one machine's"),
+    rule(libc::SYS_fstat, Always, "the kind and size of a disk"),
+    rule(libc::SYS_newfstatat, Always, "the kind and size of a disk"),
+    rule(libc::SYS_statx, Always, "the kind and size of a disk"),
+    rule(libc::SYS_fstatfs, Always, "what an image's file can do"),
+    rule(libc::SYS_lseek, Always, "the size of a disk"),
+    rule(libc::SYS_timerfd_create, Always, "limits of a disk"),
+    rule(libc::SYS_io_uring_setup, Always, "requests to a disk"),
+    rule(libc::SYS_io_uring_register, Always, "requests to a disk"),
+    rule(libc::SYS_epoll_create1, Always, "a device's event loop"),
+    rule(libc::SYS_clone3, Always, "a device's thread"),
+    rule(
+        libc::SYS_clone,
+        Always,
+        "a device's thread, in older libraries",
+    ),
+    rule(libc::SYS_set_robust_list, Always, "the start of a thread"),
+    rule(libc::SYS_rseq, Always, "the start of a thread"),
+    rule(
+        libc::SYS_sched_getaffinity,
+        Always,
+        "the stack of a thread that starts",
+    ),
+    rule(
+        libc::SYS_prctl,
+        OneOf(0, &[PR_SET_NAME, PR_SET_NO_NEW_PRIVS]),
+        "the name of a thread, and its filter",
+    ),
+    rule(libc::SYS_seccomp, Always, "the filter of a device's thread"),
+];
+
 /// A compiled filter.
 #[derive(Clone, Debug)]
 pub struct Filter {
@@ -400,6 +449,7 @@ mod tests {
             Thread::Vcpu,
             Thread::Device,
             Thread::Snapshot,
+            Thread::Hotplug,
         ] {
             for rule in thread.rules().into_iter().flatten() {
                 assert!(rule.reason.len() > 4, "system call {}", rule.call);

@@ -12,10 +12,16 @@ use tests::{Host, Kind, kinds};
 
 use crate::HostTest;
 
-pub(crate) const TESTS: &[(&str, HostTest)] = &[(
-    "a_stock_kernel_finds_its_devices_on_pci_and_goes_on_when_it_is_restored",
-    pci,
-)];
+pub(crate) const TESTS: &[(&str, HostTest)] = &[
+    (
+        "a_stock_kernel_finds_its_devices_on_pci_and_goes_on_when_it_is_restored",
+        pci,
+    ),
+    (
+        "a_stock_kernel_sees_devices_come_and_lets_them_go_also_when_it_is_restored",
+        hotplug,
+    ),
+];
 
 /// The kernel and the modules of hostd's own guests.
 const GUEST: &str = "/usr/lib/hostd/guest";
@@ -50,6 +56,29 @@ while true; do
 done
 "#;
 
+/// Tells again and again which disks and links there are; writes to the second disk, and takes up the
+/// second link, when they come.
+const WATCHING_INIT: &str = r#"#!/bin/busybox sh
+b=/bin/busybox
+$b mkdir -p /proc /sys
+$b mount -t proc proc /proc
+$b mount -t sysfs sysfs /sys
+$b mount -t devtmpfs devtmpfs /dev
+for module in $($b cat /hostd/modules); do $b insmod $module; done
+while true; do
+    echo blocks $($b ls /sys/block).
+    echo links $($b ls /sys/class/net).
+    if [ -b /dev/vdb ] && [ ! -e /written ]; then
+        echo attached | $b dd of=/dev/vdb bs=512 conv=sync,fsync 2>/dev/null && >/written
+    fi
+    if [ -d /sys/class/net/eth0 ] && [ ! -e /up ]; then
+        $b ip addr add 192.168.77.2/24 dev eth0
+        $b ip link set eth0 up && >/up
+    fi
+    $b sleep 0.2
+done
+"#;
+
 /// Runs `command` to its end, which is to be a good one, and returns what it said.
 fn run(command: &mut Command) -> String {
     let output = command.output().expect("it can be started");
@@ -61,8 +90,9 @@ fn run(command: &mut Command) -> String {
 struct Network(String);
 
 impl Network {
-    fn new() -> Network {
-        let network = Network(format!("vmm-{}", std::process::id()));
+    /// One for each test.
+    fn new(test: &str) -> Network {
+        let network = Network(format!("{test}-{}", std::process::id()));
         let name = network.0.clone();
         let inside = |arguments: &str| {
             run(Command::new("ip")
@@ -161,11 +191,11 @@ impl Drop for Machine {
 }
 
 /// The initramfs of hostd's guests, with another first process over it.
-fn initramfs(folder: &Path) -> Value {
+fn initramfs(folder: &Path, init: &str) -> Value {
     let tree = folder.join("tree");
     fs::create_dir_all(tree.join("bin")).expect("a folder can be made");
     fs::copy("/bin/busybox", tree.join("bin/busybox")).expect("the host has busybox");
-    fs::write(tree.join("init"), INIT).expect("there is room");
+    fs::write(tree.join("init"), init).expect("there is room");
     let pack = "chmod 755 init && find . | cpio -o -H newc >../over.cpio";
     run(Command::new("sh").args(["-c", pack]).current_dir(&tree));
     json!([format!("{GUEST}/initramfs.cpio"), folder.join("over.cpio")])
@@ -179,13 +209,13 @@ fn pci(_host: &Host) {
     let path = |name: &str| folder.path().join(name);
     fs::write(path("disk"), [0x5a_u8; 1 << 16]).expect("there is room");
     let sum = run(Command::new("md5sum").stdin(fs::File::open(path("disk")).expect("it is there")));
-    let network = Network::new();
+    let network = Network::new("pci");
     network.address("tap0");
     let spec = json!({
         "transport": "pci",
         "boot": {
             "kernel": format!("{GUEST}/kernel"),
-            "initramfs": initramfs(folder.path()),
+            "initramfs": initramfs(folder.path(), INIT),
             "cmdline": "console=ttyS0 quiet panic=-1",
         },
         "cpus": {"count": 2},
@@ -233,6 +263,94 @@ fn pci(_host: &Host) {
         }
         ping(&network);
     }
+}
+
+/// What the machine's control socket has to say to such a request.
+fn ask(network: &Network, machine: &Machine, words: &[&str]) -> String {
+    let mut command = network.command("hostd-vmm");
+    command.args(words).arg("--control");
+    run(command.arg(machine.folder.join("control")))
+}
+
+/// Attaches what is in a file of the machine's folder.
+fn attach(network: &Network, machine: &Machine, option: &str, device: &Value) -> String {
+    let file = machine.folder.join("device.json");
+    fs::write(&file, device.to_string()).expect("there is room");
+    ask(
+        network,
+        machine,
+        &[option, file.to_str().expect("a plain path")],
+    )
+}
+
+/// The guest tells of this from now on.
+fn await_state(machine: &mut Machine, state: &str) {
+    let said = machine.said();
+    let before = said.lines().filter(|line| line.starts_with(state)).count();
+    machine.wait_for(state, before + 2);
+}
+
+fn hotplug(_host: &Host) {
+    if !kinds().contains(&Kind::Vm) {
+        return; // This host cannot boot a stock kernel.
+    }
+    let folder = TempDir::new().expect("a folder can be made");
+    let path = |name: &str| folder.path().join(name);
+    for disk in ["cold", "disk", "copy"] {
+        fs::write(path(disk), [0; 1 << 16]).expect("there is room");
+    }
+    let network = Network::new("hotplug");
+    network.address("tap0");
+    let spec = json!({
+        "transport": "pci",
+        "boot": {
+            "kernel": format!("{GUEST}/kernel"),
+            "initramfs": initramfs(folder.path(), WATCHING_INIT),
+            "cmdline": "console=ttyS0 quiet panic=-1",
+        },
+        "cpus": {"count": 2},
+        "memory": {"size_mib": 256},
+        "disks": [{"path": path("cold")}],
+        "console": {"path": path("one/console")},
+        "control": path("one/control"),
+    });
+    let mut one = Machine::start(&network, &path("one"), &spec, &[]);
+    one.wait_for("blocks vda.", 2);
+    one.wait_for("links lo.", 2);
+    let disk = json!({"path": path("disk"), "serial": "late"});
+    assert_eq!(attach(&network, &one, "--attach-disk", &disk), "disk1\n");
+    one.wait_for("blocks vda vdb.", 3);
+    let written = fs::read(path("disk")).expect("it is there");
+    assert_eq!(&written[..9], b"attached\n");
+    let net = json!({"tap": "tap0"});
+    assert_eq!(attach(&network, &one, "--attach-net", &net), "net0\n");
+    one.wait_for("links eth0 lo.", 2);
+    ping(&network);
+
+    let snapshot = path("snapshot");
+    let snapshot = snapshot.to_str().expect("it is a plain path");
+    ask(&network, &one, &["--snapshot", snapshot]);
+    for (device, state) in [("disk1", "blocks vda."), ("net0", "links lo.")] {
+        ask(&network, &one, &["--detach", device]);
+        await_state(&mut one, state);
+    }
+    drop(one);
+
+    // The other has them still, and lets them go as well.
+    let changes = json!({
+        "disks": {"disk1": {"path": path("copy")}},
+        "console": {"path": path("two/console")},
+        "control": path("two/control"),
+    });
+    let mut two = Machine::start(&network, &path("two"), &changes, &["--restore", snapshot]);
+    two.wait_for("blocks vda vdb.", 2);
+    ping(&network);
+    ask(&network, &two, &["--detach", "disk1"]);
+    await_state(&mut two, "blocks vda.");
+    assert_eq!(attach(&network, &two, "--attach-disk", &disk), "disk1\n");
+    await_state(&mut two, "blocks vda vdb.");
+    ask(&network, &two, &["--detach", "net0"]);
+    await_state(&mut two, "links lo.");
 }
 
 /// The guest answers.

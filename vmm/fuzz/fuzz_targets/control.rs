@@ -4,7 +4,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use libfuzzer_sys::fuzz_target;
 use vmm::control::controls::Controls;
@@ -13,13 +13,15 @@ use vmm::control::server::Server;
 use vmm::devices::guest_status::Readiness as GuestReadiness;
 use vmm::events::{EventLoop, Readiness, Source, event};
 use vmm::exit::ExitSwitch;
+use vmm::inventory::Inventory;
 use vmm::listen::Listener;
 use vmm::vcpu::{Buses, VcpuThreads, Vcpus};
 
-/// Tokens of the server: the listener, the guest's readiness, snapshots, and then clients as they come.
+/// Tokens of the server: the listener, the guest's readiness, snapshots, devices, and then clients as
+/// they come.
 const LISTENER: u32 = 0;
 const GUEST_READY: u32 = 1;
-const CLIENT: u32 = 3;
+const CLIENT: u32 = 4;
 
 /// A machine without a processor or a device.
 fn server(listener: UnixListener) -> (Server, EventLoop) {
@@ -29,14 +31,14 @@ fn server(listener: UnixListener) -> (Server, EventLoop) {
     let enter: Arc<dyn Fn() + Send + Sync> = Arc::new(|| ());
     let threads = VcpuThreads::start(0, &enter).expect("there are none");
     let vcpus = Vcpus::new(threads, Vec::new(), &Arc::new(Buses::default()), &exit);
+    let spec = serde_json::from_str(r#"{"boot":{"kernel":"k"}}"#).expect("it is complete");
     let controls = Controls {
         vcpus: Arc::new(vcpus),
         exit,
         readiness: GuestReadiness::new().expect("an event can be made"),
         power_button: event().expect("an event can be made"),
-        counters: Vec::new(),
-        disks: Vec::new(),
-        nets: Vec::new(),
+        inventory: Arc::new(Mutex::new(Inventory::new(spec))),
+        hotplug: None,
         snapshots: None,
         memory: MemoryControls {
             boot_bytes: 32 << 20,

@@ -56,6 +56,8 @@ enum Act {
     Kick { queue: u8 },
     Turn { token: u8 },
     Honest { steps: u8 },
+    /// Lets go of it, or has it taken away.
+    Leave { from_bus: bool },
 }
 
 struct Nobody;
@@ -150,6 +152,12 @@ impl Guest {
                 for (offset, wide, value) in HONEST.into_iter().take(steps.into()) {
                     self.bus.write(offset, &value.to_le_bytes()[..wide]);
                 }
+            }
+            Act::Leave { from_bus } => {
+                if from_bus {
+                    self.bus.remove(1);
+                }
+                self.transport.lock().expect("nothing panics").retire();
             }
         }
     }

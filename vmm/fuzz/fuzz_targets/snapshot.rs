@@ -13,7 +13,9 @@ use vmm::bus::BusDevice;
 use vmm::devices::ioapic::{IoApic, Message, Routes};
 use vmm::devices::serial::{Output, SerialPort};
 use vmm::events::{Readiness, Source, event};
+use vmm::hotplug::slots::Slots;
 use vmm::memory::MemoryPlan;
+use vmm::plan::Places;
 use vmm::snapshot::file;
 use vmm::snapshot::memory;
 use vmm::snapshot::restore::Restore;
@@ -98,7 +100,13 @@ fn restore_device(state: &VirtioState, memory: &GuestMemoryMmap) {
 
 fn restore(state: &State, memory: &GuestMemoryMmap) {
     // Both outcomes are fine, of everything that is tried here.
-    let _ = Restore::default().apply(state.machine.clone());
+    if let Ok(places) = Places::saved(state) {
+        let _ = Restore::default().apply(state.machine.clone(), &places);
+    }
+    if let Some(slots) = state.devices.slots {
+        let line = event().expect("an event can be made");
+        Slots::new(line).restore(slots);
+    }
     let _ = IoApic::new(Nowhere).restore(&state.devices.io_apic);
     let line = event().expect("an event can be made");
     let _ = SerialPort::restored(line, Output::Discard, &state.devices.serial);

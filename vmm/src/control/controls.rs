@@ -13,12 +13,13 @@ use super::{
 };
 use crate::devices::guest_status::Readiness;
 use crate::exit::ExitSwitch;
+use crate::hotplug::Hotplug;
+use crate::inventory::{Handle, Made, SharedInventory, lock};
 use crate::snapshot::file::Kind;
 use crate::snapshot::thread::{Busy, Order, SnapshotThread};
 use crate::spec::DiskLimits;
 use crate::vcpu::Vcpus;
 use crate::virtio::block::BlockHandle;
-use crate::virtio::counters::Counters;
 use crate::virtio::net::NetHandle;
 
 /// The parts.
@@ -28,10 +29,9 @@ pub struct Controls {
     pub readiness: Readiness,
     /// Its interrupt line.
     pub power_button: EventFd,
-    /// Of all devices, in the order of their addresses.
-    pub counters: Vec<Arc<Counters>>,
-    pub disks: Vec<BlockHandle>,
-    pub nets: Vec<NetHandle>,
+    pub inventory: SharedInventory,
+    /// Absent without PCI.
+    pub hotplug: Option<Hotplug>,
     pub memory: MemoryControls,
     /// Absent where there is nothing behind the controls.
     pub snapshots: Option<SnapshotThread>,
@@ -47,6 +47,10 @@ pub enum Answer {
     WhenReady,
     /// What [`SnapshotThread::take_result`] gives, once it does.
     WhenTaken,
+    /// What becomes of the device that is being made.
+    WhenAttached,
+    /// [`Response::Done`], once the device with this ticket is no more.
+    WhenDetached(u64),
 }
 
 impl Controls {
@@ -78,6 +82,13 @@ impl Controls {
             Request::Memory { size_mib } => self.memory.resize(*size_mib),
             Request::Balloon { target_mib } => self.memory.inflate(*target_mib),
             Request::Snapshot { kind } => return self.snapshot(*kind, descriptors),
+            Request::AttachDisk { disk } => {
+                return self.attach(Made::Disk(disk.clone()), descriptors);
+            }
+            Request::AttachNet { net } => {
+                return self.attach(Made::Net(net.clone()), descriptors);
+            }
+            Request::Detach { name } => return self.detach(name),
             Request::Kill {} => {
                 self.exit.end(ExitStatus::new(ExitReason::Killed));
                 done
@@ -102,6 +113,31 @@ impl Controls {
         self.snapshots.as_ref().is_some_and(SnapshotThread::busy)
     }
 
+    /// Descriptors are the request's, whatever becomes of it.
+    fn attach(&self, made: Made, descriptors: &mut Vec<OwnedFd>) -> Answer {
+        let descriptors = std::mem::take(descriptors);
+        if self.busy() {
+            return Answer::Now(busy());
+        }
+        let Some(hotplug) = &self.hotplug else {
+            return Answer::Now(no_slots());
+        };
+        match hotplug.attach(made, descriptors) {
+            Ok(()) => Answer::WhenAttached,
+            Err(refused) => Answer::Now(refusal(refused.to_string())),
+        }
+    }
+
+    fn detach(&self, name: &str) -> Answer {
+        let Some(hotplug) = &self.hotplug else {
+            return Answer::Now(no_slots());
+        };
+        match hotplug.detach(name) {
+            Ok(ticket) => Answer::WhenDetached(ticket),
+            Err(refused) => Answer::Now(refusal(refused.to_string())),
+        }
+    }
+
     fn snapshot(&self, kind: Kind, descriptors: &mut Vec<OwnedFd>) -> Answer {
         let mut files = descriptors.drain(..).map(File::from);
         let (Some(state), Some(memory)) = (files.next(), files.next()) else {
@@ -111,6 +147,9 @@ impl Controls {
                     .to_owned(),
             });
         };
+        if self.hotplug.as_ref().is_some_and(Hotplug::busy) {
+            return Answer::Now(refusal("busy: a device is being attached".to_owned()));
+        }
         let Some(thread) = &self.snapshots else {
             return Answer::Now(Response::Error {
                 message: "there is no machine".to_owned(),
@@ -127,27 +166,28 @@ impl Controls {
     }
 
     fn set_disk_limits(&self, disk: usize, limits: DiskLimits) -> Response {
-        match self.disks.get(disk) {
-            Some(handle) => {
+        let inventory = lock(&self.inventory);
+        let entry = inventory.find(&format!("disk{disk}"));
+        match entry.map(|entry| &entry.handle) {
+            Some(Handle::Disk(handle)) => {
                 handle.set_limits(limits);
                 Response::Done {}
             }
-            None => Response::Error {
-                message: format!("there is no disk {disk}; there are {}", self.disks.len()),
-            },
+            _ => refusal(format!(
+                "there is no disk {disk}; there are {}",
+                inventory.disks().count()
+            )),
         }
     }
 
     fn stats(&self) -> Stats {
+        let inventory = lock(&self.inventory);
+        let entries = inventory.entries().iter();
         Stats {
             vcpu_exits: self.vcpus.exits(),
-            devices: self
-                .counters
-                .iter()
-                .map(|counters| counters.stats())
-                .collect(),
-            disks: self.disks.iter().map(disk_stats).collect(),
-            nets: self.nets.iter().map(net_stats).collect(),
+            devices: entries.map(|entry| entry.counters.stats()).collect(),
+            disks: inventory.disks().map(disk_stats).collect(),
+            nets: inventory.nets().map(net_stats).collect(),
             memory: self.memory.stats(),
             balloon: self.memory.balloon.as_ref().map(BalloonStats::of),
         }
@@ -155,9 +195,15 @@ impl Controls {
 }
 
 fn busy() -> Response {
-    Response::Error {
-        message: "busy: a snapshot is being written".to_owned(),
-    }
+    refusal("busy: a snapshot is being written".to_owned())
+}
+
+fn no_slots() -> Response {
+    refusal("devices come and go on PCI alone: set `transport` to \"pci\"".to_owned())
+}
+
+fn refusal(message: String) -> Response {
+    Response::Error { message }
 }
 
 fn disk_stats(disk: &BlockHandle) -> DiskStats {

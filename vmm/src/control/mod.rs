@@ -11,8 +11,9 @@ pub mod server;
 use serde::{Deserialize, Serialize};
 
 pub use self::memory::{BalloonStats, GuestMemory, MemoryStats};
+use crate::plan::BACKING_FILES_MAX;
 use crate::snapshot::file::Kind;
-use crate::spec::DiskLimits;
+use crate::spec::{Disk, DiskLimits, Net};
 
 /// The most bytes of guest output that a console file takes; what comes after is dropped.
 pub const CONSOLE_BYTES_MAX: u64 = 16 * 1024 * 1024;
@@ -20,8 +21,9 @@ pub const CONSOLE_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// The longest request line, newline included.
 pub const REQUEST_BYTES_MAX: usize = 64 * 1024;
 
-/// The most descriptors that a client can have sent for requests to come; more are closed.
-pub const DESCRIPTORS_MAX: usize = 2;
+/// The most descriptors that a client can have sent for requests to come; more are closed. A disk may
+/// take as many.
+pub const DESCRIPTORS_MAX: usize = 1 + BACKING_FILES_MAX;
 
 /// The most clients at a time; one more is closed at once.
 pub const CLIENTS_MAX: usize = 16;
@@ -47,7 +49,7 @@ pub enum Request {
     Stats {},
     /// Replaces the limits of a disk; an absent limit is none.
     SetDiskLimits {
-        /// The position in `Spec::disks`, from 0.
+        /// The number in its name, from 0: the position in `Spec::disks` unless it came later.
         disk: usize,
         /// Bytes and operations per second.
         limits: DiskLimits,
@@ -71,6 +73,20 @@ pub enum Request {
     Snapshot {
         /// All memory, or what was written since the last snapshot.
         kind: Kind,
+    },
+    /// Attaches a disk to a machine with PCI, whose guest is told. Its file, and then those of
+    /// `backing` in their order, are descriptors (SCM_RIGHTS) that have come with this request or
+    /// before; `hotplug::client` opens and sends them. What paths say is what a snapshot records.
+    /// Answered with [`Response::Attached`].
+    AttachDisk { disk: Disk },
+    /// As `AttachDisk`, with the descriptor of a tap (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR).
+    AttachNet { net: Net },
+    /// Asks the guest to let go of a disk or network interface, and once more if it was asked before.
+    /// Answered with [`Response::Done`] when the device is gone and its descriptors are closed, which
+    /// may be never: a guest need not listen.
+    Detach {
+        /// As in [`DeviceStats::name`].
+        name: String,
     },
     /// Ends the machine at once, as pulling the plug does.
     Kill {},
@@ -98,6 +114,11 @@ pub enum Response {
     Snapshot {
         /// What it is.
         snapshot: SnapshotReport,
+    },
+    /// The guest has the device, or will see it when it looks.
+    Attached {
+        /// `disk` or `net` and the lowest number that was free.
+        name: String,
     },
     /// It was not done, and nothing has changed.
     Error {
@@ -137,11 +158,11 @@ pub enum MachineState {
 pub struct Stats {
     /// For each virtual processor: how often it left guest mode for this process.
     pub vcpu_exits: Vec<u64>,
-    /// In the order of their addresses.
+    /// Disks, network interfaces, and the others.
     pub devices: Vec<DeviceStats>,
-    /// In the order of `Spec::disks`.
+    /// In the order in which `devices` has them, as `Spec::disks` did.
     pub disks: Vec<DiskStats>,
-    /// In the order of `Spec::nets`.
+    /// In the order in which `devices` has them, as `Spec::nets` did.
     pub nets: Vec<NetStats>,
     #[serde(default)]
     pub memory: MemoryStats,

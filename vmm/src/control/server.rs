@@ -16,17 +16,20 @@ use super::controls::{Answer, Controls};
 use super::{CLIENTS_MAX, DESCRIPTORS_MAX, REQUEST_BYTES_MAX, Response};
 use crate::events::{Poller, Readiness, Source};
 use crate::exit::chain;
+use crate::hotplug::{Hotplug, Outcome};
 use crate::listen::Listener;
 use crate::snapshot::thread::SnapshotThread;
 
 /// Answers that a client has not read yet, in bytes; with more, its requests wait.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
 
-/// Tokens: the listener, the guest's readiness, snapshots that were taken, and clients from here up.
+/// Tokens: the listener, the guest's readiness, snapshots that were taken, devices that have come or
+/// gone, and clients from here up.
 const LISTENER: u32 = 0;
 const READY: u32 = 1;
 const TAKEN: u32 = 2;
-const FIRST_CLIENT: u32 = 3;
+const PLUGGED: u32 = 3;
+const FIRST_CLIENT: u32 = 4;
 
 /// The server.
 pub struct Server {
@@ -64,6 +67,9 @@ struct Client {
 enum Wait {
     Ready,
     Snapshot,
+    Attached,
+    /// By its ticket.
+    Detached(u64),
 }
 
 /// What a client is to be.
@@ -88,6 +94,9 @@ impl Server {
         poller.add(source, READY, ready, Readiness::READABLE)?;
         if let Some(snapshots) = &controls.snapshots {
             poller.add(source, TAKEN, snapshots.done_fd(), Readiness::READABLE)?;
+        }
+        if let Some(hotplug) = &controls.hotplug {
+            poller.add(source, PLUGGED, hotplug.done_fd(), Readiness::READABLE)?;
         }
         Ok(Self {
             listener,
@@ -147,6 +156,22 @@ impl Server {
         self.answer_all(clients, Wait::Snapshot, &response);
     }
 
+    /// Devices have come or gone, or not.
+    fn on_plugged(&self, clients: &mut Clients) {
+        let hotplug = self.controls.hotplug.as_ref();
+        for outcome in hotplug.map(Hotplug::take_outcomes).unwrap_or_default() {
+            let (wait, response) = match outcome {
+                Outcome::Attached(Ok(name)) => (Wait::Attached, Response::Attached { name }),
+                Outcome::Attached(Err(error)) => {
+                    let message = chain(&error);
+                    (Wait::Attached, Response::Error { message })
+                }
+                Outcome::Detached(ticket) => (Wait::Detached(ticket), Response::Done {}),
+            };
+            self.answer_all(clients, wait, &response);
+        }
+    }
+
     /// Answers those that wait for that, and goes on with them.
     fn answer_all(&self, clients: &mut Clients, wait: Wait, response: &Response) {
         let mut answered = Vec::new();
@@ -194,6 +219,7 @@ impl Source for Server {
             LISTENER => self.accept(&mut clients),
             READY => self.on_guest_ready(&mut clients),
             TAKEN => self.on_taken(&mut clients),
+            PLUGGED => self.on_plugged(&mut clients),
             token => self.serve(&mut clients, token, readiness.readable),
         }
     }
@@ -274,6 +300,8 @@ impl Client {
             Answer::Now(response) => self.send(&response),
             Answer::WhenReady => self.waiting = Some(Wait::Ready),
             Answer::WhenTaken => self.waiting = Some(Wait::Snapshot),
+            Answer::WhenAttached => self.waiting = Some(Wait::Attached),
+            Answer::WhenDetached(ticket) => self.waiting = Some(Wait::Detached(ticket)),
         }
     }
 

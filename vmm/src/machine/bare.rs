@@ -18,6 +18,7 @@ use crate::arch::x86_64::{self, acpi};
 use crate::boot;
 use crate::devices::generation;
 use crate::devices::ioapic::IoApic;
+use crate::inventory::{Entry, lock};
 use crate::kvm::{KernelRoutes, Vm};
 use crate::plan::{KernelPlan, Origin};
 use crate::snapshot::file::Id;
@@ -40,7 +41,7 @@ pub(super) struct Bare<'a> {
     pub(super) template: CpuTemplate,
     /// How it finds its devices.
     pub(super) transport: Transport,
-    /// In the order of the transports.
+    /// In the order of the devices.
     pub(super) windows: &'a [Window],
     /// Its serial port is what it will be.
     pub(super) parts: &'a Parts,
@@ -57,6 +58,8 @@ pub(super) struct Begun {
     pub(super) missing_features: Vec<&'static str>,
     /// It is to wait to be resumed.
     pub(super) paused: bool,
+    /// The guest hears of devices that come and go, if there is PCI.
+    pub(super) hears: bool,
     /// The snapshot that it was made from.
     pub(super) from: Option<Id>,
 }
@@ -69,12 +72,14 @@ impl Bare<'_> {
                 features: self.load(kernel)?,
                 missing_features: x86_64::missing_features(self.kvm, self.template)?,
                 paused: false,
+                hears: true,
                 from: None,
             },
             Origin::Snapshot(snapshot) => Begun {
                 features: self.restore(&snapshot.loaded.state, snapshot.clock)?,
                 missing_features: Vec::new(),
                 paused: snapshot.paused,
+                hears: snapshot.loaded.state.devices.slots.is_some(),
                 from: Some(snapshot.loaded.id),
             },
         })
@@ -114,6 +119,9 @@ impl Bare<'_> {
         io_apic
             .restore(&state.devices.io_apic)
             .map_err(unrestorable("the I/O APIC"))?;
+        if let (Some(pci), Some(slots)) = (&self.parts.pci, state.devices.slots) {
+            pci.slots.restore(slots);
+        }
         generation::announce(self.generation)?;
         Ok(features)
     }
@@ -140,17 +148,16 @@ impl Bare<'_> {
 
     fn restore_virtio(&self, state: &State) -> Result<(), MachineError> {
         let saved = &state.devices.virtio;
-        let transports = &self.parts.transports;
-        expect("number of devices", &saved.len(), &transports.len())
+        let inventory = lock(&self.parts.inventory);
+        let entries = inventory.entries();
+        expect("number of devices", &saved.len(), &entries.len())
             .map_err(unrestorable("the machine"))?;
-        for (index, ((transport, window), saved)) in
-            transports.iter().zip(self.windows).zip(saved).enumerate()
-        {
+        for (entry, saved) in entries.iter().zip(saved) {
             // Before its transport is held: the function has to do with that.
-            let function = self.restore_function(index, saved.function.as_ref());
-            let mut transport = transport.lock().expect("no device panics");
-            let name = transport.counters().name().to_owned();
-            let result = expect("name", &saved.name, &name)
+            let function = restore_function(entry, saved.function.as_ref());
+            let mut transport = entry.transport.lock().expect("no device panics");
+            let (name, window) = (&entry.name, entry.window);
+            let result = expect("name", &saved.name, name)
                 .and_then(|()| expect("address", &saved.address, &window.address))
                 .and_then(|()| expect("interrupt", &saved.interrupt, &window.gsi))
                 .and(function)
@@ -159,21 +166,17 @@ impl Bare<'_> {
         }
         Ok(())
     }
+}
 
-    /// Makes the function of device `index`, if it is one, what was saved: its driver is told by it
-    /// when the device goes on.
-    fn restore_function(
-        &self,
-        index: usize,
-        saved: Option<&FunctionState>,
-    ) -> Result<(), StateError> {
-        let function = self.parts.functions.get(index);
-        expect("being on PCI", &saved.is_some(), &function.is_some())?;
-        match (function, saved) {
-            (Some(function), Some(saved)) => {
-                function.lock().expect("no function panics").restore(saved)
-            }
-            _ => Ok(()),
+/// Makes a device's function, if it is one, what was saved: its driver is told by it when the device
+/// goes on.
+fn restore_function(entry: &Entry, saved: Option<&FunctionState>) -> Result<(), StateError> {
+    let function = entry.function.as_ref();
+    expect("being on PCI", &saved.is_some(), &function.is_some())?;
+    match (function, saved) {
+        (Some(function), Some(saved)) => {
+            function.lock().expect("no function panics").restore(saved)
         }
+        _ => Ok(()),
     }
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{MachineError, host, unrestorable};
+use crate::assembly::{self, NewDevice, Surroundings};
 use crate::bus::BusDevice;
 use crate::devices::boot_timer::{BootTimer, Start};
 use crate::devices::guest_status::{GuestStatus, Reports};
@@ -17,23 +18,26 @@ use crate::devices::serial::{SerialPort, SerialPortState};
 use crate::events::{EventLoop, event};
 use crate::exit::ExitSwitch;
 use crate::guest_status;
+use crate::hotplug::Departures;
+use crate::hotplug::slots::{self, SlotRegisters, Slots};
+use crate::inventory::{Entry, Inventory, SharedInventory, lock};
 use crate::kvm::{KernelRoutes, Vm};
 use crate::layout;
 use crate::pci::bus::PciBus;
 use crate::plan::ConsolePlan;
-use crate::platform::{DevicePlatform, Wiring};
 use crate::signals;
-use crate::spec;
+use crate::spec::{Spec, Transport};
 use crate::terminal::RawTerminal;
 use crate::vcpu::Buses;
-use crate::virtio::VirtioDevice;
-use crate::virtio::counters::Counters;
-use crate::virtio::pci::interrupts::Interrupts;
-use crate::virtio::pci::{Place, VirtioFunction};
-use crate::virtio::transport::{Transport, Window};
+use crate::virtio::transport::Window;
 
-/// What a function on PCI shares with its device's platform.
-type FunctionParts = (Arc<Mutex<Interrupts>>, Place);
+/// What a machine with PCI has more.
+pub(super) struct Pci {
+    pub(super) bus: Arc<Mutex<PciBus>>,
+    /// Which devices come and go.
+    pub(super) slots: Arc<Slots>,
+    pub(super) departures: Departures,
+}
 
 /// The machine while it is put together.
 pub(super) struct Parts {
@@ -44,37 +48,40 @@ pub(super) struct Parts {
     pub(super) buses: Buses,
     /// The devices' ends of the interrupt lines.
     lines: BTreeMap<u32, EventFd>,
-    pub(super) transports: Vec<Arc<Mutex<Transport>>>,
-    /// There until [`finish`](Self::finish), if the machine has one.
-    pci: Option<PciBus>,
-    /// In the order of the transports, if the machine has PCI.
-    pub(super) functions: Vec<Arc<Mutex<VirtioFunction>>>,
+    pub(super) inventory: SharedInventory,
+    pub(super) pci: Option<Pci>,
 }
 
 impl Parts {
-    /// With devices that are found in this way.
+    /// Of a machine that is made from `spec`.
     pub(super) fn new(
         vm: Arc<Vm>,
         exit: ExitSwitch,
         reports: Reports,
-        transport: spec::Transport,
+        spec: Spec,
     ) -> Result<Self, MachineError> {
         let mut events = EventLoop::new(exit.clone()).map_err(host("make an event loop"))?;
         signals::end_machine(&mut events, &exit)?;
-        Ok(Self {
+        let transport = spec.transport;
+        let mut parts = Self {
             vm,
             events,
             exit,
             reports,
             buses: Buses::default(),
             lines: BTreeMap::new(),
-            transports: Vec::new(),
-            pci: match transport {
-                spec::Transport::Mmio => None,
-                spec::Transport::Pci => Some(PciBus::new()),
-            },
-            functions: Vec::new(),
-        })
+            inventory: Arc::new(Mutex::new(Inventory::new(spec))),
+            pci: None,
+        };
+        if transport == Transport::Pci {
+            let line = parts.line(layout::HOTPLUG_GSI)?;
+            parts.pci = Some(Pci {
+                bus: Arc::new(Mutex::new(PciBus::new())),
+                slots: Arc::new(Slots::new(line)),
+                departures: Departures::default(),
+            });
+        }
+        Ok(parts)
     }
 
     /// A new interrupt line: the device's end of it.
@@ -142,91 +149,71 @@ impl Parts {
         }
     }
 
-    /// Puts devices, each with its name, at their places.
+    /// Puts devices at their places.
     pub(super) fn add_all_virtio(
         &mut self,
-        devices: Vec<(String, Box<dyn VirtioDevice>)>,
+        devices: Vec<NewDevice>,
         windows: &[Window],
     ) -> Result<(), MachineError> {
-        for ((name, device), window) in devices.into_iter().zip(windows) {
-            self.add_virtio(name, device, *window)?;
+        for (device, window) in devices.into_iter().zip(windows) {
+            let name = device.name.clone();
+            let fast = device.device.is_fast();
+            let line = match self.pci {
+                None => Some(self.line(window.gsi)?),
+                Some(_) => None,
+            };
+            let queues = |source| MachineError::Queues { name, source };
+            let entry = self
+                .add_virtio(device, *window, line, fast)?
+                .map_err(queues)?;
+            let shared = entry.transport.clone();
+            match (&self.pci, &entry.function) {
+                (Some(pci), Some(function)) => {
+                    let mut bus = pci.bus.lock().expect("nothing panics in here");
+                    bus.insert(window.gsi, function.clone());
+                }
+                _ => {
+                    let registers = window.address..window.address + layout::VIRTIO_BYTES;
+                    self.buses.memory.insert(registers, shared);
+                }
+            }
+            lock(&self.inventory).push(entry);
         }
         Ok(())
     }
 
     fn add_virtio(
         &mut self,
-        name: String,
-        device: Box<dyn VirtioDevice>,
+        device: NewDevice,
         window: Window,
-    ) -> Result<(), MachineError> {
-        let (wiring, pci) = self.wiring(&*device, window)?;
-        let events = if device.is_fast() {
-            let branch = self.events.branch(&name);
+        line: Option<EventFd>,
+        fast: bool,
+    ) -> Result<Result<Entry, virtio_queue::Error>, MachineError> {
+        let events = if fast {
+            let branch = self.events.branch(&device.name);
             branch.map_err(host("make an event loop"))?
         } else {
             &mut self.events
         };
-        let source = events.reserve();
-        let platform = DevicePlatform::new(
-            self.vm.clone(),
-            events.poller(),
-            self.exit.clone(),
-            wiring,
-            source,
-        );
-        let memory = self.vm.memory().clone();
-        let transport = Transport::new(name.clone(), device, memory, Box::new(platform))
-            .map_err(|source| MachineError::Queues { name, source })?;
-        let transport = Arc::new(Mutex::new(transport));
-        events.attach(source, transport.clone());
-        self.transports.push(transport.clone());
-        let Some((interrupts, place)) = pci else {
-            let registers = window.address..window.address + layout::VIRTIO_BYTES;
-            self.buses.memory.insert(registers, transport);
-            return Ok(());
+        let thread = match (fast, &line) {
+            // It may be gone before the machine is.
+            (true, None) => Some(events.stopper().map_err(host("make an event"))?),
+            _ => None,
         };
-        let function = VirtioFunction::new(window.address, transport, interrupts, place);
-        let function = Arc::new(Mutex::new(function));
-        self.functions.push(function.clone());
-        if let Some(bus) = &mut self.pci {
-            bus.insert(window.gsi, function);
-        }
-        Ok(())
+        let surroundings = Surroundings {
+            vm: &self.vm,
+            exit: &self.exit,
+        };
+        let made = match line {
+            Some(line) => assembly::registers(&surroundings, events, device, window, line),
+            None => assembly::function(&surroundings, events, device, window),
+        };
+        Ok(made.map(|entry| Entry { thread, ..entry }))
     }
 
-    /// How a device is to reach its driver, and what its function on PCI, if it is one, has of that.
-    fn wiring(
-        &mut self,
-        device: &dyn VirtioDevice,
-        window: Window,
-    ) -> Result<(Wiring, Option<FunctionParts>), MachineError> {
-        if self.pci.is_none() {
-            let line = self.line(window.gsi)?;
-            return Ok((Wiring::Registers { window, line }, None));
-        }
-        let queues = device.info().queue_sizes.len();
-        let interrupts = Interrupts::new(queues, Box::new(self.vm.clone()));
-        let (interrupts, place) = (Arc::new(Mutex::new(interrupts)), Place::default());
-        let wiring = Wiring::Function {
-            interrupts: interrupts.clone(),
-            place: place.clone(),
-        };
-        Ok((wiring, Some((interrupts, place))))
-    }
-
-    /// What all virtio devices count, in the order of their addresses.
-    pub(super) fn counters(&self) -> Vec<Arc<Counters>> {
-        let transports = self.transports.iter();
-        transports
-            .map(|transport| {
-                transport
-                    .lock()
-                    .expect("no device panics")
-                    .counters()
-                    .clone()
-            })
-            .collect()
+    /// Which devices come and go, if there is PCI.
+    pub(super) fn slots(&self) -> Option<Arc<Slots>> {
+        self.pci.as_ref().map(|pci| pci.slots.clone())
     }
 
     /// Joins all lines to the I/O APIC: the last part.
@@ -234,9 +221,14 @@ impl Parts {
         let lines = std::mem::take(&mut self.lines);
         let routes = KernelRoutes::new(self.vm.clone(), lines, self.exit.clone());
         let chip = Arc::new(Mutex::new(IoApic::new(routes)));
-        if let Some(bus) = self.pci.take() {
-            let bus = Arc::new(Mutex::new(bus));
-            self.buses.memory.insert(PciBus::range(), bus);
+        if let Some(pci) = &self.pci {
+            self.buses.memory.insert(PciBus::range(), pci.bus.clone());
+            let leave = pci
+                .departures
+                .leave(self.inventory.clone(), pci.bus.clone());
+            let registers = SlotRegisters::new(pci.slots.clone(), leave);
+            let ports = layout::HOTPLUG_PORT..layout::HOTPLUG_PORT + slots::REGISTER_BYTES;
+            self.add_port(ports, registers);
         }
         let page = layout::IOAPIC..layout::IOAPIC + layout::PAGE_BYTES;
         self.buses.memory.insert(page, chip.clone());

@@ -74,6 +74,11 @@ impl PciBus {
         assert!(before.is_none(), "two devices are number {number}");
     }
 
+    /// Takes the device with that number away, if there is one.
+    pub fn remove(&mut self, number: u32) -> Option<SharedFunction> {
+        self.devices.remove(&u64::from(number))
+    }
+
     /// The function whose configuration space is there, and the register.
     fn configured(&self, offset: u64) -> Option<(MutexGuard<'_, dyn Function + 'static>, usize)> {
         let register = offset & ((1 << FUNCTION_SHIFT) - 1);

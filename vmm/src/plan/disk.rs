@@ -13,6 +13,8 @@ pub const BACKING_FILES_MAX: usize = 16;
 /// A disk, open and, if it can be written, locked against other machines.
 #[derive(Debug)]
 pub struct DiskPlan {
+    /// As in the machine's statistics.
+    pub name: String,
     pub top: Layer,
     /// What `top` refers to; each refers to the next.
     pub backing: Vec<Layer>,
@@ -21,31 +23,42 @@ pub struct DiskPlan {
     pub limits: DiskLimits,
 }
 
+/// Checks what is to be said of a disk without its files.
+pub(super) fn check(field: &str, disk: &Disk) -> Result<(), PlanError> {
+    if let Some(serial) = &disk.serial
+        && serial.len() > SERIAL_BYTES_MAX
+    {
+        let field = format!("{field}/serial");
+        let found = format!("{} bytes long", serial.len());
+        let wanted = format!("at most {SERIAL_BYTES_MAX}");
+        return Err(range(&field, found, wanted));
+    }
+    if disk.format == DiskFormat::Raw && !disk.backing.is_empty() {
+        let field = format!("{field}/backing");
+        let found = format!("{} files", disk.backing.len());
+        return Err(range(
+            &field,
+            found,
+            "absent: a raw image refers to no other",
+        ));
+    }
+    if disk.backing.len() > BACKING_FILES_MAX {
+        let field = format!("{field}/backing");
+        let found = format!("{} files", disk.backing.len());
+        let wanted = format!("at most {BACKING_FILES_MAX} files");
+        return Err(range(&field, found, wanted));
+    }
+    Ok(())
+}
+
 impl Opener {
-    pub(super) fn disk(&mut self, field: &str, disk: &Disk) -> Result<DiskPlan, PlanError> {
-        if let Some(serial) = &disk.serial
-            && serial.len() > SERIAL_BYTES_MAX
-        {
-            let field = format!("{field}/serial");
-            let found = format!("{} bytes long", serial.len());
-            let wanted = format!("at most {SERIAL_BYTES_MAX}");
-            return Err(range(&field, found, wanted));
-        }
-        if disk.format == DiskFormat::Raw && !disk.backing.is_empty() {
-            let field = format!("{field}/backing");
-            let found = format!("{} files", disk.backing.len());
-            return Err(range(
-                &field,
-                found,
-                "absent: a raw image refers to no other",
-            ));
-        }
-        if disk.backing.len() > BACKING_FILES_MAX {
-            let field = format!("{field}/backing");
-            let found = format!("{} files", disk.backing.len());
-            let wanted = format!("at most {BACKING_FILES_MAX} files");
-            return Err(range(&field, found, wanted));
-        }
+    pub(super) fn disk(
+        &mut self,
+        field: &str,
+        number: u16,
+        disk: &Disk,
+    ) -> Result<DiskPlan, PlanError> {
+        check(field, disk)?;
         let access = if disk.read_only {
             Access::Read
         } else {
@@ -56,6 +69,7 @@ impl Opener {
         lock(&path, &file, disk.read_only)?;
         let backing = self.each(&format!("{field}/backing"), &disk.backing, Self::backing)?;
         Ok(DiskPlan {
+            name: format!("disk{number}"),
             top: Layer {
                 file,
                 format: disk.format,

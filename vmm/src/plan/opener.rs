@@ -87,6 +87,20 @@ impl Opener {
         Ok(plans)
     }
 
+    /// As [`each`](Self::each), of devices whose names have these numbers.
+    pub(super) fn numbered<S, P>(
+        &mut self,
+        field: &str,
+        numbers: &[u16],
+        specs: &[S],
+        plan: impl Fn(&mut Self, &str, u16, &S) -> Result<P, PlanError>,
+    ) -> Result<Vec<P>, PlanError> {
+        let numbered = numbers.iter().zip(specs).enumerate();
+        numbered
+            .map(|(index, (number, spec))| plan(self, &format!("{field}/{index}"), *number, spec))
+            .collect()
+    }
+
     /// Each behind the other, after all memory.
     pub(super) fn images(
         &mut self,
@@ -106,19 +120,13 @@ impl Opener {
         Ok(images)
     }
 
-    pub(super) fn net(&mut self, field: &str, net: &Net) -> Result<NetPlan, PlanError> {
-        let position = field.rsplit('/').next().and_then(|last| last.parse().ok());
-        let mac = match &net.mac {
-            None => [2, 0, 0, 0, 0, position.unwrap_or(0) + 1],
-            Some(text) => parse_mac(text).ok_or_else(|| {
-                let field = format!("{field}/mac");
-                let wanted = "six bytes in hexadecimal such as 02:00:00:00:00:01, not a group's";
-                range(&field, format!("{text:?}"), wanted)
-            })?,
-        };
-        if let Some(mtu) = net.mtu {
-            in_range(&format!("{field}/mtu"), mtu, MTU_MIN, u16::MAX)?;
-        }
+    pub(super) fn net(
+        &mut self,
+        field: &str,
+        number: u16,
+        net: &Net,
+    ) -> Result<NetPlan, PlanError> {
+        let mac = check_net(field, number, net)?;
         let field = format!("{field}/tap");
         let open = self.descriptor(&field, Path::new(&net.tap))?;
         let tap = match open {
@@ -132,6 +140,7 @@ impl Opener {
             }
         };
         Ok(NetPlan {
+            name: format!("net{number}"),
             tap,
             mac,
             mtu: net.mtu,
@@ -209,6 +218,22 @@ impl Opener {
         };
         Ok(ConsolePlan { output, input })
     }
+}
+
+/// Checks what is to be said of a network interface without its tap. Returns its address.
+pub(super) fn check_net(field: &str, number: u16, net: &Net) -> Result<[u8; 6], PlanError> {
+    if let Some(mtu) = net.mtu {
+        in_range(&format!("{field}/mtu"), mtu, MTU_MIN, u16::MAX)?;
+    }
+    let Some(text) = &net.mac else {
+        let [low, high] = number.wrapping_add(1).to_le_bytes();
+        return Ok([2, 0, 0, 0, high, low]);
+    };
+    parse_mac(text).ok_or_else(|| {
+        let field = format!("{field}/mac");
+        let wanted = "six bytes in hexadecimal such as 02:00:00:00:00:01, not a group's";
+        range(&field, format!("{text:?}"), wanted)
+    })
 }
 
 pub(super) fn examine(field: &str) -> impl Fn(io::Error) -> PlanError {

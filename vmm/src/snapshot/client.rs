@@ -13,7 +13,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 
 use super::file::Kind;
 use super::{MEMORY_FILE, STATE_FILE};
-use crate::control::{MachineState, Request, Response, SnapshotReport};
+use crate::control::{DESCRIPTORS_MAX, MachineState, Request, Response, SnapshotReport};
 
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -146,14 +146,14 @@ fn ask(control: &UnixStream, request: &Request) -> Result<Response, ClientError>
     answer(control)
 }
 
-fn send(
+pub(crate) fn send(
     control: &UnixStream,
     request: &Request,
     descriptors: &[BorrowedFd<'_>],
 ) -> Result<(), ClientError> {
     let mut line = serde_json::to_vec(request).map_err(|error| ClientError::Speak(error.into()))?;
     line.push(b'\n');
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() {
         ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
@@ -168,7 +168,7 @@ fn send(
     Err(ClientError::Speak(io::ErrorKind::WriteZero.into()))
 }
 
-fn answer(control: &UnixStream) -> Result<Response, ClientError> {
+pub(crate) fn answer(control: &UnixStream) -> Result<Response, ClientError> {
     let mut line = String::new();
     // One answer is all that is on its way, so nothing is lost with the buffer.
     let count = BufReader::new(control).read_line(&mut line);
@@ -182,7 +182,7 @@ fn answer(control: &UnixStream) -> Result<Response, ClientError> {
     }
 }
 
-fn done(response: &Response) -> Result<(), ClientError> {
+pub(crate) fn done(response: &Response) -> Result<(), ClientError> {
     if *response == (Response::Done {}) {
         Ok(())
     } else {
@@ -190,6 +190,6 @@ fn done(response: &Response) -> Result<(), ClientError> {
     }
 }
 
-fn unexpected(response: &Response) -> ClientError {
+pub(crate) fn unexpected(response: &Response) -> ClientError {
     ClientError::Answer(format!("{response:?}"))
 }

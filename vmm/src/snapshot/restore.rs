@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{MEMORY_FILE, STATE_FILE};
+use crate::plan::Places;
 use crate::spec::{Backing, Console, DiskFormat, Spec, VsockStream};
 
 /// The most snapshots on top of each other.
@@ -152,7 +153,8 @@ pub enum OverrideError {
 
 impl Restore {
     /// What is asked for, in place of what the old machine had.
-    pub fn apply(&self, mut spec: Spec) -> Result<Spec, OverrideError> {
+    /// Its devices go by the names of `places`.
+    pub fn apply(&self, mut spec: Spec, places: &Places) -> Result<Spec, OverrideError> {
         spec.kvm.clone_from(&self.kvm);
         spec.console.clone_from(&self.console);
         spec.control.clone_from(&self.control);
@@ -160,21 +162,21 @@ impl Restore {
         if let Some(track_dirty) = self.track_dirty {
             spec.memory.track_dirty = track_dirty;
         }
-        self.apply_disks(&mut spec)?;
+        self.apply_disks(&mut spec, &names("disk", &places.disks))?;
         let mut taps: Vec<_> = spec.nets.iter_mut().map(|net| &mut net.tap).collect();
         let wanted = self.nets.iter().map(|(name, net)| (name, &net.tap));
-        replace("nets", "net", &mut taps, wanted)?;
+        replace("nets", &names("net", &places.nets), &mut taps, wanted)?;
         let mut images: Vec<_> = spec.pmem.iter_mut().map(|pmem| &mut pmem.path).collect();
         let wanted = self.pmem.iter().map(|(name, pmem)| (name, &pmem.path));
-        replace("pmem", "pmem", &mut images, wanted)?;
+        let numbers: Vec<u16> = (0..).take(images.len()).collect();
+        replace("pmem", &names("pmem", &numbers), &mut images, wanted)?;
         self.apply_vsock(&mut spec)?;
         Ok(spec)
     }
 
-    fn apply_disks(&self, spec: &mut Spec) -> Result<(), OverrideError> {
-        for (index, disk) in spec.disks.iter_mut().enumerate() {
-            let name = format!("disk{index}");
-            let wanted = self.disks.get(&name);
+    fn apply_disks(&self, spec: &mut Spec, names: &[String]) -> Result<(), OverrideError> {
+        for (name, disk) in names.iter().zip(&mut spec.disks) {
+            let wanted = self.disks.get(name);
             disk.format = wanted
                 .and_then(|wanted| wanted.format)
                 .unwrap_or(disk.format);
@@ -188,7 +190,7 @@ impl Restore {
         }
         let mut disks: Vec<_> = spec.disks.iter_mut().map(|disk| &mut disk.path).collect();
         let wanted = self.disks.iter().map(|(name, disk)| (name, &disk.path));
-        replace("disks", "disk", &mut disks, wanted)
+        replace("disks", names, &mut disks, wanted)
     }
 
     fn apply_vsock(&self, spec: &mut Spec) -> Result<(), OverrideError> {
@@ -218,17 +220,21 @@ impl Restore {
     }
 }
 
+fn names(prefix: &str, numbers: &[u16]) -> Vec<String> {
+    let numbers = numbers.iter();
+    numbers.map(|number| format!("{prefix}{number}")).collect()
+}
+
 /// Replaces values by the names of their devices, and checks that the others can be used again.
 fn replace<'a, T: Clone + AsRef<Path> + 'a>(
     kind: &'static str,
-    prefix: &str,
+    names: &[String],
     values: &mut [&mut T],
     wanted: impl Iterator<Item = (&'a String, &'a T)>,
 ) -> Result<(), OverrideError> {
     let mut named: BTreeMap<&String, &T> = wanted.collect();
-    for (index, value) in values.iter_mut().enumerate() {
-        let name = format!("{prefix}{index}");
-        match named.remove(&name) {
+    for (name, value) in names.iter().zip(values.iter_mut()) {
+        match named.remove(name) {
             Some(other) => (*value).clone_from(other),
             None => own(&format!("/{kind}/{name}"), value.as_ref())?,
         }
@@ -274,7 +280,9 @@ mod tests {
 
     fn applied(restore: serde_json::Value) -> Result<Spec, OverrideError> {
         let restore: Restore = serde_json::from_value(restore).unwrap();
-        restore.apply(spec())
+        let spec = spec();
+        let places = Places::new(&spec).unwrap();
+        restore.apply(spec, &places)
     }
 
     #[test]

@@ -8,6 +8,7 @@ use super::memory::{Region, Run};
 use crate::arch::x86_64::state::ProcessorState;
 use crate::devices::ioapic::IoApicState;
 use crate::devices::serial::SerialPortState;
+use crate::hotplug::slots::SlotsState;
 use crate::spec::Spec;
 use crate::virtio::pci::FunctionState;
 use crate::virtio::transport::TransportState;
@@ -46,8 +47,12 @@ pub struct DevicesState {
     pub serial: SerialPortState,
     /// The guest has reported that it is ready.
     pub ready: bool,
-    /// In the order of their addresses.
+    /// In the order of the specification.
     pub virtio: Vec<VirtioState>,
+    /// Which devices of a PCI bus come and go, if the guest's tables tell how it hears of that. Since
+    /// format 3.
+    #[serde(default)]
+    pub slots: Option<SlotsState>,
 }
 
 /// A virtio device and its place.

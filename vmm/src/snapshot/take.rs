@@ -19,13 +19,14 @@ use crate::devices::ioapic::IoApic;
 use crate::devices::serial::SerialPort;
 use crate::dirty::{self, PAGE_BYTES};
 use crate::exit::ExitSwitch;
+use crate::hotplug::slots::Slots;
+use crate::inventory::{Entry, SharedInventory, lock as lock_inventory};
 use crate::kvm::{KernelRoutes, KvmError, Vm};
 use crate::layout;
 use crate::spec::Spec;
 use crate::vcpu::Vcpus;
-use crate::virtio::pci::VirtioFunction;
 use crate::virtio::state::StateError;
-use crate::virtio::transport::{Transport, Window};
+use crate::virtio::transport::Transport;
 
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -63,13 +64,10 @@ pub struct Snapshotter {
     pub io_apic: Arc<Mutex<IoApic<KernelRoutes>>>,
     pub serial: Arc<Mutex<SerialPort>>,
     pub readiness: Readiness,
-    pub transports: Vec<Arc<Mutex<Transport>>>,
-    /// In the order of the transports, if the machine has PCI.
-    pub functions: Vec<Arc<Mutex<VirtioFunction>>>,
-    /// In the order of the transports.
-    pub windows: Vec<Window>,
-    /// What the machine was made from.
-    pub spec: Spec,
+    /// Nothing comes or goes while a snapshot is taken.
+    pub inventory: SharedInventory,
+    /// Which devices come and go, if the guest hears of that.
+    pub slots: Option<Arc<Slots>>,
     /// Where regions of memory start that are no file's.
     pub anonymous: Vec<u64>,
     /// The last snapshot, taken of the machine or the one that it was made from.
@@ -94,12 +92,16 @@ impl Snapshotter {
         if !self.vcpus.paused() {
             return Err(TakeError::Running);
         }
-        let parent = self.parent(kind)?;
+        let (entries, spec) = {
+            let inventory = lock_inventory(&self.inventory);
+            (inventory.entries().to_vec(), inventory.spec().clone())
+        };
+        let tracked = spec.memory.track_dirty;
+        let parent = self.parent(kind, tracked)?;
         let id = Id::random().map_err(TakeError::Id)?;
         // They first: they end their work in the guest's memory and interrupt processors.
-        let held = Held::hold(&self.transports);
-        let mut state = self.state()?;
-        let tracked = self.spec.memory.track_dirty;
+        let held = Held::hold(&entries);
+        let mut state = self.state(&entries, &spec)?;
         // From here on what was written is forgotten, so that a failure leaves nothing to be a
         // difference to.
         *self.last() = None;
@@ -146,42 +148,26 @@ impl Snapshotter {
         self.last.lock().expect("nothing panics in here")
     }
 
-    fn parent(&self, kind: Kind) -> Result<Option<Id>, TakeError> {
+    fn parent(&self, kind: Kind, tracked: bool) -> Result<Option<Id>, TakeError> {
         match kind {
             Kind::Full => Ok(None),
-            Kind::Diff if !self.spec.memory.track_dirty => Err(TakeError::NotTracked),
+            Kind::Diff if !tracked => Err(TakeError::NotTracked),
             Kind::Diff => self.last().clone().map(Some).ok_or(TakeError::NoParent),
         }
     }
 
-    fn state(&self) -> Result<State, TakeError> {
-        let mut virtio = Vec::new();
-        for (index, (transport, window)) in self.transports.iter().zip(&self.windows).enumerate() {
-            let function = self.functions.get(index).map(|function| {
-                let function = function.lock().expect("no function panics");
-                function.save()
-            });
-            let transport = lock(transport);
-            let name = transport.counters().name().to_owned();
-            match transport.save() {
-                Ok(state) => virtio.push(VirtioState {
-                    name,
-                    address: window.address,
-                    interrupt: window.gsi,
-                    transport: state,
-                    function,
-                }),
-                Err(source) => return Err(TakeError::Device { name, source }),
-            }
-        }
+    fn state(&self, entries: &[Arc<Entry>], spec: &Spec) -> Result<State, TakeError> {
+        let virtio = entries.iter().map(|entry| device(entry));
+        let virtio = virtio.collect::<Result<_, TakeError>>()?;
         let devices = DevicesState {
             io_apic: self.io_apic.lock().expect("no device panics").save(),
             serial: self.serial.lock().expect("no device panics").save(),
             ready: self.readiness.get(),
             virtio,
+            slots: self.slots.as_ref().map(|slots| slots.save()),
         };
         Ok(State {
-            machine: recorded(&self.spec),
+            machine: recorded(spec),
             processors: self.vcpus.inspect(|id, vcpu| self.saver.save(id, vcpu))?,
             clock: self.clock()?,
             devices,
@@ -241,22 +227,40 @@ impl Snapshotter {
 }
 
 /// Devices that leave the guest's memory as it is.
-struct Held<'a>(&'a [Arc<Mutex<Transport>>]);
+struct Held<'a>(&'a [Arc<Entry>]);
 
 impl<'a> Held<'a> {
-    fn hold(transports: &'a [Arc<Mutex<Transport>>]) -> Self {
-        for transport in transports {
-            lock(transport).hold();
+    fn hold(entries: &'a [Arc<Entry>]) -> Self {
+        for entry in entries {
+            lock(&entry.transport).hold();
         }
-        Self(transports)
+        Self(entries)
     }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        for transport in self.0 {
-            lock(transport).release();
+        for entry in self.0 {
+            lock(&entry.transport).release();
         }
+    }
+}
+
+fn device(entry: &Entry) -> Result<VirtioState, TakeError> {
+    let function = entry.function.as_ref().map(|function| {
+        let function = function.lock().expect("no function panics");
+        function.save()
+    });
+    let name = entry.name.clone();
+    match lock(&entry.transport).save() {
+        Ok(transport) => Ok(VirtioState {
+            name,
+            address: entry.window.address,
+            interrupt: entry.window.gsi,
+            transport,
+            function,
+        }),
+        Err(source) => Err(TakeError::Device { name, source }),
     }
 }
 

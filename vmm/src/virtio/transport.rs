@@ -9,6 +9,7 @@ mod busy;
 mod hold;
 mod mmio;
 pub(super) mod pci;
+mod retire;
 mod setup;
 mod state;
 
@@ -45,10 +46,15 @@ pub struct Window {
 impl Window {
     /// The place of device number `index` on PCI. Number 0 there is the bridge to the processors.
     pub fn slot(index: usize) -> Window {
-        let number = u32::try_from(index).expect("a few devices");
+        Window::on_bus(u32::try_from(index).expect("a few devices") + 1)
+    }
+
+    /// The place of the device with this number on PCI, from 1.
+    pub fn on_bus(number: u32) -> Window {
+        let before = u64::from(number.saturating_sub(1));
         Window {
-            address: layout::PCI_MEMORY + u64::from(number) * layout::PCI_WINDOW_BYTES,
-            gsi: number + 1,
+            address: layout::PCI_MEMORY + before * layout::PCI_WINDOW_BYTES,
+            gsi: number,
         }
     }
 

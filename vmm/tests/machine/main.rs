@@ -5,6 +5,7 @@ mod boot;
 mod damaged;
 mod golden;
 mod guest;
+mod hotplug;
 mod runner;
 mod snapshot;
 

@@ -21,7 +21,7 @@ use vmm::snapshot::restore::SnapshotFiles;
 use crate::guest::Guest;
 
 /// The longest that a machine of a few instructions may take on a busy computer.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long a machine that does not take a request is waited for before it counts as full.
 const DEAF: Duration = Duration::from_millis(500);

@@ -20,7 +20,7 @@ use crate::runner::{Machine, Running, Snapshot};
 
 pub(crate) const COUNTER: u32 = 0x20_0000;
 
-fn guest() -> Guest {
+pub(crate) fn guest() -> Guest {
     Guest::default()
 }
 
@@ -215,14 +215,14 @@ fn a_machine_is_restored_from_descriptors_alone_and_talks_to_another_terminal() 
 const QUEUE: [u32; 3] = [0x20_0000, 0x20_1000, 0x20_2000];
 
 /// A guest that has started its disk, and the register by which it kicks that.
-fn started(transport: Transport) -> (Guest, u32) {
+fn started(guest: Guest, transport: Transport) -> (Guest, u32) {
     match transport {
-        Transport::Mmio => started_by_registers(),
-        Transport::Pci => started_on_pci(),
+        Transport::Mmio => started_by_registers(guest),
+        Transport::Pci => started_on_pci(guest),
     }
 }
 
-fn started_by_registers() -> (Guest, u32) {
+fn started_by_registers(guest: Guest) -> (Guest, u32) {
     let window = u32::try_from(layout::VIRTIO).unwrap();
     let [table, available, used] = QUEUE;
     let negotiation = [
@@ -241,15 +241,15 @@ fn started_by_registers() -> (Guest, u32) {
         (0x70, 15),
     ];
     let store = |guest: Guest, (offset, value)| guest.store_long(window + offset, value);
-    let guest = negotiation.into_iter().fold(guest(), store);
+    let guest = negotiation.into_iter().fold(guest, store);
     (guest, window + 0x50)
 }
 
-fn started_on_pci() -> (Guest, u32) {
+fn started_on_pci(guest: Guest) -> (Guest, u32) {
     let space = u32::try_from(layout::PCI_CONFIG).unwrap() + (1 << 15);
     let window = u32::try_from(layout::PCI_MEMORY).unwrap();
     let [table, available, used] = QUEUE;
-    let guest = guest()
+    let guest = guest
         .store_word(space + 4, 6) // Answer, and access memory.
         .store_byte(window + 0x14, 1)
         .store_byte(window + 0x14, 3)
@@ -268,9 +268,14 @@ fn started_on_pci() -> (Guest, u32) {
 
 /// A guest that writes `requests` sectors of a disk, each full of 0x5a, and then waits for them.
 fn writing(requests: u16, transport: Transport) -> Guest {
+    writing_of(guest(), requests, transport)
+}
+
+/// A guest that does so after all else.
+pub(crate) fn writing_of(guest: Guest, requests: u16, transport: Transport) -> Guest {
     let [table, available, used] = QUEUE;
     let (headers, data, statuses) = (0x20_3000, 0x20_4000, 0x20_5000);
-    let (mut guest, kick) = started(transport);
+    let (mut guest, kick) = started(guest, transport);
     for word in 0..512 / 4 {
         guest = guest.store_long(data + 4 * word, 0x5a5a_5a5a);
     }
@@ -409,6 +414,8 @@ fn a_machine_answers_while_its_snapshot_is_written_but_does_not_go_on() {
     let [mut first, mut second] = [(); 2].map(|()| running.control());
     let order = Request::Snapshot { kind: Kind::Full };
     let files = || [tempfile().unwrap(), tempfile().unwrap()];
+    // It has been let in, so that what it sends is seen before what others send later.
+    first.ask(&Request::State {});
     first.send_with(&order, &files());
 
     let Response::Stats { stats } = client.ask(&Request::Stats {}) else {

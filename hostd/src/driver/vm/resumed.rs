@@ -158,6 +158,7 @@ pub(super) async fn welcome(run: &Path) -> Result<(), DriverError> {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use vmm::plan::Places;
 
     use super::*;
 
@@ -175,7 +176,9 @@ mod tests {
         }))
         .unwrap();
         let files = SnapshotFiles::of_folder(Path::new("/kept"));
-        let restored = restore(&spec, files).apply(spec.clone()).unwrap();
+        let places = Places::new(&spec).unwrap();
+        let restored = restore(&spec, files).apply(spec.clone(), &places);
+        let restored = restored.unwrap();
         assert_eq!(restored, spec);
     }
 

@@ -1,9 +1,11 @@
 //! The ACPI tables: how a stock kernel finds processors, devices, and the ways to be switched off.
 //! Hardware-reduced (ACPI 6.5, section 4.1): there is no legacy hardware to describe.
 
+mod hotplug;
+
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, Equal, IO, If, Interrupt,
-    Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate, Scope, ZERO,
+    Memory32Fixed, Method, MethodCall, Name, Notify, Package, Path, ResourceTemplate, Scope, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace as Space, GAS};
@@ -145,14 +147,17 @@ fn dsdt(transport: Transport, windows: &[Window]) -> impl Aml {
     serial_port(&mut body);
     power_button(&mut body);
     generation(&mut body);
-    events(&mut body);
+    events(&mut body, transport);
     match transport {
         Transport::Mmio => {
             for (index, window) in windows.iter().enumerate() {
                 virtio_device(&mut body, index, window);
             }
         }
-        Transport::Pci => pci(&mut body),
+        Transport::Pci => {
+            hotplug::controller(&mut body);
+            pci(&mut body);
+        }
     }
     let off = power::SOFT_OFF;
     Name::new("_S5_".into(), &Package::new(vec![&off, &ZERO])).to_aml_bytes(&mut body);
@@ -213,20 +218,27 @@ fn generation(sink: &mut dyn AmlSink) {
 }
 
 /// The generic event device (ACPI 6.5, section 5.6.9): what the lines of events mean.
-fn events(sink: &mut dyn AmlSink) {
-    let events = [
-        (layout::POWER_BUTTON_GSI, "PWRB", PRESSED),
-        (layout::GENERATION_GSI, "VGEN", RENEWED),
+fn events(sink: &mut dyn AmlSink, transport: Transport) {
+    let notify = |device, notification: u8| {
+        let device = Path::new(device);
+        Notify::new(&device, &notification).to_vec()
+    };
+    let mut events = vec![
+        (layout::POWER_BUTTON_GSI, notify("PWRB", PRESSED)),
+        (layout::GENERATION_GSI, notify("VGEN", RENEWED)),
     ];
-    let lines = events.map(|(line, ..)| interrupt(line));
+    if transport == Transport::Pci {
+        let scan = MethodCall::new(Path::new(hotplug::METHOD), Vec::new());
+        events.push((layout::HOTPLUG_GSI, scan.to_vec()));
+    }
+    let lines = events.iter().map(|(line, _)| interrupt(*line));
+    let lines: Vec<_> = lines.collect();
     let lines = lines.iter().map(|line| line as &dyn Aml).collect();
     let argument = Arg(0);
-    let handlers = events.map(|(line, device, notification)| {
-        let device = Path::new(device);
-        let notify = Notify::new(&device, &notification);
-        If::new(&Equal::new(&argument, &line), vec![&notify]).to_vec()
-    });
-    let handlers = handlers.map(Raw);
+    let handler = |(line, act): (u32, Vec<u8>)| {
+        If::new(&Equal::new(&argument, &line), vec![&Raw(act)]).to_vec()
+    };
+    let handlers: Vec<_> = events.into_iter().map(handler).map(Raw).collect();
     let handlers = handlers.iter().map(|handler| handler as &dyn Aml).collect();
     device(
         sink,
@@ -284,19 +296,17 @@ fn pci(sink: &mut dyn AmlSink) {
         &AddressSpace::new_memory(cached, true, start, last, None),
     ])
     .to_vec();
-    device(
-        sink,
-        "PCI0",
-        &[
-            name("_HID", &EISAName::new("PNP0A08")),
-            name("_CID", &EISAName::new("PNP0A03")),
-            name("_UID", &ZERO),
-            name("_SEG", &ZERO),
-            name("_BBN", &ZERO),
-            name("_CCA", &acpi_tables::aml::ONE),
-            name("_CRS", &Raw(resources)),
-        ],
-    );
+    let mut objects = vec![
+        name("_HID", &EISAName::new("PNP0A08")),
+        name("_CID", &EISAName::new("PNP0A03")),
+        name("_UID", &ZERO),
+        name("_SEG", &ZERO),
+        name("_BBN", &ZERO),
+        name("_CCA", &acpi_tables::aml::ONE),
+        name("_CRS", &Raw(resources)),
+    ];
+    objects.extend(hotplug::slot_objects());
+    device(sink, "PCI0", &objects);
 }
 
 /// `\_SB.NAME` with these objects in it.
