@@ -63,11 +63,22 @@ fn become_session(preparation: &Preparation) -> io::Result<()> {
     }
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES.min(most), most)?;
+    reset_signals();
     SigSet::empty().thread_set_mask()?;
     setgroups(&preparation.groups)?;
     setresgid(preparation.gid, preparation.gid, preparation.gid)?;
     setresuid(preparation.uid, preparation.uid, preparation.uid)?;
     Ok(())
+}
+
+/// Gives every signal its default action: one that is ignored would stay so in the program, and a shell
+/// cannot even trap it then.
+fn reset_signals() {
+    for number in 1..=libc::SIGRTMAX() {
+        // SAFETY: the default action runs no code of this process. It is refused for signals that
+        // always have it.
+        let _ = unsafe { libc::signal(number, libc::SIG_DFL) };
+    }
 }
 
 /// Takes one child that has ended off the kernel's list, if there is one.

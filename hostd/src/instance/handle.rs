@@ -194,7 +194,7 @@ impl Handle {
         }
     }
 
-    /// The session, whose exit is told only when the instance is at rest, or removed if it is to
+    /// The session, whose end is told only when the instance is at rest, or removed if it is to
     /// be: who hears of the end finds it everywhere else.
     pub(super) fn settled(self, session: Session) -> Session {
         let Session { input, mut output } = session;
@@ -206,7 +206,7 @@ impl Handle {
                     () = sender.closed() => return,
                 };
                 let Some(frame) = frame else { return };
-                if matches!(frame, Frame::Exit { .. }) {
+                if matches!(frame, Frame::Exit { .. } | Frame::Error { .. }) {
                     // It is told all the same if the tidying up takes too long.
                     let _ = time::timeout(SETTLE_DEADLINE, self.rest()).await;
                 }

@@ -100,6 +100,8 @@ impl Agent {
         let cgroup = make_cgroup();
         let mut process = Command::new("setpriv")
             .args(["--pdeathsig", "KILL"])
+            // As a shell starts what runs in the background.
+            .args(["env", "--ignore-signal=INT", "--ignore-signal=QUIT"])
             .args(["unshare", "--fork", "--pid", "--mount", "--kill-child"])
             .arg(env!("CARGO_BIN_EXE_hostd-agent"))
             .arg("--serve")
