@@ -281,7 +281,10 @@ fn kill_all_reaches_processes_outside_of_the_pid_namespace() {
     }
     assert_eq!(bundle.verb(&["kill", "--all"], &["KILL"]).status, 0);
     bundle.wait_for_status("stopped");
-    assert_eq!(count(), 0);
+    // The first process may be gone before the other, which has its signal.
+    while count() > 0 {
+        std::thread::yield_now();
+    }
 }
 
 #[test]
