@@ -128,7 +128,7 @@ pub(crate) const CASES: &[Case] = &[
     ),
     (
         "podman_pod",
-        "$P pod create --name $NAME --infra=false >/dev/null; $P run --rm --pod $NAME --network none busybox echo in; $P pod rm --force $NAME",
+        "$P pod create --name $NAME --infra=false >/dev/null; run --pod $NAME --network none busybox echo in; $P pod rm --force $NAME",
         0,
         "in\n",
     ),
