@@ -1,5 +1,7 @@
 //! `scripts/test`: every check and every test, each once.
 
+mod simulated;
+
 use std::fs;
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -8,7 +10,6 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::Value;
 
-use crate::sim_host::{self, Machine, Options};
 use crate::step::{command, run, step};
 use crate::{binaries, fixtures, fuzz, packages, paths};
 
@@ -35,7 +36,7 @@ pub(crate) fn test(arguments: &Arguments) -> Result<()> {
         native(&arguments.filter)?;
         fuzz::fuzz(&fuzz::Arguments::default())?;
     }
-    simulated(&arguments.filter)
+    simulated::run(&arguments.filter)
 }
 
 fn style() -> Result<()> {
@@ -69,81 +70,6 @@ fn native(filter: &[String]) -> Result<()> {
     }
     Ok(())
 }
-
-/// The end-to-end tests of both kinds in the simulated host, and the container crate's own tests: the
-/// one host here that has cgroup v2 with every controller.
-fn simulated(filter: &[String]) -> Result<()> {
-    let names: Vec<&str> = SIMULATED.iter().map(|program| program.name).collect();
-    let paths = step("Build the tests of the simulated host", || programs(&names))?;
-    let machine = Machine::boot(&sim_host::new_dir(), Options::default())?;
-    for (program, path) in SIMULATED.iter().zip(&paths) {
-        let target = format!("/tmp/{}", program.name);
-        machine.push(path, &target)?;
-        let words = program.words.iter().copied().chain([target.as_str()]);
-        let words: Vec<String> = words
-            .map(str::to_owned)
-            .chain(filter.iter().cloned())
-            .collect();
-        if !machine.run(&words, false)?.success() {
-            for words in DIAGNOSIS {
-                machine.run(&words.map(str::to_owned), false)?;
-            }
-            bail!("Tests failed in the simulated host: {}", program.name);
-        }
-    }
-    let doctor = machine.run(&["hostctl", "doctor"].map(str::to_owned), false)?;
-    if !doctor.success() {
-        bail!("`hostctl doctor` is not content with the simulated host");
-    }
-    Ok(())
-}
-
-/// What a failed program's host is asked: most of all whether its memory ran out.
-const DIAGNOSIS: [[&str; 3]; 4] = [
-    ["tail", "-n60", "/var/log/hostd.log"],
-    ["sh", "-c", "dmesg | tail -n 60"],
-    ["sh", "-c", "free -m"],
-    ["sh", "-c", "df -m; du -amx / | sort -rn | head -n 30"],
-];
-
-/// A test program that runs in the simulated host.
-struct Program {
-    /// As cargo calls it.
-    name: &'static str,
-    /// What comes before it: where it finds what it tests.
-    words: &'static [&'static str],
-}
-
-/// The runtime of the host image, in place of the one that cargo built beside the tests.
-const INSTALLED_RUNTIME: &[&str] = &["env", "CARGO_BIN_EXE_hostd-oci=/usr/bin/hostd-oci"];
-
-/// In the order of what they cost.
-const SIMULATED: &[Program] = &[
-    Program {
-        name: "seccomp",
-        words: &[],
-    },
-    Program {
-        name: "oci_library",
-        words: &[],
-    },
-    Program {
-        name: "cgroup",
-        words: &[],
-    },
-    Program {
-        name: "oci",
-        words: INSTALLED_RUNTIME,
-    },
-    Program {
-        name: "e2e",
-        words: &[
-            "env",
-            "HOSTD_E2E_HOST=installed",
-            "HOSTD_E2E_KINDS=container,vm",
-        ],
-    },
-];
 
 /// The executables of tests, in the order of their names, without what only a debugger reads: they go
 /// through an emulated network.

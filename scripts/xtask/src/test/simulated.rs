@@ -1,0 +1,161 @@
+//! The tests that run in simulated hosts: the end-to-end tests of both kinds, and the container crate's
+//! own, since these hosts are the only ones here that have cgroup v2 with every controller.
+
+use std::io::{BufRead, BufReader, Write, pipe};
+use std::path::PathBuf;
+use std::process::ExitStatus;
+
+use anyhow::{Context, Result, bail};
+
+use super::programs;
+use crate::sim_host::{self, Machine, Options};
+use crate::step::step;
+
+/// A test program and where it finds what it tests.
+struct Program {
+    /// As cargo calls it.
+    name: &'static str,
+    /// What comes before its path.
+    words: &'static [&'static str],
+}
+
+/// A simulated host and what is run in it, one after the other, while the other hosts do their part.
+///
+/// Two hosts of one processor each rather than one of two: see [`Options`].
+struct Share {
+    /// The first word of each line that its programs print.
+    label: &'static str,
+    programs: &'static [Program],
+}
+
+const SHARES: [Share; 2] = [
+    Share {
+        label: "vm",
+        programs: &[Program {
+            name: "e2e",
+            words: &["env", "HOSTD_E2E_HOST=installed", "HOSTD_E2E_KINDS=vm"],
+        }],
+    },
+    Share {
+        label: "container",
+        programs: &[
+            Program {
+                name: "seccomp",
+                words: &[],
+            },
+            Program {
+                name: "oci_library",
+                words: &[],
+            },
+            Program {
+                name: "cgroup",
+                words: &[],
+            },
+            Program {
+                name: "oci",
+                // The runtime of the host image, in place of the one that cargo built beside the tests.
+                words: &["env", "CARGO_BIN_EXE_hostd-oci=/usr/bin/hostd-oci"],
+            },
+            Program {
+                name: "e2e",
+                words: &[
+                    "env",
+                    "HOSTD_E2E_HOST=installed",
+                    "HOSTD_E2E_KINDS=container",
+                ],
+            },
+        ],
+    },
+];
+
+/// Both shares side by side. `filter` is passed to each program.
+pub(super) fn run(filter: &[String]) -> Result<()> {
+    let programs = step("Build the tests of the simulated hosts", || {
+        let mut names: Vec<_> = SHARES
+            .iter()
+            .flat_map(|share| share.programs)
+            .map(|program| program.name)
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        Ok(names
+            .iter()
+            .copied()
+            .zip(programs(&names)?)
+            .collect::<Vec<_>>())
+    })?;
+    let mut hosts = Vec::new();
+    for share in &SHARES {
+        let dir = sim_host::new_dir().join(share.label);
+        hosts.push((share, Machine::boot(&dir, Options::default())?));
+    }
+    std::thread::scope(|scope| {
+        let shares: Vec<_> = hosts
+            .iter()
+            .map(|(share, host)| scope.spawn(|| share.run(host, &programs, filter)))
+            .collect();
+        // All of them to their end: each failure is told, and the first one is the result.
+        let results = shares
+            .into_iter()
+            .map(|share| share.join().expect("it does not panic"));
+        results.collect::<Vec<_>>().into_iter().collect()
+    })
+}
+
+impl Share {
+    fn run(&self, host: &Machine, paths: &[(&str, PathBuf)], filter: &[String]) -> Result<()> {
+        for program in self.programs {
+            let (_, path) = paths
+                .iter()
+                .find(|(name, _)| *name == program.name)
+                .context("Every program is built")?;
+            let target = format!("/tmp/{}", program.name);
+            host.push(path, &target)?;
+            let words = program.words.iter().copied().chain([target.as_str()]);
+            let words: Vec<String> = words
+                .map(str::to_owned)
+                .chain(filter.iter().cloned())
+                .collect();
+            if !self.relay(host, &words)?.success() {
+                for words in DIAGNOSIS {
+                    self.relay(host, &words.map(str::to_owned))?;
+                }
+                bail!(
+                    "Tests failed in the simulated host: {} ({})",
+                    program.name,
+                    self.label
+                );
+            }
+        }
+        let doctor = self.relay(host, &["hostctl", "doctor"].map(str::to_owned))?;
+        if !doctor.success() {
+            bail!("`hostctl doctor` is not content with the simulated host");
+        }
+        Ok(())
+    }
+
+    /// Runs a command in the host; what it prints goes to standard output line by line, so that the
+    /// hosts do not write into each other's lines.
+    fn relay(&self, host: &Machine, words: &[String]) -> Result<ExitStatus> {
+        let (output, writer) = pipe()?;
+        let mut command = host.command(words, false);
+        command.stdout(writer.try_clone()?).stderr(writer);
+        let mut child = command.spawn().context("Cannot run ssh")?;
+        // It holds the writing ends, and the output would not end before they are closed.
+        drop(command);
+        for line in BufReader::new(output).split(b'\n') {
+            let line = line?;
+            let line = String::from_utf8_lossy(&line);
+            writeln!(std::io::stdout(), "{:9} | {line}", self.label)?;
+        }
+        child.wait().context("Cannot wait for ssh")
+    }
+}
+
+/// What a failed program's host is asked: most of all whether its memory ran out.
+const DIAGNOSIS: [[&str; 3]; 4] = [
+    ["tail", "-n60", "/var/log/hostd.log"],
+    ["sh", "-c", "dmesg | tail -n 60"],
+    ["sh", "-c", "free -m"],
+    ["sh", "-c", "df -m; du -amx / | sort -rn | head -n 30"],
+];
