@@ -119,10 +119,14 @@ impl Inventory {
         (0..).find(free).expect("there are a few devices")
     }
 
-    /// The lowest number on the bus that no device has, if there is one. Number 0 is the bridge.
-    pub fn free_slot(&self) -> Option<u32> {
+    /// The lowest number on the bus that no device has and that is not among those that are `reserved`,
+    /// a bit for each, if there is one. Number 0 is the bridge.
+    pub fn free_slot(&self, reserved: u32) -> Option<u32> {
         let most = u32::try_from(DEVICES_MAX).expect("a few");
-        let free = |slot: &u32| self.entries.iter().all(|entry| entry.window.gsi != *slot);
+        let free = |slot: &u32| {
+            let taken = self.entries.iter().any(|entry| entry.window.gsi == *slot);
+            !taken && reserved >> slot & 1 == 0
+        };
         (1..most).find(free)
     }
 

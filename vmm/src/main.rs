@@ -82,6 +82,10 @@ struct Arguments {
     )]
     detach: Option<String>,
 
+    /// With --detach: take the device away at once, also from a guest that does not let go of it
+    #[arg(long, requires = "detach")]
+    force: bool,
+
     /// The control socket of the machine to snapshot, or to change
     #[arg(long, value_name = "SOCKET", conflicts_with_all = ["config", "restore", "check"])]
     control: Option<PathBuf>,
@@ -186,7 +190,8 @@ fn ask(arguments: &Arguments, machine: &UnixStream) -> anyhow::Result<u8> {
         let name = hotplug::attach_net(machine, read(path)?);
         println!("{}", name.context("the network interface is not attached")?);
     } else if let Some(name) = &arguments.detach {
-        hotplug::detach(machine, name.clone()).with_context(|| format!("{name} stays"))?;
+        hotplug::detach(machine, name.clone(), arguments.force)
+            .with_context(|| format!("{name} stays"))?;
     }
     Ok(0)
 }

@@ -349,8 +349,13 @@ fn hotplug(_host: &Host) {
     await_state(&mut two, "blocks vda.");
     assert_eq!(attach(&network, &two, "--attach-disk", &disk), "disk1\n");
     await_state(&mut two, "blocks vda vdb.");
-    ask(&network, &two, &["--detach", "net0"]);
-    await_state(&mut two, "links lo.");
+    // Taken away, it is gone from the host's side at once, and the guest's kernel finds out.
+    for (device, state) in [("disk1", "blocks vda."), ("net0", "links lo.")] {
+        ask(&network, &two, &["--detach", device, "--force"]);
+        await_state(&mut two, state);
+    }
+    assert_eq!(attach(&network, &two, "--attach-disk", &disk), "disk1\n");
+    await_state(&mut two, "blocks vda vdb.");
 }
 
 /// The guest answers.

@@ -88,7 +88,7 @@ impl Controls {
             Request::AttachNet { net } => {
                 return self.attach(Made::Net(net.clone()), descriptors);
             }
-            Request::Detach { name } => return self.detach(name),
+            Request::Detach { name, force } => return self.detach(name, *force),
             Request::Kill {} => {
                 self.exit.end(ExitStatus::new(ExitReason::Killed));
                 done
@@ -128,11 +128,11 @@ impl Controls {
         }
     }
 
-    fn detach(&self, name: &str) -> Answer {
+    fn detach(&self, name: &str, force: bool) -> Answer {
         let Some(hotplug) = &self.hotplug else {
             return Answer::Now(no_slots());
         };
-        match hotplug.detach(name) {
+        match hotplug.detach(name, force) {
             Ok(ticket) => Answer::WhenDetached(ticket),
             Err(refused) => Answer::Now(refusal(refused.to_string())),
         }

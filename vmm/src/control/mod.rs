@@ -83,10 +83,14 @@ pub enum Request {
     AttachNet { net: Net },
     /// Asks the guest to let go of a disk or network interface, and once more if it was asked before.
     /// Answered with [`Response::Done`] when the device is gone and its descriptors are closed, which
-    /// may be never: a guest need not listen.
+    /// may be never: a guest need not listen, unless `force` is set.
     Detach {
         /// As in [`DeviceStats::name`].
         name: String,
+        /// Takes the device away at once, as pulling a drive from its bay does; the guest loses what it
+        /// had not written yet. Its place stays empty until the guest has let go of it.
+        #[serde(default)]
+        force: bool,
     },
     /// Ends the machine at once, as pulling the plug does.
     Kill {},

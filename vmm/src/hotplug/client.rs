@@ -52,9 +52,9 @@ fn attach(
     Ok(name)
 }
 
-/// Has the guest let go of the disk or network interface `name`. Returns when it has, which a guest may
-/// never do.
-pub fn detach(control: &UnixStream, name: String) -> Result<(), HotplugError> {
-    send(control, &Request::Detach { name }, &[])?;
+/// Has the guest let go of the disk or network interface `name`, or with `force` takes it away. Returns
+/// when it is gone, which without force may be never.
+pub fn detach(control: &UnixStream, name: String, force: bool) -> Result<(), HotplugError> {
+    send(control, &Request::Detach { name, force }, &[])?;
     Ok(done(&answer(control)?)?)
 }

@@ -2,7 +2,7 @@
 //!
 //! A client hands over the descriptors of a disk or a tap ([`client`] does), a thread of its own makes
 //! the device and puts it into a free slot, and the guest hears of it by an event of its ACPI tables
-//! ([`slots`]). A device leaves when the guest, which is asked, has let go of it.
+//! ([`slots`]). A device leaves when the guest, which is asked, has let go of it, or is taken away.
 
 pub mod client;
 pub mod slots;
@@ -20,7 +20,7 @@ use self::slots::Slots;
 use self::worker::Job;
 pub use self::worker::{AttachError, Worker};
 use crate::events::event;
-use crate::inventory::{Entry, Handle, Made, SharedInventory, lock};
+use crate::inventory::{Entry, Handle, Inventory, Made, SharedInventory, lock};
 use crate::pci::bus::PciBus;
 
 /// Why nothing is begun.
@@ -105,17 +105,18 @@ impl Departures {
         bus: Arc<Mutex<PciBus>>,
     ) -> Box<dyn Fn(u32) + Send> {
         let jobs = self.jobs.clone();
-        Box::new(move |slot| {
-            // Nobody finds the slot free before it is.
-            let mut inventory = lock(&inventory);
-            bus.lock().expect("no function panics").remove(slot);
-            let entry = inventory.remove(slot);
-            drop(inventory);
-            if let Some(entry) = entry {
-                // A thread that is gone has ended with the machine.
-                let _ = jobs.send(Job::Dispose(entry));
-            }
-        })
+        Box::new(move |slot| take_off(&mut lock(&inventory), &bus, slot, &jobs))
+    }
+}
+
+/// The device in `slot`, if there is one, is off the bus when this returns; the thread sees to the rest.
+///
+/// In the inventory's lock, so that nobody finds the slot free before it is.
+fn take_off(inventory: &mut Inventory, bus: &Mutex<PciBus>, slot: u32, jobs: &Sender<Job>) {
+    bus.lock().expect("no function panics").remove(slot);
+    if let Some(entry) = inventory.remove(slot) {
+        // A thread that is gone has ended with the machine.
+        let _ = jobs.send(Job::Dispose(entry));
     }
 }
 
@@ -166,22 +167,26 @@ impl Hotplug {
         sent.map_err(|_| Refused::Busy)
     }
 
-    /// Asks the guest to let go of a device, again if it was asked before. Returns the device's
-    /// number, which [`Outcome::Detached`] has once it is no more.
-    pub fn detach(&self, name: &str) -> Result<u64, Refused> {
+    /// Asks the guest to let go of a device, again if it was asked before, and with `force` takes the
+    /// device away before the guest has answered. Returns the device's number, which
+    /// [`Outcome::Detached`] has once it is no more.
+    pub fn detach(&self, name: &str, force: bool) -> Result<u64, Refused> {
         if !self.worker.guest_hears {
             return Err(Refused::Unknowing);
         }
-        let inventory = lock(&self.worker.inventory);
+        let mut inventory = lock(&self.worker.inventory);
         let entry = inventory.find(name);
         let entry: &Entry = entry.ok_or_else(|| Refused::Missing(name.to_owned()))?;
-        match entry.handle {
-            Handle::Disk(_) | Handle::Net(_) => {
-                self.worker.slots.ask(entry.window.gsi);
-                Ok(entry.ticket)
-            }
-            Handle::Other => Err(Refused::Fixed(name.to_owned())),
+        if let Handle::Other = entry.handle {
+            return Err(Refused::Fixed(name.to_owned()));
         }
+        let (slot, ticket) = (entry.window.gsi, entry.ticket);
+        if force {
+            take_off(&mut inventory, &self.worker.bus, slot, &self.jobs);
+        }
+        // After it is off the bus: a guest that hears of it finds nobody there.
+        self.worker.slots.ask(slot);
+        Ok(ticket)
     }
 
     /// Whether a device is being attached.

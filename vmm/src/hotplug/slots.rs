@@ -33,7 +33,7 @@ pub struct SlotsState {
     pub come: u32,
     /// Devices that are asked to leave, of which the guest has not heard.
     pub asked: u32,
-    /// Devices that may leave.
+    /// Devices that may leave, and places of devices that were taken away until the guest knows.
     pub leaving: u32,
 }
 
@@ -64,6 +64,12 @@ impl Slots {
         state.leaving |= bit(slot);
         drop(state);
         self.tell();
+    }
+
+    /// Places that are not free although no device may be there: a guest that has not yet let go of the
+    /// one that was taken away would take the next one in that place for it.
+    pub fn reserved(&self) -> u32 {
+        self.lock().leaving
     }
 
     /// What [`restore`](Self::restore) takes.
@@ -208,6 +214,17 @@ mod tests {
         assert_eq!(read(&mut registers, ASKED), 0);
         registers.write(LEAVE, &[0xff; 4]);
         assert!(gone.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_place_is_reserved_until_the_guest_has_let_go() {
+        let (slots, _line, mut registers, gone) = registers();
+        slots.ask(7);
+        assert_eq!(slots.reserved(), 1 << 7);
+        assert_eq!(read(&mut registers, ASKED), 1 << 7);
+        assert_eq!(slots.reserved(), 1 << 7);
+        registers.write(LEAVE, &[0xff; 4]);
+        assert_eq!((slots.reserved(), &*gone.lock().unwrap()), (0, &vec![7]));
     }
 
     #[test]

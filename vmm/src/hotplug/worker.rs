@@ -20,7 +20,11 @@ use crate::virtio::transport::Window;
 /// Why a device was not attached.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    #[error("the bus is full: it has room for {} devices", DEVICES_MAX - 1)]
+    #[error(
+        "the bus is full: it has room for {} devices, those included that were taken away without the \
+         guest's consent and of which it has not let go",
+        DEVICES_MAX - 1
+    )]
     Full,
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -84,7 +88,8 @@ impl Worker {
         let (number, slot) = {
             let inventory = lock(&self.inventory);
             let number = inventory.free_number(made.prefix());
-            (number, inventory.free_slot().ok_or(AttachError::Full)?)
+            let slot = inventory.free_slot(self.slots.reserved());
+            (number, slot.ok_or(AttachError::Full)?)
         };
         let name = format!("{}{number}", made.prefix());
         let (made, device) = match made {

@@ -62,8 +62,13 @@ fn attached(name: &str) -> Response {
 }
 
 fn detach(client: &mut Client, name: &str) -> Response {
-    let name = name.to_owned();
-    client.ask(&Request::Detach { name })
+    let (name, force) = (name.to_owned(), false);
+    client.ask(&Request::Detach { name, force })
+}
+
+fn take_away(client: &mut Client, name: &str) -> Response {
+    let (name, force) = (name.to_owned(), true);
+    client.ask(&Request::Detach { name, force })
 }
 
 fn stats(client: &mut Client) -> Stats {
@@ -160,12 +165,65 @@ fn a_guest_sees_that_a_device_is_gone() {
     nix::unistd::read(&pty.master, &mut byte).unwrap();
     let request = Request::Detach {
         name: "disk0".to_owned(),
+        force: false,
     };
     client.send(&serde_json::to_string(&request).unwrap());
     // The request is taken in before this one is answered.
     assert_eq!(stats(&mut running.control()).disks.len(), 1);
     nix::unistd::write(&pty.master, b"x").unwrap();
     assert_eq!(running.wait().code, Some(4));
+}
+
+#[test]
+fn a_device_is_taken_from_a_guest_that_does_not_let_go() {
+    let guest = guest().wait_for(FIRST, VIRTIO).print("a");
+    let machine = machine(guest.wait_for(FIRST, NOBODY).exit(4));
+    let (path, console) = (machine.path("disk"), machine.path("console"));
+    let running = machine.start();
+    let mut client = running.control();
+    let response = attach(&mut client, disk(&path), &[make_disk(&path)]);
+    assert_eq!(response, attached("disk0"));
+    // It has seen the device.
+    let begun = Instant::now();
+    while fs::read(&console).unwrap() != b"a" {
+        assert!(begun.elapsed() < PATIENCE, "the guest does not see it");
+        std::thread::yield_now();
+    }
+    client.send(r#"{"action":"detach","name":"disk0","force":true}"#);
+    // The machine may end before it answers.
+    assert_eq!(running.wait().code, Some(4));
+}
+
+#[test]
+fn a_place_is_free_once_the_guest_knows_that_its_device_is_gone() {
+    // Nobody lets go before the serial port was written to.
+    let waiting = guest().read_serial();
+    let let_go = waiting.out_long(port(slots::LEAVE), u32::MAX).print("b");
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let mut machine = machine(let_go.forever(&guest()));
+    machine.spec["console"] = json!("stdio");
+    machine.terminal = Some(pty.slave);
+    let path = machine.path("disk");
+    let running = machine.start();
+    let mut client = running.control();
+    for _ in 1..32 {
+        let response = attach(&mut client, disk(&path), &[make_disk(&path)]);
+        assert_eq!(response, attached("disk0"));
+        assert_eq!(take_away(&mut client, "disk0"), Response::Done {});
+        assert_eq!(names(&mut client), [""; 0]);
+        File::open(&path).unwrap().try_lock().unwrap();
+    }
+    let response = attach(&mut client, disk(&path), &[make_disk(&path)]);
+    assert!(
+        matches!(&response, Response::Error { message } if message.contains("the bus is full"))
+    );
+    nix::unistd::write(&pty.master, b"x").unwrap();
+    let mut byte = [0];
+    while byte != *b"b" {
+        nix::unistd::read(&pty.master, &mut byte).unwrap();
+    }
+    let response = attach(&mut client, disk(&path), &[make_disk(&path)]);
+    assert_eq!(response, attached("disk0"));
 }
 
 #[test]
