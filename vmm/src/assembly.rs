@@ -37,6 +37,21 @@ pub enum DeviceSetupError {
     Event(#[source] Errno),
 }
 
+/// Why a device does not become part of a machine.
+#[derive(Debug, thiserror::Error)]
+pub enum AssemblyError {
+    #[error("device `{name}` cannot be made")]
+    Device {
+        name: String,
+        source: DeviceSetupError,
+    },
+    #[error("device `{name}` asks for queues that cannot be")]
+    Queues {
+        name: String,
+        source: virtio_queue::Error,
+    },
+}
+
 /// A device before it has a place.
 pub struct NewDevice {
     pub name: String,
@@ -99,7 +114,7 @@ pub fn registers(
     new: NewDevice,
     window: Window,
     line: EventFd,
-) -> Result<Entry, virtio_queue::Error> {
+) -> Result<Entry, AssemblyError> {
     let wiring = Wiring::Registers { window, line };
     join(machine, events, new, window, wiring)
 }
@@ -110,7 +125,7 @@ pub fn function(
     events: &mut EventLoop,
     new: NewDevice,
     window: Window,
-) -> Result<Entry, virtio_queue::Error> {
+) -> Result<Entry, AssemblyError> {
     let queues = new.device.info().queue_sizes.len();
     let interrupts = Interrupts::new(queues, Box::new(machine.vm.clone()));
     let (interrupts, place) = (Arc::new(Mutex::new(interrupts)), Place::default());
@@ -131,7 +146,7 @@ fn join(
     new: NewDevice,
     window: Window,
     wiring: Wiring,
-) -> Result<Entry, virtio_queue::Error> {
+) -> Result<Entry, AssemblyError> {
     let source = events.reserve();
     let platform = DevicePlatform::new(
         machine.vm.clone(),
@@ -142,7 +157,11 @@ fn join(
     );
     let memory = machine.vm.memory().clone();
     let platform = Box::new(platform);
-    let transport = Transport::new(new.name.clone(), new.device, memory, platform)?;
+    let transport = Transport::new(new.name.clone(), new.device, memory, platform);
+    let transport = transport.map_err(|source| AssemblyError::Queues {
+        name: new.name.clone(),
+        source,
+    })?;
     let counters = transport.counters().clone();
     let transport = Arc::new(Mutex::new(transport));
     events.attach(source, transport.clone());

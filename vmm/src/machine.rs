@@ -13,7 +13,7 @@ use self::bare::Bare;
 use self::parts::Parts;
 use crate::arch::x86_64::state::Saver;
 use crate::arch::x86_64::{ArchError, acpi};
-use crate::assembly::{self, DeviceSetupError, NewDevice};
+use crate::assembly::{self, AssemblyError, DeviceSetupError, NewDevice};
 use crate::boot::BootError;
 use crate::control::ExitStatus;
 use crate::control::controls::Controls;
@@ -66,16 +66,8 @@ pub enum MachineError {
     },
     #[error("`/control`: cannot listen on {path}; name a path that nobody uses")]
     Listen { path: String, source: io::Error },
-    #[error("device `{name}` cannot be made")]
-    Device {
-        name: String,
-        source: DeviceSetupError,
-    },
-    #[error("device `{name}` asks for queues that cannot be")]
-    Queues {
-        name: String,
-        source: virtio_queue::Error,
-    },
+    #[error(transparent)]
+    Assembly(#[from] AssemblyError),
     #[error("{part} cannot become what was saved")]
     Restore { part: String, source: StateError },
     #[error("the guest's memory cannot become what was saved")]
@@ -432,7 +424,7 @@ impl VirtioDevices {
         name: String,
         device: Result<NewDevice, DeviceSetupError>,
     ) -> Result<(), MachineError> {
-        let device = device.map_err(|source| MachineError::Device { name, source })?;
+        let device = device.map_err(|source| AssemblyError::Device { name, source })?;
         self.devices.push(device);
         Ok(())
     }

@@ -31,6 +31,7 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 #[derive(Debug, Parser)]
 #[command(version)]
 #[command(group(ArgGroup::new("mode").required(true).multiple(true)))]
+#[command(group(ArgGroup::new("request").requires("control").conflicts_with_all(["config", "restore", "check"])))]
 struct Arguments {
     /// The machine, as JSON: a file, fd:N, or - for standard input; with --restore, what of it is
     /// to be another
@@ -43,43 +44,19 @@ struct Arguments {
     restore: Option<Vec<PathBuf>>,
 
     /// Take a snapshot of the machine behind --control into a new folder
-    #[arg(
-        long,
-        value_name = "FOLDER",
-        group = "mode",
-        requires = "control",
-        conflicts_with_all = ["config", "restore", "check"]
-    )]
+    #[arg(long, value_name = "FOLDER", groups = ["mode", "request"])]
     snapshot: Option<PathBuf>,
 
     /// Attach a disk to the machine behind --control, as JSON in FILE (or - for standard input)
-    #[arg(
-        long,
-        value_name = "FILE",
-        group = "mode",
-        requires = "control",
-        conflicts_with_all = ["config", "restore", "check", "snapshot"]
-    )]
+    #[arg(long, value_name = "FILE", groups = ["mode", "request"])]
     attach_disk: Option<PathBuf>,
 
     /// Attach a network interface to the machine behind --control, as JSON in FILE
-    #[arg(
-        long,
-        value_name = "FILE",
-        group = "mode",
-        requires = "control",
-        conflicts_with_all = ["config", "restore", "check", "snapshot", "attach_disk"]
-    )]
+    #[arg(long, value_name = "FILE", groups = ["mode", "request"])]
     attach_net: Option<PathBuf>,
 
     /// Have the guest behind --control let go of a disk or network interface, and wait until it has
-    #[arg(
-        long,
-        value_name = "DEVICE",
-        group = "mode",
-        requires = "control",
-        conflicts_with_all = ["config", "restore", "check", "snapshot", "attach_disk", "attach_net"]
-    )]
+    #[arg(long, value_name = "DEVICE", groups = ["mode", "request"])]
     detach: Option<String>,
 
     /// With --detach: take the device away at once, also from a guest that does not let go of it

@@ -8,7 +8,7 @@ use std::thread;
 
 use super::Outcome;
 use super::slots::Slots;
-use crate::assembly::{self, DeviceSetupError, NewDevice, Surroundings};
+use crate::assembly::{self, AssemblyError, NewDevice, Surroundings};
 use crate::events::EventLoop;
 use crate::exit::ExitSwitch;
 use crate::inventory::{Entry, Made, SharedInventory, lock};
@@ -28,16 +28,8 @@ pub enum AttachError {
     Full,
     #[error(transparent)]
     Plan(#[from] PlanError),
-    #[error("device `{name}` cannot be made")]
-    Device {
-        name: String,
-        source: DeviceSetupError,
-    },
-    #[error("device `{name}` asks for queues that cannot be")]
-    Queues {
-        name: String,
-        source: virtio_queue::Error,
-    },
+    #[error(transparent)]
+    Assembly(#[from] AssemblyError),
     #[error("a thread for the device cannot be started")]
     Thread(#[source] io::Error),
 }
@@ -104,7 +96,7 @@ impl Worker {
                 (Made::Net(net), assembly::net(plan))
             }
         };
-        let device = device.map_err(|source| AttachError::Device {
+        let device = device.map_err(|source| AssemblyError::Device {
             name: name.clone(),
             source,
         })?;
@@ -123,13 +115,7 @@ impl Worker {
             exit: &self.exit,
         };
         let window = Window::on_bus(slot);
-        let mut entry =
-            assembly::function(&surroundings, &mut events, device, window).map_err(|source| {
-                AttachError::Queues {
-                    name: name.clone(),
-                    source,
-                }
-            })?;
+        let mut entry = assembly::function(&surroundings, &mut events, device, window)?;
         let (enter, exit) = (self.enter.clone(), self.exit.clone());
         let run = move || {
             enter();

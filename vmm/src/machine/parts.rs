@@ -156,16 +156,12 @@ impl Parts {
         windows: &[Window],
     ) -> Result<(), MachineError> {
         for (device, window) in devices.into_iter().zip(windows) {
-            let name = device.name.clone();
             let fast = device.device.is_fast();
             let line = match self.pci {
                 None => Some(self.line(window.gsi)?),
                 Some(_) => None,
             };
-            let queues = |source| MachineError::Queues { name, source };
-            let entry = self
-                .add_virtio(device, *window, line, fast)?
-                .map_err(queues)?;
+            let entry = self.add_virtio(device, *window, line, fast)?;
             let shared = entry.transport.clone();
             match (&self.pci, &entry.function) {
                 (Some(pci), Some(function)) => {
@@ -188,7 +184,7 @@ impl Parts {
         window: Window,
         line: Option<EventFd>,
         fast: bool,
-    ) -> Result<Result<Entry, virtio_queue::Error>, MachineError> {
+    ) -> Result<Entry, MachineError> {
         let events = if fast {
             let branch = self.events.branch(&device.name);
             branch.map_err(host("make an event loop"))?
@@ -204,11 +200,11 @@ impl Parts {
             vm: &self.vm,
             exit: &self.exit,
         };
-        let made = match line {
+        let entry = match line {
             Some(line) => assembly::registers(&surroundings, events, device, window, line),
             None => assembly::function(&surroundings, events, device, window),
-        };
-        Ok(made.map(|entry| Entry { thread, ..entry }))
+        }?;
+        Ok(Entry { thread, ..entry })
     }
 
     /// Which devices come and go, if there is PCI.
