@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
 use serde_json::Value;
-use tests::{Host, Kind, kinds};
+use tests::Host;
 
 use crate::HostTest;
 
@@ -18,9 +18,6 @@ const WORKLOAD: &str =
     "[ -e /ran ] || { touch /ran; sync; echo c >/proc/sysrq-trigger; }; sleep 1000000";
 
 fn crash(host: &Host) {
-    if !kinds().contains(&Kind::Vm) {
-        return;
-    }
     let vm = ["--isolation", "vm", "--name"];
     let workload = ["busybox", "sh", "-c", WORKLOAD];
     let once = [&["run"], &vm[..], &["crashed"], &workload].concat();

@@ -24,10 +24,13 @@ use tests::{Host, Kind, kinds};
 /// A test of one kind of instance.
 type KindTest = fn(&Host, Kind);
 
-/// A test of what is the same whatever the kind.
+/// A test of the host, or of what has only one kind.
 type HostTest = fn(&Host);
 
-const KIND_TESTS: &[(&str, &[(&str, KindTest)])] = &[
+/// A test and its name.
+type Named<T> = (&'static str, T);
+
+const KIND_TESTS: &[(&str, &[Named<KindTest>])] = &[
     ("process", process::TESTS),
     ("lifecycle", lifecycle::TESTS),
     ("limits", limits::TESTS),
@@ -37,13 +40,14 @@ const KIND_TESTS: &[(&str, &[(&str, KindTest)])] = &[
 ];
 
 /// Those that take the daemon away from under everybody else, and so have it to themselves.
-const LONE_TESTS: &[(&str, &[(&str, KindTest)])] = &[("daemon", daemon::TESTS)];
+const LONE_TESTS: &[(&str, &[Named<KindTest>])] = &[("daemon", daemon::TESTS)];
 
-const HOST_TESTS: &[(&str, &[(&str, HostTest)])] = &[
-    ("api", api::TESTS),
-    ("images", images::TESTS),
-    ("crash", crash::TESTS),
-    ("vmm", vmm::TESTS),
+/// Each is run where the instances that it takes are tested.
+const HOST_TESTS: &[(Kind, &str, &[Named<HostTest>])] = &[
+    (Kind::Container, "api", api::TESTS),
+    (Kind::Container, "images", images::TESTS),
+    (Kind::Vm, "crash", crash::TESTS),
+    (Kind::Vm, "vmm", vmm::TESTS),
 ];
 
 fn main() -> ExitCode {
@@ -53,7 +57,10 @@ fn main() -> ExitCode {
     }
     let host = Arc::new(Host::from_environment());
     let mut trials = Vec::new();
-    for (group, tests) in HOST_TESTS {
+    let host_tests = HOST_TESTS
+        .iter()
+        .filter(|(kind, ..)| kinds().contains(kind));
+    for (_, group, tests) in host_tests {
         for (name, test) in *tests {
             let host = Arc::clone(&host);
             trials.push(Trial::test(format!("{group}::{name}"), move || {
@@ -77,7 +84,7 @@ fn main() -> ExitCode {
 fn kind_trials(
     host: &Arc<Host>,
     kinds: &[Kind],
-    groups: &[(&str, &'static [(&str, KindTest)])],
+    groups: &[(&str, &'static [Named<KindTest>])],
 ) -> Vec<Trial> {
     let mut trials = Vec::new();
     for kind in kinds.iter().copied() {
