@@ -3,7 +3,7 @@
 //! Its root is unpacked from Debian packages with mmdebstrap, as root or in a user namespace, and
 //! nothing else goes in but the project's own binaries and the scripts of `scripts/host-image`.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
@@ -106,6 +106,8 @@ const BINARIES: &[&str] = &["hostd", "hostctl", "hostd-oci", "hostd-vmm"];
 pub(crate) struct HostImage {
     pub(crate) kernel: PathBuf,
     pub(crate) initramfs: PathBuf,
+    /// Nobody builds it anew meanwhile: it is always made in the same place.
+    _lock: File,
 }
 
 /// Builds all parts that are missing or older than what they are made from.
@@ -116,6 +118,8 @@ pub(crate) fn build() -> Result<HostImage> {
     let busybox = fixtures::busybox()?;
     let dir = paths::build().join("host-image");
     fs::create_dir_all(&dir)?;
+    let lock = File::create(dir.join("lock"))?;
+    lock.lock().context("Cannot wait for another build")?;
     let base = base_archive(&dir)?;
     let initramfs = dir.join("initramfs.cpio");
     step("Assemble the host image", || {
@@ -146,6 +150,7 @@ pub(crate) fn build() -> Result<HostImage> {
     Ok(HostImage {
         kernel: kernel.image(),
         initramfs,
+        _lock: lock,
     })
 }
 
