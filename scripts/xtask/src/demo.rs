@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use crate::sim_host::{self, Machine, Options};
 use crate::step::{command, step};
-use crate::{binaries, fixtures, guest, packages, paths};
+use crate::{binaries, fixtures, guest, host_image, packages, paths};
 
 /// Runs a VM and a container from one image, with limits that bind, and cleans up
 #[derive(Debug, Args)]
@@ -75,7 +75,9 @@ pub(crate) fn demo(arguments: &Arguments) -> Result<ExitCode> {
             say(&format!(
                 "{why} The demonstration runs in the simulated host."
             ))?;
-            Stage::Simulated(Machine::boot(&sim_host::new_dir(), Options::default())?)
+            let image = host_image::build()?;
+            let dir = sim_host::new_dir();
+            Stage::Simulated(Machine::boot(&image, &dir, Options::default())?)
         }
     };
     if arguments.shell {

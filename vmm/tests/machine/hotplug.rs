@@ -42,7 +42,10 @@ fn letting_go() -> Guest {
     guest().forever(&let_go)
 }
 
+/// A new file each time. What was handed over is shared with the children of this program until they have
+/// become something else, and so is the lock that a machine has put on it.
 fn make_disk(path: &Path) -> File {
+    let _ = fs::remove_file(path);
     File::create(path).unwrap().set_len(1 << 20).unwrap();
     File::options().read(true).write(true).open(path).unwrap()
 }
@@ -61,14 +64,13 @@ fn attached(name: &str) -> Response {
     Response::Attached { name }
 }
 
-fn detach(client: &mut Client, name: &str) -> Response {
-    let (name, force) = (name.to_owned(), false);
-    client.ask(&Request::Detach { name, force })
+fn departure(name: &str, force: bool) -> Request {
+    let name = name.to_owned();
+    Request::Detach { name, force }
 }
 
-fn take_away(client: &mut Client, name: &str) -> Response {
-    let (name, force) = (name.to_owned(), true);
-    client.ask(&Request::Detach { name, force })
+fn detach(client: &mut Client, name: &str) -> Response {
+    client.ask(&departure(name, false))
 }
 
 fn stats(client: &mut Client) -> Stats {
@@ -114,13 +116,13 @@ fn a_disk_that_was_let_go_is_closed_and_its_place_free() {
     for _ in 0..3 {
         let response = attach(&mut client, disk(&path), &[make_disk(&path)]);
         assert_eq!(response, attached("disk1"));
+        assert_eq!(descriptors_of(&running, &path), 1);
         // Nobody has asked for it, so it stays whatever the guest does.
         assert_eq!(names(&mut client), ["disk0", "disk1", "rng"]);
         assert_eq!(stats(&mut client).disks.len(), 2);
         assert_eq!(detach(&mut client, "disk1"), Response::Done {});
         assert_eq!(names(&mut client), ["disk0", "rng"]);
-        // Whoever has it open locks it.
-        File::open(&path).unwrap().try_lock().unwrap();
+        assert_eq!(descriptors_of(&running, &path), 0);
     }
     // One that was there from the start goes in the same way.
     assert_eq!(detach(&mut client, "disk0"), Response::Done {});
@@ -134,6 +136,21 @@ fn a_disk_that_was_let_go_is_closed_and_its_place_free() {
         assert!(begun.elapsed() < PATIENCE, "threads are left behind");
         std::thread::yield_now();
     }
+}
+
+/// How many descriptors the machine has of files that were made at `path`.
+fn descriptors_of(running: &Running, path: &Path) -> usize {
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", running.pid())).unwrap();
+    let targets = descriptors.map(|fd| fs::read_link(fd.unwrap().path()));
+    // Those that another has replaced are called `PATH (deleted)`.
+    let path = path.to_str().unwrap();
+    targets
+        .filter(|target| {
+            target
+                .as_ref()
+                .is_ok_and(|target| target.to_string_lossy().starts_with(path))
+        })
+        .count()
 }
 
 fn disk_threads(running: &Running) -> usize {
@@ -152,25 +169,20 @@ fn a_guest_sees_that_a_device_is_gone() {
         .out_long(port(slots::LEAVE), 1 << 1)
         .wait_for(FIRST, NOBODY)
         .exit(4);
-    let pty = nix::pty::openpty(None, None).unwrap();
     let mut machine = machine(guest);
-    machine.spec["console"] = json!("stdio");
-    machine.terminal = Some(pty.slave);
+    let terminal = machine.put_at_a_terminal();
     let path = machine.path("disk");
     let running = machine.start();
     let mut client = running.control();
     let response = attach(&mut client, disk(&path), &[make_disk(&path)]);
     assert_eq!(response, attached("disk0"));
     let mut byte = [0];
-    nix::unistd::read(&pty.master, &mut byte).unwrap();
-    let request = Request::Detach {
-        name: "disk0".to_owned(),
-        force: false,
-    };
+    nix::unistd::read(&terminal, &mut byte).unwrap();
+    let request = departure("disk0", false);
     client.send(&serde_json::to_string(&request).unwrap());
     // The request is taken in before this one is answered.
     assert_eq!(stats(&mut running.control()).disks.len(), 1);
-    nix::unistd::write(&pty.master, b"x").unwrap();
+    nix::unistd::write(&terminal, b"x").unwrap();
     assert_eq!(running.wait().code, Some(4));
 }
 
@@ -199,28 +211,26 @@ fn a_place_is_free_once_the_guest_knows_that_its_device_is_gone() {
     // Nobody lets go before the serial port was written to.
     let waiting = guest().read_serial();
     let let_go = waiting.out_long(port(slots::LEAVE), u32::MAX).print("b");
-    let pty = nix::pty::openpty(None, None).unwrap();
     let mut machine = machine(let_go.forever(&guest()));
-    machine.spec["console"] = json!("stdio");
-    machine.terminal = Some(pty.slave);
+    let terminal = machine.put_at_a_terminal();
     let path = machine.path("disk");
     let running = machine.start();
     let mut client = running.control();
     for _ in 1..32 {
         let response = attach(&mut client, disk(&path), &[make_disk(&path)]);
         assert_eq!(response, attached("disk0"));
-        assert_eq!(take_away(&mut client, "disk0"), Response::Done {});
+        assert_eq!(client.ask(&departure("disk0", true)), Response::Done {});
         assert_eq!(names(&mut client), [""; 0]);
-        File::open(&path).unwrap().try_lock().unwrap();
+        assert_eq!(descriptors_of(&running, &path), 0);
     }
     let response = attach(&mut client, disk(&path), &[make_disk(&path)]);
     assert!(
         matches!(&response, Response::Error { message } if message.contains("the bus is full"))
     );
-    nix::unistd::write(&pty.master, b"x").unwrap();
+    nix::unistd::write(&terminal, b"x").unwrap();
     let mut byte = [0];
     while byte != *b"b" {
-        nix::unistd::read(&pty.master, &mut byte).unwrap();
+        nix::unistd::read(&terminal, &mut byte).unwrap();
     }
     let response = attach(&mut client, disk(&path), &[make_disk(&path)]);
     assert_eq!(response, attached("disk0"));
@@ -235,7 +245,7 @@ fn what_cannot_be_attached_is_refused_with_one_error_and_nothing_changes() {
     let running = machine.start();
     let mut client = running.control();
     let read = || File::open(&path).unwrap();
-    let write = || File::options().read(true).write(true).open(&path).unwrap();
+    let write = || make_disk(&path);
     let other = |value| serde_json::from_value(value).unwrap();
     let one = json!([{"path": "x"}]);
     let table: Vec<(Disk, Vec<File>, &str)> = vec![
@@ -377,12 +387,5 @@ fn descriptors_that_nobody_asked_for_are_closed() {
         panic!("one is enough");
     };
     assert!(message.contains("with 17 descriptors"), "{message}");
-    let open = || {
-        let descriptors = fs::read_dir(format!("/proc/{}/fd", running.pid())).unwrap();
-        let targets = descriptors.map(|fd| fs::read_link(fd.unwrap().path()));
-        targets
-            .filter(|target| target.as_ref().is_ok_and(|target| *target == path))
-            .count()
-    };
-    assert_eq!(open(), 0);
+    assert_eq!(descriptors_of(&running, &path), 0);
 }

@@ -315,14 +315,11 @@ fn a_terminal_is_the_guests_and_then_as_it_was() {
 
 #[test]
 fn input_that_is_longer_than_the_receiver_arrives_whole() {
-    let pty = openpty(None, None).unwrap();
     let echo = guest().read_serial().print_read();
     let program = guest().print("?").times(1000, &echo).exit(0);
     let mut machine = Machine::new(program);
-    machine.spec["console"] = json!("stdio");
-    machine.terminal = Some(pty.slave.try_clone().unwrap());
+    let mut terminal = machine.put_at_a_terminal();
     let running = machine.start();
-    let mut terminal = std::fs::File::from(pty.master);
     let mut question = [0];
     terminal.read_exact(&mut question).unwrap();
     assert_eq!(&question, b"?");

@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::pty::openpty;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -75,6 +76,14 @@ impl Machine {
             terminal: None,
             jail: false,
         }
+    }
+
+    /// The guest's console becomes a terminal, of which this is the other end.
+    pub(crate) fn put_at_a_terminal(&mut self) -> File {
+        let pty = openpty(None, None).unwrap();
+        self.spec["console"] = json!("stdio");
+        self.terminal = Some(pty.slave);
+        File::from(pty.master)
     }
 
     /// What becomes of snapshots, the oldest first.

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::{Machine, Options};
-use crate::paths;
+use crate::{host_image, paths};
 
 /// Runs a command in the simulated host: in the one that `--up` left running, else in a new one
 #[derive(Debug, Args)]
@@ -47,14 +47,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         if Machine::find(&kept).is_some() {
             bail!("A simulated host is up already; `scripts/sim-host --down` ends it");
         }
-        Machine::boot(&kept, options)?.keep()?;
+        Machine::boot(&host_image::build()?, &kept, options)?.keep()?;
         if arguments.command.is_empty() {
             return Ok(ExitCode::SUCCESS);
         }
     }
     let machine = match Machine::find(&kept) {
         Some(machine) => machine,
-        None => Machine::boot(&new_dir(), options)?,
+        None => Machine::boot(&host_image::build()?, &new_dir(), options)?,
     };
     let terminal = arguments.command.is_empty() || std::io::stdin().is_terminal();
     machine.run(&arguments.command, terminal).map(exit_code)

@@ -80,14 +80,13 @@ struct Record {
 
 impl Machine {
     /// Boots a machine whose files live in `dir`, and waits until hostd answers in it.
-    pub(crate) fn boot(dir: &Path, options: Options) -> Result<Self> {
-        let image = host_image::build()?;
+    pub(crate) fn boot(image: &HostImage, dir: &Path, options: Options) -> Result<Self> {
         if dir.exists() {
             fs::remove_dir_all(dir).context("Cannot remove what the last run left")?;
         }
         fs::create_dir_all(dir)?;
         step("Boot the simulated host", || {
-            Self::launch(dir, &image, options)
+            Self::launch(dir, image, options)
         })
     }
 

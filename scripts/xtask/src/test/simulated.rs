@@ -8,6 +8,7 @@ use std::process::ExitStatus;
 use anyhow::{Context, Result, bail};
 
 use super::programs;
+use crate::host_image;
 use crate::sim_host::{self, Machine, Options};
 use crate::step::step;
 
@@ -28,7 +29,7 @@ struct Share {
     programs: &'static [Program],
 }
 
-const SHARES: [Share; 2] = [
+static SHARES: [Share; 2] = [
     Share {
         label: "vm",
         programs: &[Program {
@@ -84,11 +85,7 @@ pub(super) fn run(filter: &[String]) -> Result<()> {
             .zip(programs(&names)?)
             .collect::<Vec<_>>())
     })?;
-    let mut hosts = Vec::new();
-    for share in &SHARES {
-        let dir = sim_host::new_dir().join(share.label);
-        hosts.push((share, Machine::boot(&dir, Options::default())?));
-    }
+    let hosts = boot()?;
     std::thread::scope(|scope| {
         let shares: Vec<_> = hosts
             .iter()
@@ -100,6 +97,16 @@ pub(super) fn run(filter: &[String]) -> Result<()> {
             .map(|share| share.join().expect("it does not panic"));
         results.collect::<Vec<_>>().into_iter().collect()
     })
+}
+
+/// A host for each share, all from one image.
+fn boot() -> Result<Vec<(&'static Share, Machine)>> {
+    let image = host_image::build()?;
+    let boot = |share: &'static Share| {
+        let dir = sim_host::new_dir().join(share.label);
+        Ok((share, Machine::boot(&image, &dir, Options::default())?))
+    };
+    SHARES.iter().map(boot).collect()
 }
 
 impl Share {
