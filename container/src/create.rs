@@ -20,7 +20,7 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::footprint;
-use crate::handshake::{Channel, Message};
+use crate::handshake::{Channel, Failure, Message};
 use crate::hooks::HookError;
 use crate::idmap;
 use crate::idmap::IdMapError;
@@ -133,8 +133,8 @@ pub enum CreateError {
     #[error(transparent)]
     NetworkDevice(#[from] NetworkDeviceError),
     /// The first process says why it gave up.
-    #[error("{message}")]
-    Init { message: String },
+    #[error(transparent)]
+    Init(#[from] Failure),
     #[error("the container's first process died while it was set up")]
     InitDied,
     #[error(

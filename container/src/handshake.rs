@@ -36,7 +36,34 @@ pub(crate) enum Message {
     /// The next that happens is exec: the end of the stream means that it succeeded.
     Executing,
     /// It did not work.
-    Failed { message: String },
+    Failed(Failure),
+}
+
+/// Why a process of a container gave up before it executed its program.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// Which of the reasons that a caller may act on.
+    pub reason: Reason,
+    /// For people.
+    pub message: String,
+}
+
+/// What the failure of a process was about.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Reason {
+    /// There is no such program.
+    ProgramNotFound,
+    /// The program is there, but the kernel does not execute it.
+    ProgramNotExecutable,
+    /// Something else, of which nothing but the message is known.
+    Other,
+}
+
+impl Message {
+    pub(crate) fn failed(reason: Reason, message: String) -> Self {
+        Self::Failed(Failure { reason, message })
+    }
 }
 
 /// One end of a socket for messages.
@@ -73,7 +100,14 @@ impl Channel {
             Message::Notify(listener) => (b'n', "", listener.as_ref()),
             Message::Ready => (b'r', "", None),
             Message::Executing => (b'x', "", None),
-            Message::Failed { message } => (b'e', message, None),
+            Message::Failed(Failure { reason, message }) => {
+                let tag = match reason {
+                    Reason::ProgramNotFound => b'm',
+                    Reason::ProgramNotExecutable => b'u',
+                    Reason::Other => b'e',
+                };
+                (tag, message, None)
+            }
         };
         let text = text.as_bytes();
         let text = &text[..text.len().min(PACKET_BYTES_MAX - 1)];
@@ -103,7 +137,9 @@ impl Channel {
             b'n' => Message::Notify(descriptor),
             b'r' => Message::Ready,
             b'x' => Message::Executing,
-            b'e' => Message::Failed { message: text },
+            b'm' => Message::failed(Reason::ProgramNotFound, text),
+            b'u' => Message::failed(Reason::ProgramNotExecutable, text),
+            b'e' => Message::failed(Reason::Other, text),
             _ => return Err(io::Error::other("a message of an unknown kind")),
         }))
     }
@@ -242,10 +278,10 @@ mod tests {
             pidfd: Some(file),
         })
         .unwrap();
-        one.send(&Message::Failed {
-            message: "é".repeat(PACKET_BYTES_MAX),
-        })
-        .unwrap();
+        let long = "é".repeat(PACKET_BYTES_MAX);
+        for reason in [Reason::ProgramNotFound, Reason::ProgramNotExecutable] {
+            one.send(&Message::failed(reason, long.clone())).unwrap();
+        }
         drop(one);
         let Some(Message::Forked {
             pid: 7,
@@ -254,10 +290,14 @@ mod tests {
         else {
             panic!("the first message is another one");
         };
-        let Some(Message::Failed { message }) = other.receive().unwrap() else {
-            panic!("the second message is another one");
-        };
-        assert!(message.len() >= PACKET_BYTES_MAX - 4);
+        for expected in [Reason::ProgramNotFound, Reason::ProgramNotExecutable] {
+            let Some(Message::Failed(Failure { reason, message })) = other.receive().unwrap()
+            else {
+                panic!("the message is another one");
+            };
+            assert_eq!(reason, expected);
+            assert!(message.len() >= PACKET_BYTES_MAX - 4);
+        }
         assert!(other.receive().unwrap().is_none());
         assert!(other.send(&Message::Ready).is_err());
     }

@@ -22,7 +22,7 @@ use rustix::thread::{
 };
 
 use crate::environment::variable;
-use crate::handshake::{Channel, Message};
+use crate::handshake::{Channel, Message, Reason};
 use crate::hooks::{self, HookError, Surroundings};
 use crate::plan::capability::{self, Capabilities};
 use crate::plan::memory::MemoryPolicy;
@@ -34,7 +34,8 @@ use crate::sys;
 /// Where programs are looked for if the environment has no PATH.
 const PATH_DEFAULT: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Why the program could not be executed. Engines tell the kinds apart by these texts.
+/// Why the program could not be executed. Engines tell the kinds apart by these texts; who has the
+/// error itself, by [`Reason`].
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LaunchError {
     #[error("executable file `{name}` not found in $PATH")]
@@ -54,6 +55,23 @@ pub(crate) enum LaunchError {
         step: &'static str,
         source: io::Error,
     },
+}
+
+impl LaunchError {
+    fn reason(&self) -> Reason {
+        match self {
+            Self::NotInPath { .. } => Reason::ProgramNotFound,
+            Self::Execute { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                Reason::ProgramNotFound
+            }
+            Self::Execute { .. } => Reason::ProgramNotExecutable,
+            Self::WorkingDirectory { .. }
+            | Self::Outside { .. }
+            | Self::Filter(_)
+            | Self::Hook(_)
+            | Self::Step { .. } => Reason::Other,
+        }
+    }
 }
 
 /// `PER_LINUX32` of <linux/personality.h>.
@@ -409,9 +427,12 @@ impl Ending<'_> {
 
 /// Tells the other side why this process gives up, and ends it.
 pub(crate) fn fail(channel: &Channel, error: &(dyn std::error::Error + 'static)) -> ! {
+    let reason = error
+        .downcast_ref()
+        .map_or(Reason::Other, LaunchError::reason);
     let message = crate::error::chain(error);
     // If the other side is gone there is nobody to tell.
-    let _ = channel.send(&Message::Failed { message });
+    let _ = channel.send(&Message::failed(reason, message));
     sys::exit_now(1)
 }
 

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 use rustix::thread::{Gid, Uid, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
-use crate::handshake::{Channel, Message};
+use crate::handshake::{Channel, Message, Reason};
 use crate::plan::namespaces::{Kind, NamespacePlan};
 use crate::process::Process;
 use crate::sys::{self, Cloned};
@@ -148,7 +148,7 @@ fn fork_by_helper(
                 Err(error) => {
                     let message = format!("cannot enter the namespaces: {error}");
                     // There is nobody else to tell.
-                    let _ = theirs.send(&Message::Failed { message });
+                    let _ = theirs.send(&Message::failed(Reason::Other, message));
                     sys::exit_now(1);
                 }
             }
@@ -189,7 +189,7 @@ fn await_sibling(ours: &Channel, helper: &OwnedFd) -> io::Result<Process> {
             pid,
             pidfd: Some(pidfd),
         }) => Process::from_child(pid, pidfd),
-        Some(Message::Failed { message }) => Err(io::Error::other(message)),
+        Some(Message::Failed(failure)) => Err(io::Error::other(failure)),
         _ => Err(io::Error::other(
             "the helper that makes the namespaces made none",
         )),

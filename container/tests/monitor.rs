@@ -133,7 +133,7 @@ impl Instance {
         self.monitor = Some(monitor);
         match ready {
             Ready::Running { pid, .. } => pid,
-            Ready::Failed { message } => panic!("{message}"),
+            Ready::Failed { message, .. } => panic!("{message}"),
         }
     }
 
@@ -554,7 +554,7 @@ fn a_directory_has_one_monitor() {
     let mut instance = Instance::started("sleep 60");
     let (mut second, ready) = instance.spawn();
     assert!(!second.wait().unwrap().success());
-    let Ready::Failed { message } = ready else {
+    let Ready::Failed { message, .. } = ready else {
         panic!("{ready:?}");
     };
     assert!(message.contains("already has a monitor"), "{message}");
@@ -597,6 +597,12 @@ fn a_killed_monitor_leaves_the_workload_and_its_absence_is_seen() {
 fn a_workload_that_does_not_start_leaves_nothing() {
     let mut missing = Instance::new("");
     missing.config["process"]["args"] = json!(["/no/such/program"]);
+    let mut unfound = Instance::new("");
+    unfound.config["process"]["args"] = json!(["no-such-program"]);
+    let mut folder = Instance::new("");
+    folder.config["process"]["args"] = json!(["/usr"]);
+    let mut directory = Instance::new("true");
+    directory.config["process"]["cwd"] = json!("/proc/version");
     let mut limit = Instance::new("true");
     limit.config["linux"]["resources"] = json!({ "cpu": { "cpus": "banana" } });
     let mut descriptor = Instance::new("true");
@@ -614,17 +620,21 @@ fn a_workload_that_does_not_start_leaves_nothing() {
     ];
     let mut log = Instance::new("true");
     log.spec.log.bytes_max = 0;
-    for (instance, part) in [
-        (missing, "/no/such/program"),
-        (limit, "linux.resources.cpu.cpus"),
-        (descriptor, "descriptors[2]"),
-        (log, "log.bytes_max"),
+    for (instance, part, code) in [
+        (missing, "/no/such/program", Some(127)),
+        (unfound, "no-such-program", Some(127)),
+        (folder, "/usr", Some(126)),
+        (directory, "/proc/version", None),
+        (limit, "linux.resources.cpu.cpus", None),
+        (descriptor, "descriptors[2]", None),
+        (log, "log.bytes_max", None),
     ] {
         let (mut monitor, ready) = instance.spawn();
-        let Ready::Failed { message } = ready else {
+        let Ready::Failed { message, exit_code } = ready else {
             panic!("{ready:?}");
         };
         assert!(message.contains(part), "{message}");
+        assert_eq!(exit_code, code, "{message}");
         assert!(!monitor.wait().unwrap().success());
         instance.assert_nothing_is_left();
         for trace in ["monitor.sock", "exit.json", "listener", "created"] {

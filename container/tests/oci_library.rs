@@ -212,7 +212,7 @@ fn a_failure_leaves_neither_process_nor_state() {
     });
     let (stdio, _output) = streams();
     let error = create(bare.options(stdio)).unwrap_err();
-    assert!(matches!(error, CreateError::Init { .. }), "{error}");
+    assert!(matches!(error, CreateError::Init(_)), "{error}");
     assert!(
         error
             .to_string()

@@ -178,7 +178,7 @@ impl Making {
                 Some(Message::Ready) => {
                     return Ok(console);
                 }
-                Some(Message::Failed { message }) => return Err(CreateError::Init { message }),
+                Some(Message::Failed(failure)) => return Err(failure.into()),
                 Some(other) => {
                     let source = io::Error::other(format!("an unexpected message: {other:?}"));
                     return Err(CreateError::Step {

@@ -23,7 +23,12 @@ use std::{
 
 use self::{launch::Launched, protocol::Ready};
 use crate::{
-    create::CreateError, error::chain, footprint, state::StateError, verbs::delete::DeleteError,
+    create::CreateError,
+    error::chain,
+    footprint,
+    handshake::Reason,
+    state::StateError,
+    verbs::{delete::DeleteError, start::StartError},
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +71,23 @@ pub enum MonitorError {
     },
 }
 
+impl MonitorError {
+    /// The code that a shell gives for a program that it cannot execute, if that is the error.
+    fn exit_code(&self) -> Option<u8> {
+        let Self::Create(
+            CreateError::Init(failure) | CreateError::Start(StartError::Failed(failure)),
+        ) = self
+        else {
+            return None;
+        };
+        match failure.reason {
+            Reason::ProgramNotFound => Some(127),
+            Reason::ProgramNotExecutable => Some(126),
+            Reason::Other => None,
+        }
+    }
+}
+
 fn step<T, E: Into<io::Error>>(
     step: &'static str,
     result: Result<T, E>,
@@ -88,6 +110,7 @@ pub fn run(dir: &Path) -> Result<(), MonitorError> {
     match launch::launch(dir) {
         Err(error) => {
             tell(&Ready::Failed {
+                exit_code: error.exit_code(),
                 message: chain(&error),
             });
             Err(error)

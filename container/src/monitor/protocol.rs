@@ -99,7 +99,12 @@ pub enum Ready {
         monitor_pid: i32,
     },
     /// Nothing runs and nothing is left behind.
-    Failed { message: String },
+    Failed {
+        message: String,
+        /// 127 if there is no such program, 126 if it cannot be executed, as a shell has it; nothing
+        /// if it is about something else.
+        exit_code: Option<u8>,
+    },
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]

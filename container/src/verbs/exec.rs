@@ -15,7 +15,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use crate::cgroup::{Cgroup, CgroupError, Entry};
 use crate::create::{CreateError, Stdio, connect_console, harden, write_pid_file};
 use crate::environment;
-use crate::handshake::{Channel, Message};
+use crate::handshake::{Channel, Failure, Message};
 use crate::launch::{self, Program};
 use crate::namespaces::{self, Forked};
 use crate::notify;
@@ -105,8 +105,8 @@ pub enum ExecError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     /// The process says why it gave up.
-    #[error("{message}")]
-    Failed { message: String },
+    #[error(transparent)]
+    Failed(#[from] Failure),
     #[error("the process died before it executed the program")]
     Died,
     #[error(transparent)]
@@ -350,7 +350,7 @@ impl Child {
                     None => console = Some(master),
                 },
                 Some(Message::Ready) => break,
-                Some(Message::Failed { message }) => return Err(ExecError::Failed { message }),
+                Some(Message::Failed(failure)) => return Err(failure.into()),
                 Some(_) => {}
                 None => return Err(ExecError::Died),
             }
@@ -359,7 +359,7 @@ impl Child {
         let agent = |listener| seccomp_agent(plan, record, self.pid(), &listener);
         match await_exec(channel, agent) {
             Ok(()) => Ok(console),
-            Err(StartError::Failed { message }) => Err(ExecError::Failed { message }),
+            Err(StartError::Failed(failure)) => Err(failure.into()),
             Err(_) => Err(ExecError::Died),
         }
     }

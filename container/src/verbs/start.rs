@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use crate::handshake::{self, Channel, Message};
+use crate::handshake::{self, Channel, Failure, Message};
 use crate::hooks::{self, HookError, Surroundings};
 use crate::notify;
 use crate::spec::Config;
@@ -21,8 +21,8 @@ pub enum StartError {
     #[error("cannot start container `{id}`: another process starts it, or it has ended")]
     Raced { id: String },
     /// The first process says why the program could not be executed.
-    #[error("{message}")]
-    Failed { message: String },
+    #[error(transparent)]
+    Failed(#[from] Failure),
     #[error("the container's first process died before it executed the program")]
     Died,
     #[error(transparent)]
@@ -94,7 +94,7 @@ pub(crate) fn await_exec(
             source,
         })? {
             Some(Message::Executing) => executing = true,
-            Some(Message::Failed { message }) => return Err(StartError::Failed { message }),
+            Some(Message::Failed(failure)) => return Err(failure.into()),
             Some(Message::Notify(Some(listener))) => {
                 agent(listener).map_err(|source| StartError::Step {
                     step: "hand over the listener of the seccomp filter",

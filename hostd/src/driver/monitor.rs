@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use agent::protocol::{NOT_EXECUTABLE, NOT_FOUND};
 use container::monitor::protocol::{
     ExitRecord, LINE_BYTES_MAX, MonitorSpec, Ready, Request, Response,
 };
@@ -77,8 +76,8 @@ impl Monitor {
         tokio::spawn(async move { child.wait().await });
         match ready {
             Ok(Ok(Ready::Running { pid, .. })) => Ok(pid),
-            Ok(Ok(Ready::Failed { message })) => {
-                Err(DriverError::of_workload(program_failure(&message), message))
+            Ok(Ok(Ready::Failed { message, exit_code })) => {
+                Err(DriverError::of_workload(exit_code, message))
             }
             Ok(Err(source)) => Err(DriverError::Helper {
                 action: "starting the monitor".to_owned(),
@@ -212,23 +211,6 @@ impl Monitor {
     }
 }
 
-/// The shell's code for what the runtime could not execute. The program's error reaches the monitor
-/// from inside the container, as a text that engines tell apart.
-pub(super) fn program_failure(message: &str) -> Option<u8> {
-    let message = message.to_ascii_lowercase();
-    let missing = ["not found in $path", "no such file"];
-    if !["executable file `", "cannot exec `"]
-        .iter()
-        .any(|text| message.contains(text))
-    {
-        None
-    } else if missing.iter().any(|text| message.contains(text)) {
-        Some(NOT_FOUND)
-    } else {
-        Some(NOT_EXECUTABLE)
-    }
-}
-
 /// Whether nobody listens.
 fn is_absent(error: &io::Error) -> bool {
     matches!(
@@ -274,36 +256,5 @@ fn to_ended(record: &ExitRecord) -> Ended {
         },
         at: record.finished_at,
         error: None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_program_that_cannot_run_is_told_from_the_rest() {
-        let table = [
-            ("executable file `a` not found in $PATH: ENOENT", Some(127)),
-            (
-                "cannot exec `/a`: No such file or directory (os error 2)",
-                Some(127),
-            ),
-            (
-                "cannot exec `/a`: Permission denied (os error 13)",
-                Some(126),
-            ),
-            (
-                "cannot exec `/a`: Exec format error (os error 8)",
-                Some(126),
-            ),
-            (
-                "cannot change to the working directory `/a`: No such file or directory",
-                None,
-            ),
-        ];
-        for (message, code) in table {
-            assert_eq!(program_failure(message), code, "{message}");
-        }
     }
 }

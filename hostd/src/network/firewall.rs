@@ -17,7 +17,6 @@ use crate::api::types::{PortSpec, Protocol};
 
 use super::NetworkConfig;
 use super::error::NetworkError;
-use super::flows::{self, Flows};
 use super::rules::{self, Guest};
 
 /// Where Debian has `nft`, which a service or a first process may not have in its PATH.
@@ -54,20 +53,12 @@ impl Firewall {
     /// Lets one more instance through.
     pub(super) async fn admit(&mut self, name: &str, guest: Guest) -> Result<(), NetworkError> {
         let change = rules::elements("add", name, &guest);
-        let udp = guest
-            .ports
-            .iter()
-            .filter(|port| port.protocol == Protocol::Udp);
-        let udp: Vec<u16> = udp.map(|port| port.host).collect();
         self.guests.insert(name.into(), guest);
         if apply("add an instance", &change).await.is_err()
             && let Err(error) = self.reload().await
         {
             self.guests.remove(name);
             return Err(error);
-        }
-        for port in udp {
-            flows::forget(Flows::UntranslatedUdpTo(port));
         }
         Ok(())
     }
@@ -81,7 +72,6 @@ impl Firewall {
         if apply("remove an instance", &change).await.is_err() {
             self.reload().await?;
         }
-        flows::forget(Flows::Of(guest.address));
         Ok(())
     }
 

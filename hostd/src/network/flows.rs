@@ -18,6 +18,7 @@ use rtnetlink::packet_core::{
 };
 use rtnetlink::sys::protocols::NETLINK_NETFILTER;
 use rtnetlink::sys::{Socket, SocketAddr};
+use tokio::task;
 
 const CTNETLINK: u16 = 1 << 8;
 const IPCTNL_MSG_CT_GET: u16 = CTNETLINK | 1;
@@ -50,58 +51,71 @@ const NLMSG_DONE: u16 = 3;
 /// Which flows to forget.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Flows {
-    /// Those that an instance began, and those that were led to it.
-    Of(Ipv4Addr),
+    /// Those that an instance began.
+    From(Ipv4Addr),
+    /// Those that were led to an instance.
+    LedTo(Ipv4Addr),
     /// UDP to this port that is led nowhere: such a flow is older than the port's being published.
     UntranslatedUdpTo(u16),
 }
 
 /// Forgets flows as far as the kernel lets us.
-pub(super) fn forget(flows: Flows) {
-    if let Err(error) = try_forget(flows) {
-        tracing::debug!(?flows, %error, "flows are not forgotten at once");
+///
+/// The socket is of the calling thread's network namespace. The walk through the kernel's table, 10 ms
+/// each for a table of usual size however few flows it has, happens on a thread that may block.
+pub(super) async fn forget(stale: Vec<Flows>) {
+    if stale.is_empty() {
+        return;
+    }
+    let walk = connect().map(|socket| {
+        let flows = stale.clone();
+        task::spawn_blocking(move || flows.into_iter().try_for_each(|flows| walk(&socket, flows)))
+    });
+    let forgotten = match walk {
+        Ok(walk) => walk.await.unwrap_or_else(|error| Err(error.into())),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = forgotten {
+        tracing::debug!(flows = ?stale, %error, "flows are not forgotten at once");
     }
 }
 
-fn try_forget(flows: Flows) -> io::Result<()> {
+fn connect() -> io::Result<Socket> {
     let mut socket = Socket::new(NETLINK_NETFILTER)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
-    for filter in filters(flows) {
-        send(&socket, IPCTNL_MSG_CT_GET, NLM_F_DUMP, &filter)?;
-        for flow in receive(&socket)? {
-            let translated = flow.status & TRANSLATED != 0;
-            if matches!(flows, Flows::UntranslatedUdpTo(_)) && translated {
-                continue;
-            }
-            let tuple = DefaultNla::new(CTA_TUPLE_ORIG | NLA_F_NESTED, flow.original);
-            send(&socket, IPCTNL_MSG_CT_DELETE, NLM_F_ACK, &[tuple])?;
-            match receive(&socket) {
-                // It ended by itself meanwhile.
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-                result => drop(result?),
-            }
+    Ok(socket)
+}
+
+fn walk(socket: &Socket, flows: Flows) -> io::Result<()> {
+    send(socket, IPCTNL_MSG_CT_GET, NLM_F_DUMP, &filter(flows))?;
+    for flow in receive(socket)? {
+        let translated = flow.status & TRANSLATED != 0;
+        if matches!(flows, Flows::UntranslatedUdpTo(_)) && translated {
+            continue;
+        }
+        let tuple = DefaultNla::new(CTA_TUPLE_ORIG | NLA_F_NESTED, flow.original);
+        send(socket, IPCTNL_MSG_CT_DELETE, NLM_F_ACK, &[tuple])?;
+        match receive(socket) {
+            // It ended by itself meanwhile.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            result => drop(result?),
         }
     }
     Ok(())
 }
 
-fn filters(flows: Flows) -> Vec<Vec<DefaultNla>> {
+fn filter(flows: Flows) -> Vec<DefaultNla> {
     let number = |kind, value: u32| DefaultNla::new(kind, value.to_ne_bytes().to_vec());
+    let source = |address: Ipv4Addr, tuple, flags| {
+        let source = DefaultNla::new(CTA_IP_V4_SRC, address.octets().to_vec());
+        let ip = nested(CTA_TUPLE_IP, &[source]);
+        let compare = number(flags, COMPARE_IP_SRC);
+        vec![nested(tuple, &[ip]), nested(CTA_FILTER, &[compare])]
+    };
     match flows {
-        Flows::Of(address) => {
-            let sides = [
-                (CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS),
-                (CTA_TUPLE_REPLY, CTA_FILTER_REPLY_FLAGS),
-            ];
-            let filter = |(tuple, flags)| {
-                let source = DefaultNla::new(CTA_IP_V4_SRC, address.octets().to_vec());
-                let ip = nested(CTA_TUPLE_IP, &[source]);
-                let compare = number(flags, COMPARE_IP_SRC);
-                vec![nested(tuple, &[ip]), nested(CTA_FILTER, &[compare])]
-            };
-            sides.map(filter).to_vec()
-        }
+        Flows::From(address) => source(address, CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS),
+        Flows::LedTo(address) => source(address, CTA_TUPLE_REPLY, CTA_FILTER_REPLY_FLAGS),
         Flows::UntranslatedUdpTo(port) => {
             let udp = u8::try_from(libc::IPPROTO_UDP).expect("17");
             let protocol = DefaultNla::new(CTA_PROTO_NUM, vec![udp]);
@@ -111,10 +125,10 @@ fn filters(flows: Flows) -> Vec<Vec<DefaultNla>> {
                 CTA_FILTER_ORIG_FLAGS,
                 COMPARE_PROTO_NUM | COMPARE_PROTO_DST_PORT,
             );
-            vec![vec![
+            vec![
                 nested(CTA_TUPLE_ORIG, &[to]),
                 nested(CTA_FILTER, &[compare]),
-            ]]
+            ]
         }
     }
 }

@@ -50,12 +50,13 @@ use std::path::{Path, PathBuf};
 use ipnet::Ipv4Net;
 use tokio::sync::Mutex;
 
-use crate::api::types::{NetworkLimits, PortSpec};
+use crate::api::types::{NetworkLimits, PortSpec, Protocol};
 
 pub use self::config::NetworkConfig;
 pub use self::error::NetworkError;
 
 use self::firewall::Firewall;
+use self::flows::Flows;
 use self::links::{Inside, Links};
 use self::names::Names;
 use self::rules::Guest;
@@ -185,12 +186,10 @@ impl Network {
     pub async fn attach(&self, request: &AttachRequest) -> Result<Attachment, NetworkError> {
         self.detach(&request.name).await?;
         let guest = self.guest(request)?;
-        {
-            let mut firewall = self.firewall.lock().await;
-            ports::check(&guest.ports, firewall.guests())?;
-            firewall.admit(&request.name, guest).await?;
-        }
-        match self.connect(request).await {
+        // Side by side, since each takes milliseconds. The one without the other lets nothing through.
+        let (admitted, connected) =
+            tokio::join!(self.admit(&request.name, guest), self.connect(request));
+        match admitted.and(connected) {
             Ok(attachment) => Ok(attachment),
             Err(error) => {
                 // The first error is the one that explains.
@@ -205,13 +204,55 @@ impl Network {
     /// Removes every trace of an instance; it is no error if there is none. All that can be removed
     /// is, also when something cannot.
     pub async fn detach(&self, name: &str) -> Result<(), NetworkError> {
-        let mut results = Vec::new();
-        for interface in Names::of(name).all() {
-            results.push(self.links.delete(interface).await);
-        }
-        results.push(netns::remove(&self.netns_path(name)));
-        results.push(self.firewall.lock().await.dismiss(name).await);
+        let names = Names::of(name);
+        let links = names
+            .all()
+            .into_iter()
+            .map(|interface| self.links.delete(interface));
+        // The kernel makes each remover of an interface wait for all its processors. The packet filter
+        // and what it has tracked need not wait for that: without its interface an instance gets
+        // nothing through, and without being admitted neither.
+        let (links, namespace, dismissed) = tokio::join!(
+            futures::future::join_all(links),
+            async { netns::remove(&self.netns_path(name)) },
+            self.dismiss(name),
+        );
+        let mut results = links;
+        results.extend([namespace, dismissed]);
         results.into_iter().collect()
+    }
+
+    async fn admit(&self, name: &str, guest: Guest) -> Result<(), NetworkError> {
+        let published = guest.ports.clone();
+        {
+            let mut firewall = self.firewall.lock().await;
+            ports::check(&guest.ports, firewall.guests())?;
+            firewall.admit(name, guest).await?;
+        }
+        let udp = published
+            .iter()
+            .filter(|port| port.protocol == Protocol::Udp);
+        let stale = udp.map(|port| Flows::UntranslatedUdpTo(port.host));
+        flows::forget(stale.collect()).await;
+        Ok(())
+    }
+
+    async fn dismiss(&self, name: &str) -> Result<(), NetworkError> {
+        let mut firewall = self.firewall.lock().await;
+        let Some(guest) = firewall.guests().get(name).cloned() else {
+            return Ok(());
+        };
+        // What the instance began can be forgotten meanwhile, since nothing of it runs any more.
+        let (dismissed, ()) = tokio::join!(
+            firewall.dismiss(name),
+            flows::forget(vec![Flows::From(guest.address)])
+        );
+        drop(firewall);
+        // Only from now on nobody is led to it. Where no port was published nobody ever was.
+        if !guest.ports.is_empty() {
+            flows::forget(vec![Flows::LedTo(guest.address)]).await;
+        }
+        dismissed
     }
 
     /// Changes the bandwidth limits of an attached instance, while traffic flows.
