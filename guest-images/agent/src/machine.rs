@@ -4,6 +4,7 @@
 
 mod disks;
 mod files;
+mod host_keys;
 mod modules;
 mod mounts;
 mod netlink;
@@ -13,14 +14,19 @@ mod system;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::Command;
 
 use nix::errno::Errno;
+use nix::libc::SIGHUP;
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::unistd::sync;
 
 use crate::console::say;
 use crate::protocol::{CONFIG_PATH, Config, Network, Renewal};
 use crate::sys;
+
+pub use self::host_keys::HostKeyError;
 
 /// Where control groups are found.
 pub const CGROUP: &str = "/sys/fs/cgroup";
@@ -68,6 +74,8 @@ pub enum SetUpError {
     },
     #[error("Failed to {action}")]
     System { action: &'static str, source: Errno },
+    #[error("Failed to renew the ssh host keys")]
+    HostKeys(#[from] HostKeyError),
 }
 
 /// Reads what the host wants run.
@@ -92,11 +100,12 @@ pub fn set_up(config: &Config) -> Result<Machine, SetUpError> {
     system::drop_initramfs();
     mounts::enter_root()?;
     mounts::mount_device_file_systems()?;
-    files::write_identity(
-        &config.hostname,
-        config.network.as_ref(),
-        config.machine_id.as_deref(),
-    )?;
+    let machine_id = config.machine_id.as_deref();
+    // Before it has its own machine-id, so that a start that is cut off here does it again.
+    if files::is_of_another(machine_id) {
+        renew_host_keys(|command| command.status().map(|status| status.success()))?;
+    }
+    files::write_identity(&config.hostname, config.network.as_ref(), machine_id)?;
 
     network::bring_up_loopback()?;
     if let Some(network) = &config.network {
@@ -111,9 +120,18 @@ pub fn adjust_clock(now_ns: Option<i64>) -> Result<(), SetUpError> {
 }
 
 /// Makes the machine, which has gone on from the memory of another, one of its own. `former` is what
-/// its network interface is set to.
-pub fn renew(renewal: &Renewal, former: Option<&Network>) -> Result<(), SetUpError> {
+/// its network interface is set to; `execute` runs a program to its end, and tells whether it succeeded.
+pub fn renew(
+    renewal: &Renewal,
+    former: Option<&Network>,
+    execute: impl FnMut(&mut Command) -> io::Result<bool>,
+) -> Result<(), SetUpError> {
     system::set_host_name(&renewal.hostname)?;
+    renew_host_keys(execute)?;
+    for server in host_keys::servers() {
+        // It has the old keys in its memory. One that has gone needs to hear nothing.
+        let _ = sys::kill(server, SIGHUP);
+    }
     files::write_identity(
         &renewal.hostname,
         renewal.network.as_ref(),
@@ -123,6 +141,16 @@ pub fn renew(renewal: &Renewal, former: Option<&Network>) -> Result<(), SetUpErr
         (Some(former), Some(network)) if former != network => network::change(former, network),
         _ => Ok(()),
     }
+}
+
+fn renew_host_keys(
+    execute: impl FnMut(&mut Command) -> io::Result<bool>,
+) -> Result<(), HostKeyError> {
+    host_keys::renew(
+        Path::new(host_keys::DIRECTORY),
+        host_keys::generator(),
+        execute,
+    )
 }
 
 impl Machine {

@@ -143,9 +143,12 @@ pub enum Request {
         at_start_bytes: u64,
         now_bytes: u64,
     },
-    /// Stops the workload and what exec started where they are, and writes to the disk what they
-    /// have written to files. Answered once that has come about.
-    Hold {},
+    /// Stops the workload and what exec started where they are; with `sync`, also writes to the disk
+    /// what they have written to files. Answered once that has come about.
+    Hold {
+        #[serde(default = "yes")]
+        sync: bool,
+    },
     /// Lets them go on. A machine that goes on from a snapshot is told before who and when it is.
     Release {
         #[serde(default)]
@@ -154,6 +157,10 @@ pub enum Request {
         #[serde(default)]
         clock_ns: Option<i64>,
     },
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// The answer to every request but `exec`.

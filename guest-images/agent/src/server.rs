@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::process::Command;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -17,7 +18,7 @@ use crate::lines::{LineError, LineWriter, Lines};
 use crate::machine::{self, SetUpError};
 use crate::memory::Memory;
 use crate::protocol::{Frame, Network, Process, Renewal, Request, Response};
-use crate::reaper::{Reaper, STACK_BYTES};
+use crate::reaper::{PidNamespace, Reaper, STACK_BYTES};
 use crate::transport::Listener;
 use crate::workload::Workload;
 
@@ -195,9 +196,11 @@ fn respond(agent: &Agent, request: &Request) -> Result<Response, RequestError> {
             let memory = agent.memory_at_start.resized(*at_start_bytes, *now_bytes);
             agent.cgroups.set_memory_max(memory.for_workload())?;
         }
-        Request::Hold {} => {
+        Request::Hold { sync: writes } => {
             agent.cgroups.freeze()?;
-            sync();
+            if *writes {
+                sync();
+            }
         }
         Request::Release { renewal, clock_ns } => release(agent, renewal.as_ref(), *clock_ns)?,
     }
@@ -215,7 +218,11 @@ fn release(
     if let Some(renewal) = renewal {
         // One at a time, and nothing panics with it held.
         let mut network = agent.network.lock().unwrap_or_else(PoisonError::into_inner);
-        machine::renew(renewal, network.as_ref()).map_err(RequestError::Renew)?;
+        let execute = |command: &mut Command| {
+            let process = agent.reaper.spawn(command, PidNamespace::New)?;
+            process.wait().map(|end| end.code == Some(0))
+        };
+        machine::renew(renewal, network.as_ref(), execute).map_err(RequestError::Renew)?;
         network.clone_from(&renewal.network);
     }
     Ok(agent.cgroups.thaw()?)

@@ -120,7 +120,7 @@ fn a_workload_that_is_held_does_nothing_until_it_is_released() {
     let agent = Agent::start(shell(&format!("while :; do echo x >>{shown}; done")));
     let length = || fs::metadata(&file).map_or(0, |found| found.len());
     while length() == 0 {}
-    assert_eq!(agent.ask(&Request::Hold {}), Response::Done {});
+    assert_eq!(agent.ask(&Request::Hold { sync: true }), Response::Done {});
     let held = length();
     // As long as an exchange takes, it would have written many times.
     for _ in 0..10 {

@@ -24,7 +24,7 @@ const NOT_INHERITED: [&str; 3] = ["/name", "/hostname", "/network/ports"];
 const FIXED: [&str; 3] = ["/isolation", "/image", "/limits/disk/size"];
 
 /// And of one whose first start goes on from memory: the workload runs already.
-const FIXED_BY_MEMORY: [&str; 10] = [
+pub(super) const FIXED_BY_MEMORY: [&str; 10] = [
     "/entrypoint",
     "/command",
     "/env",

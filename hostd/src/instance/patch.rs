@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use super::create::FIXED_BY_MEMORY;
 use crate::api::types::{Effect, InstancePatch, InstanceSpec};
 use crate::limits::{self, Capacity, Rules};
 use crate::pointer;
@@ -25,6 +26,18 @@ impl Plan {
         self.effects
             .iter()
             .any(|(field, effect)| *effect == Effect::Live && field.starts_with("/limits"))
+    }
+
+    /// Checks that an instance whose next start goes on from memory may be changed so.
+    pub(super) fn check_goes_on(&self) -> Result<(), FieldError> {
+        let fixed = |field: &&String| FIXED_BY_MEMORY.contains(&field.as_str());
+        match self.effects.keys().find(fixed) {
+            None => Ok(()),
+            Some(field) => {
+                let why = "its next start goes on from memory, and with what the snapshot has";
+                Err(FieldError::new(field, why).hint("change it once the instance runs"))
+            }
+        }
     }
 }
 

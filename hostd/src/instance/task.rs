@@ -321,6 +321,9 @@ impl Task {
         let before = self.record.instance.spec.clone();
         let rules = self.kind.rules;
         let plan = patch::plan(&before, patch, live, rules, &self.shared.capacity)?;
+        if self.record.goes_on {
+            plan.check_goes_on()?;
+        }
         if dry_run || plan.effects.is_empty() {
             let mut instance = self.instance();
             instance.spec = plan.spec;

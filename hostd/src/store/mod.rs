@@ -33,9 +33,12 @@ pub struct Record {
     pub removing: bool,
     /// The spec's limits have been stored but may not be in force yet.
     pub unapplied: bool,
-    /// hostd has made it stand still for a moment, for a snapshot, whatever its state says.
+    /// hostd is making it stand still, or has done so for a snapshot, whatever its state says.
     #[serde(default)]
     pub held: bool,
+    /// Its next start goes on from the memory of a snapshot.
+    #[serde(default)]
+    pub goes_on: bool,
 }
 
 /// Something that happened, before it has a sequence number.
@@ -184,6 +187,7 @@ fn add(
         removing,
         unapplied: false,
         held: false,
+        goes_on: false,
     };
     transaction.execute(
         "INSERT INTO instances (name, number, body) VALUES (?1, ?2, ?3)",

@@ -8,6 +8,7 @@ mod daemon;
 mod images;
 mod lifecycle;
 mod limits;
+mod memory;
 mod network;
 mod origins;
 mod process;
@@ -47,6 +48,7 @@ const HOST_TESTS: &[(Kind, &str, &[Named<HostTest>])] = &[
     (Kind::Container, "api", api::TESTS),
     (Kind::Container, "images", images::TESTS),
     (Kind::Vm, "crash", crash::TESTS),
+    (Kind::Vm, "memory", memory::TESTS),
     (Kind::Vm, "vmm", vmm::TESTS),
 ];
 

@@ -38,14 +38,21 @@ pub(super) fn write_identity(
     }
 }
 
-fn replace_machine_id(machine_id: &str) -> Result<(), SetUpError> {
-    let found = fs::read_to_string(MACHINE_ID).unwrap_or_default();
-    let wanted = format!("{machine_id}\n");
+/// Whether the files are those of another machine than the one that is to have this id.
+pub(super) fn is_of_another(machine_id: Option<&str>) -> bool {
+    let Some(machine_id) = machine_id else {
+        return false;
+    };
     // An empty one is for a later boot to fill, and an absent one for nobody.
-    if found.is_empty() || found == wanted {
+    let found = fs::read_to_string(MACHINE_ID).unwrap_or_default();
+    !found.is_empty() && found.trim_end() != machine_id
+}
+
+fn replace_machine_id(machine_id: &str) -> Result<(), SetUpError> {
+    if !is_of_another(Some(machine_id)) {
         return Ok(());
     }
-    write(MACHINE_ID, &wanted)?;
+    write(MACHINE_ID, &format!("{machine_id}\n"))?;
     // It is there once and for all, however the machine ends.
     sync();
     Ok(())

@@ -127,6 +127,31 @@ async fn a_clone_has_the_files_and_what_is_its_own() {
     assert_eq!(daemon.ask("PUT", "/v1/instances/c", &put).await.0, 404);
 }
 
+#[tokio::test]
+async fn what_goes_on_from_memory_keeps_its_size_until_it_runs() {
+    let daemon = Daemon::new().await;
+    daemon.run("a", "serve").await;
+    take(&daemon, &json!({"stateful": true})).await;
+    let clone = json!({"name": "b", "from_snapshot": "a/snap0"});
+    daemon.ask("POST", "/v1/instances", &clone).await;
+    let path = "/v1/instances/b";
+    for (field, limits) in [
+        ("/limits/memory/max", json!({"memory": {"max": 1 << 26}})),
+        ("/limits/cpu/cores", json!({"cpu": {"cores": 1.0}})),
+    ] {
+        let patch = json!({"limits": limits});
+        let (status, problem) = daemon.ask("PATCH", path, &patch).await;
+        assert_eq!((status, &problem["field"]), (400, &json!(field)));
+    }
+    let patch = json!({"limits": {"pids": {"max": 9}}});
+    assert_eq!(daemon.ask("PATCH", path, &patch).await.0, 200);
+
+    daemon.post("/v1/instances/b/start").await;
+    assert!(daemon.fake.has_resumed("b"));
+    let patch = json!({"limits": {"memory": {"max": 1 << 26}}});
+    assert_eq!(daemon.ask("PATCH", path, &patch).await.0, 200);
+}
+
 /// Requests, and the status, code and field of what they are answered with. Paths are below
 /// `/v1/instances`.
 const REFUSALS: &str = r#"

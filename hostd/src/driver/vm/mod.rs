@@ -48,6 +48,9 @@ const VMM_OVERHEAD_BYTES: u64 = 64 * MIB;
 /// A machine that has hung up ends within milliseconds; then its monitor takes its container down.
 const END_DEADLINE: Duration = Duration::from_secs(5);
 
+/// A guest that does not stop its workload within this time is paused all the same.
+const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
+
 /// What is fixed about virtual machines.
 pub const RULES: Rules = Rules {
     memory_min_bytes: 64 * MIB,
@@ -197,7 +200,7 @@ impl VmDriver {
             }
             Control::Signal(signal) => self.signal(record, signal).await,
             Control::Kill => engine.kill(record).await,
-            Control::Pause => self.ask_machine(record, &MachineRequest::Pause {}).await,
+            Control::Pause => self.pause(record).await,
             Control::Resume => self.resume(record).await,
             Control::Apply(limits) => self.apply(record, &limits).await,
         }
@@ -245,6 +248,26 @@ impl VmDriver {
         ))
     }
 
+    /// Stops the guest's workload and then the machine: whoever goes on from the memory of the paused
+    /// machine is told who it is before its workload goes on.
+    async fn pause(&self, record: &Record) -> Result<(), DriverError> {
+        let socket = machine::agent_socket(&self.run(record));
+        let hold = GuestRequest::Hold { sync: false };
+        // A guest that does not answer is paused all the same.
+        if let Err(error) = guest::ask_patiently(&socket, &hold, PAUSE_DEADLINE).await {
+            tracing::warn!(
+                name = record.instance.name,
+                error = chain(&error),
+                "the guest was paused and did not stop its workload before"
+            );
+        }
+        let paused = self.ask_machine(record, &MachineRequest::Pause {}).await;
+        if paused.is_err() {
+            self.release(record).await;
+        }
+        paused
+    }
+
     /// Lets the machine go on, and tells the guest what could not be told while it was paused.
     async fn resume(&self, record: &Record) -> Result<(), DriverError> {
         self.ask_machine(record, &MachineRequest::Resume {}).await?;
@@ -259,7 +282,7 @@ impl VmDriver {
                 "the guest was resumed and did not take its limit of processes"
             );
         }
-        // A snapshot that was cut off may have held it.
+        // A pause has held it, or a snapshot that was cut off.
         self.release(record).await;
         Ok(())
     }

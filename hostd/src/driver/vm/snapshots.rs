@@ -71,7 +71,7 @@ impl VmDriver {
         memory: bool,
     ) -> Result<u64, DriverError> {
         let socket = machine::agent_socket(&self.run(record));
-        guest::ask_patiently(&socket, &GuestRequest::Hold {}, HOLD_DEADLINE).await?;
+        guest::ask_patiently(&socket, &GuestRequest::Hold { sync: true }, HOLD_DEADLINE).await?;
         self.ask_machine(record, &MachineRequest::Pause {}).await?;
         self.copy(record, draft, memory).await
     }

@@ -157,6 +157,7 @@ impl Task {
         }
         let instance = &mut self.record.instance;
         instance.spec = restoring.snapshot.spec;
+        self.record.goes_on = restoring.memory;
         let data = json!({"snapshot": restoring.snapshot.name, "stateful": restoring.memory});
         match self.save(Some(("instance.restored", data))).await {
             Err(error) => answer(restoring.reply, Err(error)),
@@ -201,6 +202,7 @@ impl Task {
         let result = match filled {
             Ok(()) => {
                 self.record.removing = false;
+                self.record.goes_on = memory;
                 self.save(None).await.map(|()| self.instance())
             }
             Err(error) => Err(Arc::new(error).into()),

@@ -61,9 +61,12 @@ impl Task {
         let mut paused = running.paused;
         self.take_on(running);
         if std::mem::take(&mut self.record.held) && state == InstanceState::Running {
-            // A snapshot was cut off; its workload may be held even if it is not paused.
+            // A snapshot or a pause was cut off; its workload may be held even if it is not paused.
             let resumed = self.act(Control::Resume).await;
             paused = paused && !resumed;
+        } else if !paused && state == InstanceState::Paused {
+            // Nor may it have been let go by whoever resumed it.
+            self.act(Control::Resume).await;
         }
         let state_now = &mut self.record.instance.state;
         if paused && *state_now == InstanceState::Running {
@@ -111,6 +114,7 @@ impl Task {
         instance.finished_at = None;
         instance.start_us.clear();
         self.record.unapplied = false;
+        self.record.goes_on = false;
         if let Err(error) = self.save(Some(("instance.starting", json!({})))).await {
             self.record.instance.state = InstanceState::Failed;
             self.record.instance.error = Some(driver::chain(&error));
@@ -299,7 +303,14 @@ impl Task {
         } else {
             "instance.resumed"
         };
-        self.control(control).await.map_err(Arc::new)?;
+        // A driver may have to hold the workload first.
+        self.record.held = state == InstanceState::Paused;
+        if self.record.held {
+            self.save(None).await?;
+        }
+        let done = self.control(control).await;
+        self.record.held = false;
+        done.map_err(Arc::new)?;
         self.record.instance.state = state;
         self.save(Some((kind, json!({})))).await?;
         Ok(self.instance())
