@@ -125,6 +125,7 @@ fn try_out(host: &Host, kind: Kind, origin: &str, make: Origin) {
     works(host, &name);
     is_itself(host, &name);
     speaks(host, &name);
+    is_limited(host, &name);
     ends(host, &name);
     host.hostctl(&["rm", "--force", &name]).ok();
 }
@@ -179,11 +180,20 @@ fn speaks(host: &Host, name: &str) {
     let output = child.wait_with_output().expect("hostctl ends");
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "100000");
 
-    // Not so low that the workload itself could not go on.
-    host.hostctl(&["update", "--pids", "100", name]).ok();
-
     shell(host, name, "echo heard >/said; mv /said /say");
     await_log(host, name, "heard");
+}
+
+/// Its limits hold, and can be others while it runs.
+fn is_limited(host: &Host, name: &str) {
+    let many = "for n in $(seq 30); do sleep 0.1 & done; wait; echo done";
+    let exec = || host.hostctl(&["exec", name, "sh", "-c", many]);
+    host.hostctl(&["update", "--pids", "20", name]).ok();
+    let refused = exec();
+    assert!(refused.stderr.contains("can't fork"), "{refused:?}");
+    assert_eq!(refused.stdout, "");
+    host.hostctl(&["update", "--pids", "100", name]).ok();
+    assert_eq!(exec().ok(), "done\n");
 }
 
 /// It can be asked to stop, and what it makes of that arrives.
