@@ -16,6 +16,7 @@ use crate::platform::{DevicePlatform, Wiring};
 use crate::virtio::VirtioDevice;
 use crate::virtio::block::{Block, BlockError, BlockOptions};
 use crate::virtio::net::Net;
+use crate::virtio::net::vhost::{VhostError, VhostNet};
 use crate::virtio::pci::interrupts::Interrupts;
 use crate::virtio::pci::{Place, VirtioFunction};
 use crate::virtio::tap::{Tap, TapError};
@@ -29,6 +30,8 @@ pub enum DeviceSetupError {
     Block(#[from] BlockError),
     #[error(transparent)]
     Tap(#[from] TapError),
+    #[error(transparent)]
+    Vhost(#[from] VhostError),
     #[error("its socket cannot be listened on")]
     Listen(#[source] io::Error),
     #[error(transparent)]
@@ -89,6 +92,13 @@ pub fn net(plan: NetPlan) -> Result<NewDevice, DeviceSetupError> {
         TapPlan::Name(name) => Tap::open(&name)?,
         TapPlan::Open(descriptor) => Tap::from_fd(descriptor)?,
     };
+    if let Some(device) = plan.vhost {
+        return Ok(NewDevice {
+            name: plan.name,
+            device: Box::new(VhostNet::new(device, tap, plan.mac, plan.mtu)?),
+            handle: Handle::Other,
+        });
+    }
     let net = Net::new(tap, plan.mac).with_mtu(plan.mtu);
     Ok(NewDevice {
         name: plan.name,

@@ -130,6 +130,8 @@ pub struct NetPlan {
     pub tap: TapPlan,
     pub mac: [u8; 6],
     pub mtu: Option<u16>,
+    /// /dev/vhost-net, if the kernel is to serve it.
+    pub vhost: Option<File>,
 }
 
 /// Where frames go.
@@ -235,7 +237,10 @@ impl Plan {
             cpu_template: spec.cpus.template,
             memory,
             disks: open.numbered("/disks", &places.disks, &spec.disks, Opener::disk)?,
-            nets: open.numbered("/nets", &places.nets, &spec.nets, Opener::net)?,
+            nets: {
+                check_vhost(spec)?;
+                open.numbered("/nets", &places.nets, &spec.nets, Opener::net)?
+            },
             windows: places.windows,
             vsock: match &spec.vsock {
                 Some(vsock) => Some(open.vsock(vsock)?),
@@ -254,6 +259,21 @@ impl Plan {
                 None => None,
             },
         })
+    }
+}
+
+/// The kernel does not tell which pages it writes to for a network device.
+fn check_vhost(spec: &Spec) -> Result<(), PlanError> {
+    match spec.nets.iter().position(|net| net.vhost.is_some()) {
+        Some(index) if spec.memory.track_dirty => {
+            let wanted = "absent where `/memory/track_dirty` is true";
+            Err(range(
+                &format!("/nets/{index}/vhost"),
+                "set".to_owned(),
+                wanted,
+            ))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -413,6 +433,26 @@ mod tests {
         let error = plan("/vsock/streams", json!([stream])).unwrap_err();
         let want = "`/vsock/streams/0/port` is 1552";
         assert!(error.to_string().starts_with(want), "{error}");
+    }
+
+    #[test]
+    fn the_kernel_serves_a_network_if_it_can_and_all_writes_need_not_be_known() {
+        let nowhere = json!([{"tap": "tap0", "vhost": "/nowhere/vhost"}]);
+        let error = plan("/nets", nowhere).unwrap_err().to_string();
+        assert!(
+            error.starts_with("`/nets/0/vhost`: load vhost_net"),
+            "{error}"
+        );
+
+        let nets = json!([{"tap": "tap0"}, {"tap": "tap1", "vhost": "/dev/null"}]);
+        assert!(plan("/nets", nets.clone()).unwrap().nets[1].vhost.is_some());
+        let mut spec = plan("/nets", nets).unwrap().spec;
+        spec.memory.track_dirty = true;
+        let error = check_vhost(&spec).unwrap_err().to_string();
+        assert!(
+            error.starts_with("`/nets/1/vhost` is set; it must be absent"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -46,6 +46,8 @@ type KickPlace = (u64, Option<u32>);
 /// What tells of kicks of a queue.
 struct KickWatch {
     event: EventFd,
+    /// The event loop waits for it.
+    polled: bool,
     /// Where the kernel looks out for it, if anywhere. Elsewhere kicks come out of guest mode.
     place: Option<KickPlace>,
 }
@@ -126,14 +128,32 @@ impl Platform for DevicePlatform {
             self.poller
                 .add(self.source, token, event.as_raw_fd(), Readiness::READABLE)?;
             let place = self.connect(&event, index)?;
-            self.kicks.push(KickWatch { event, place });
+            self.kicks.push(KickWatch {
+                event,
+                polled: true,
+                place,
+            });
+        }
+        Ok(())
+    }
+
+    fn pass_kicks_on(&mut self, events: &[&EventFd]) -> io::Result<()> {
+        for (index, event) in (0..).zip(events) {
+            let place = self.connect(event, index)?;
+            self.kicks.push(KickWatch {
+                event: event.try_clone()?,
+                polled: false,
+                place,
+            });
         }
         Ok(())
     }
 
     fn unwatch_kicks(&mut self) -> io::Result<()> {
         for kick in std::mem::take(&mut self.kicks) {
-            self.poller.remove(kick.event.as_raw_fd())?;
+            if kick.polled {
+                self.poller.remove(kick.event.as_raw_fd())?;
+            }
             self.disconnect(&kick)?;
         }
         Ok(())

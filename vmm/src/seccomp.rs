@@ -118,6 +118,17 @@ const KVM_GET_XSAVE2: u64 = 0x9000_aecf;
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 const TUNGETIFF: u64 = 0x8004_54d2;
 const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
+/// `ioctl` numbers of /dev/vhost-net (linux/vhost.h).
+const VHOST_SET_FEATURES: u64 = 0x4008_af00;
+const VHOST_SET_MEM_TABLE: u64 = 0x4008_af03;
+const VHOST_SET_VRING_NUM: u64 = 0x4008_af10;
+const VHOST_SET_VRING_ADDR: u64 = 0x4028_af11;
+const VHOST_SET_VRING_BASE: u64 = 0x4008_af12;
+const VHOST_GET_VRING_BASE: u64 = 0xc008_af12;
+const VHOST_SET_VRING_KICK: u64 = 0x4008_af20;
+const VHOST_SET_VRING_CALL: u64 = 0x4008_af21;
+const VHOST_SET_VRING_ERR: u64 = 0x4008_af22;
+const VHOST_NET_SET_BACKEND: u64 = 0x4008_af30;
 /// What a thread may ask for itself.
 const PR_SET_NAME: u64 = 15;
 const PR_SET_NO_NEW_PRIVS: u64 = 38;
@@ -184,6 +195,25 @@ const SHARED: &[Rule] = &[
         libc::SYS_fcntl,
         Always,
         "flags of streams and copies of descriptors",
+    ),
+    rule(
+        libc::SYS_ioctl,
+        OneOf(
+            1,
+            &[
+                VHOST_SET_FEATURES,
+                VHOST_SET_MEM_TABLE,
+                VHOST_SET_VRING_NUM,
+                VHOST_SET_VRING_ADDR,
+                VHOST_SET_VRING_BASE,
+                VHOST_GET_VRING_BASE,
+                VHOST_SET_VRING_KICK,
+                VHOST_SET_VRING_CALL,
+                VHOST_SET_VRING_ERR,
+                VHOST_NET_SET_BACKEND,
+            ],
+        ),
+        "queues that the kernel serves, as drivers start and around snapshots",
     ),
     rule(libc::SYS_close, Always, "descriptors that are done with"),
     rule(libc::SYS_futex, Always, "locks"),

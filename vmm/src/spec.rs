@@ -223,6 +223,10 @@ pub struct Net {
     /// absent. That the tap takes as much is somebody else's care.
     #[serde(default)]
     pub mtu: Option<u16>,
+    /// `/dev/vhost-net`, or `fd:N` of it: the host's kernel serves the queues, and the guest speaks to
+    /// more of it. The VMM itself if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]

@@ -325,7 +325,9 @@ fn vhost_net(facts: &Facts) -> Finding {
         Device::Opens => "is there",
         Device::Missing | Device::Denied | Device::Broken(_) => "is not there",
     };
-    let detail = format!("/dev/vhost-net {state}; hostd-vmm moves packets itself and needs none.");
+    let detail = format!(
+        "/dev/vhost-net {state}; hostd-vmm moves packets itself unless its configuration says otherwise."
+    );
     ok("vhost-net", detail)
 }
 

@@ -21,6 +21,10 @@ pub(crate) const TESTS: &[(&str, HostTest)] = &[
         "a_stock_kernel_sees_devices_come_and_lets_them_go_also_when_it_is_restored",
         hotplug,
     ),
+    (
+        "a_stock_kernel_is_on_the_network_while_the_hosts_kernel_serves_it",
+        vhost,
+    ),
 ];
 
 /// The kernel and the modules of hostd's own guests.
@@ -259,6 +263,69 @@ fn pci(_host: &Host) {
             assert!(tick.ends_with(sum.trim_end()), "{tick}");
         }
         ping(&network);
+    }
+}
+
+/// Whether the host's kernel works for the machine: it has a thread for that, which it names so.
+fn is_served_by_kernel(machine: &Machine) -> bool {
+    let name = format!("vhost-{}", machine.child.id());
+    let processes = fs::read_dir("/proc").expect("it is mounted").flatten();
+    let mut names = processes.map(|process| {
+        let tasks = fs::read_dir(process.path().join("task"));
+        let names = tasks.into_iter().flatten().flatten();
+        let names = names.map(|task| fs::read_to_string(task.path().join("comm")));
+        names.flatten().collect::<String>()
+    });
+    names.any(|names| names.lines().any(|found| found == name))
+}
+
+fn vhost(_host: &Host) {
+    for transport in ["mmio", "pci"] {
+        let folder = TempDir::new().expect("a folder can be made");
+        let path = |name: &str| folder.path().join(name);
+        fs::write(path("disk"), [0x5a_u8; 1 << 16]).expect("there is room");
+        let network = Network::new("vhost");
+        network.address("tap0");
+        let spec = json!({
+            "transport": transport,
+            "boot": {
+                "kernel": format!("{GUEST}/kernel"),
+                "initramfs": initramfs(folder.path(), INIT),
+                "cmdline": "console=ttyS0 quiet panic=-1",
+            },
+            "cpus": {"count": 1},
+            "memory": {"size_mib": 256},
+            "disks": [{"path": path("disk")}],
+            "nets": [{"tap": "tap0", "vhost": "/dev/vhost-net"}],
+            "console": {"path": path("one/console")},
+            "control": path("one/control"),
+        });
+        let mut one = Machine::start(&network, &path("one"), &spec, &[]);
+        one.wait_for("tick", 1);
+        ping(&network);
+        assert!(is_served_by_kernel(&one));
+        let snapshot = path("snapshot");
+        let snapshot = snapshot.to_str().expect("it is a plain path");
+        ask(&network, &one, &["--snapshot", snapshot]);
+        // It stood still and goes on.
+        ping(&network);
+        drop(one);
+
+        for served in [true, false] {
+            let mut net = json!({"tap": "tap0"});
+            if served {
+                net["vhost"] = json!("/dev/vhost-net");
+            }
+            let changes = json!({
+                "nets": {"net0": net},
+                "console": {"path": path("two/console")},
+            });
+            let options = ["--restore", snapshot];
+            let mut two = Machine::start(&network, &path("two"), &changes, &options);
+            two.wait_for("tick", 1);
+            ping(&network);
+            assert_eq!(is_served_by_kernel(&two), served);
+        }
     }
 }
 

@@ -47,12 +47,17 @@ impl NetPlan {
     /// Network interface number `number`, of an open tap. What `net` calls that is for the record.
     pub fn handed(number: u16, net: &Net, descriptors: Vec<OwnedFd>) -> Result<NetPlan, PlanError> {
         let mac = check_net("/net", number, net)?;
+        if net.vhost.is_some() {
+            let wanted = "absent for an interface that comes while the machine runs";
+            return Err(range("/net/vhost", "set".to_owned(), wanted));
+        }
         let mut descriptors = expect("/net", descriptors, 1)?;
         Ok(NetPlan {
             name: format!("net{number}"),
             tap: TapPlan::Open(descriptors.remove(0)),
             mac,
             mtu: net.mtu,
+            vhost: None,
         })
     }
 

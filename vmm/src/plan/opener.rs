@@ -22,6 +22,7 @@ pub(super) enum Access {
     Read,
     ReadWrite,
     Device,
+    Vhost,
     /// To be written anew.
     Create,
     /// To be written at its end.
@@ -33,7 +34,7 @@ impl Access {
         let mut options = OpenOptions::new();
         match self {
             Access::Read => options.read(true),
-            Access::ReadWrite | Access::Device => options.read(true).write(true),
+            Access::ReadWrite | Access::Device | Access::Vhost => options.read(true).write(true),
             Access::Create => options.write(true).create(true).truncate(true),
             Access::Append => options.append(true).create(true),
         };
@@ -46,6 +47,9 @@ impl Access {
             Access::ReadWrite => "name a file that this user may read and write, or set read_only",
             Access::Device => {
                 "load kvm_intel or kvm_amd, and let this user read and write the device"
+            }
+            Access::Vhost => {
+                "load vhost_net, and let this user read and write /dev/vhost-net; or leave it out"
             }
             Access::Create | Access::Append => "name a file that this user may write",
         }
@@ -127,6 +131,10 @@ impl Opener {
         net: &Net,
     ) -> Result<NetPlan, PlanError> {
         let mac = check_net(field, number, net)?;
+        let vhost = match &net.vhost {
+            Some(path) => Some(self.file(&format!("{field}/vhost"), path, Access::Vhost)?),
+            None => None,
+        };
         let field = format!("{field}/tap");
         let open = self.descriptor(&field, Path::new(&net.tap))?;
         let tap = match open {
@@ -144,6 +152,7 @@ impl Opener {
             tap,
             mac,
             mtu: net.mtu,
+            vhost,
         })
     }
 

@@ -107,6 +107,9 @@ pub struct PmemOverride {
 #[serde(deny_unknown_fields)]
 pub struct NetOverride {
     pub tap: String,
+    /// As in a specification: who serves it may be another one now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<PathBuf>,
 }
 
 /// Other ends for vsock. The guest is told that all its connections are gone, and may be given
@@ -163,6 +166,13 @@ impl Restore {
             spec.memory.track_dirty = track_dirty;
         }
         self.apply_disks(&mut spec, &names("disk", &places.disks))?;
+        for (name, net) in names("net", &places.nets).iter().zip(&mut spec.nets) {
+            match (self.nets.get(name), &net.vhost) {
+                (Some(wanted), _) => net.vhost.clone_from(&wanted.vhost),
+                (None, Some(vhost)) => own(&format!("/nets/{name}/vhost"), vhost)?,
+                (None, None) => {}
+            }
+        }
         let mut taps: Vec<_> = spec.nets.iter_mut().map(|net| &mut net.tap).collect();
         let wanted = self.nets.iter().map(|(name, net)| (name, &net.tap));
         replace("nets", &names("net", &places.nets), &mut taps, wanted)?;
@@ -315,6 +325,30 @@ mod tests {
         assert_eq!(new.disks[0].format, DiskFormat::Qcow2);
         assert_eq!(new.disks[0].backing[0].path, Path::new("a"));
         assert_eq!(new.disks[1].format, DiskFormat::Raw);
+    }
+
+    #[test]
+    fn who_serves_a_network_is_as_named_now_or_as_before() {
+        let served = |vhost: &str, nets: serde_json::Value| {
+            let mut spec = spec();
+            spec.disks.clear();
+            spec.nets[0].vhost = Some(vhost.into());
+            let places = Places::new(&spec).unwrap();
+            let restore: Restore = serde_json::from_value(json!({ "nets": nets })).unwrap();
+            let spec = restore.apply(spec, &places)?;
+            Ok::<_, OverrideError>(spec.nets[0].vhost.clone())
+        };
+        let [device, handed] = ["/dev/vhost-net", "fd:9"];
+        let own = json!({"net0": {"tap": "tap9"}});
+        let other = json!({"net0": {"tap": "tap9", "vhost": "fd:7"}});
+        assert_eq!(served(device, json!({})).unwrap(), Some(device.into()));
+        assert_eq!(served(handed, own).unwrap(), None);
+        assert_eq!(served(handed, other).unwrap(), Some("fd:7".into()));
+        let error = served(handed, json!({})).unwrap_err().to_string();
+        assert!(
+            error.starts_with("`/nets/net0/vhost` of the old machine was a descriptor"),
+            "{error}"
+        );
     }
 
     #[test]

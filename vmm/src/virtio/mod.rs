@@ -29,6 +29,7 @@ use std::os::fd::RawFd;
 use serde_json::Value;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
 
 use self::state::{DeviceState, StateError};
 
@@ -134,6 +135,14 @@ pub trait VirtioDevice: Send {
         queues: &mut [Queue],
         mem: &GuestMemoryMmap,
     ) -> Result<Signal, DeviceError>;
+
+    /// The events by which somebody else, who serves the queues, hears of kicks, one for each queue.
+    /// The transport has the kernel make them, and leaves the rings alone. It calls
+    /// [`process`](Self::process) when a queue is to be served from then on, and for kicks of which
+    /// the kernel does not know.
+    fn kicks(&self) -> Option<Vec<&EventFd>> {
+        None
+    }
 
     /// Whether drivers give the device so much to do that it is worth looking for it before the next
     /// kick.

@@ -3,6 +3,7 @@
 
 mod handle;
 mod state;
+pub mod vhost;
 
 use std::collections::VecDeque;
 use std::io;
@@ -318,33 +319,15 @@ impl Receiving {
 
 impl VirtioDevice for Net {
     fn info(&self) -> DeviceInfo {
-        let features = [
-            VIRTIO_NET_F_CSUM,
-            VIRTIO_NET_F_GUEST_CSUM,
-            VIRTIO_NET_F_MAC,
-            VIRTIO_NET_F_GUEST_TSO4,
-            VIRTIO_NET_F_GUEST_TSO6,
-            VIRTIO_NET_F_GUEST_ECN,
-            VIRTIO_NET_F_HOST_TSO4,
-            VIRTIO_NET_F_HOST_TSO6,
-            VIRTIO_NET_F_HOST_ECN,
-            VIRTIO_NET_F_MRG_RXBUF,
-        ];
         DeviceInfo {
             id: ID,
-            features: features
-                .iter()
-                .chain(self.mtu.as_ref().map(|_| &VIRTIO_NET_F_MTU))
-                .fold(0, |all, bit| all | 1 << bit),
+            features: features(self.mtu),
             queue_sizes: vec![QUEUE_SIZE, QUEUE_SIZE],
         }
     }
 
-    /// `struct virtio_net_config`, of which the address and the MTU are offered: between them are
-    /// the status and the number of queues.
     fn config(&self) -> Vec<u8> {
-        let mtu = self.mtu.unwrap_or(0).to_le_bytes();
-        [&self.mac[..], &[0; 4], &mtu].concat()
+        config_space(self.mac, self.mtu)
     }
 
     fn activate(&mut self, features: u64) -> Result<(), DeviceError> {
@@ -444,6 +427,33 @@ impl VirtioDevice for Net {
     fn restore(&mut self, own: &Value) -> Result<(), StateError> {
         self.restore_state(own)
     }
+}
+
+/// The features that a driver is offered, by whoever serves it.
+fn features(mtu: Option<u16>) -> u64 {
+    let features = [
+        VIRTIO_NET_F_CSUM,
+        VIRTIO_NET_F_GUEST_CSUM,
+        VIRTIO_NET_F_MAC,
+        VIRTIO_NET_F_GUEST_TSO4,
+        VIRTIO_NET_F_GUEST_TSO6,
+        VIRTIO_NET_F_GUEST_ECN,
+        VIRTIO_NET_F_HOST_TSO4,
+        VIRTIO_NET_F_HOST_TSO6,
+        VIRTIO_NET_F_HOST_ECN,
+        VIRTIO_NET_F_MRG_RXBUF,
+    ];
+    features
+        .iter()
+        .chain(mtu.map(|_| &VIRTIO_NET_F_MTU))
+        .fold(0, |all, bit| all | 1 << bit)
+}
+
+/// `struct virtio_net_config`, of which the address and the MTU are offered: between them are the
+/// status and the number of queues.
+fn config_space(mac: [u8; 6], mtu: Option<u16>) -> Vec<u8> {
+    let mtu = mtu.unwrap_or(0).to_le_bytes();
+    [&mac[..], &[0; 4], &mtu].concat()
 }
 
 /// What the tap may leave to a guest that accepted these features: what the specification says

@@ -22,6 +22,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
 
 use self::setup::{QueueSetup, configure};
 pub use self::state::TransportState;
@@ -76,7 +77,13 @@ pub trait Platform: Send {
     /// Hands kicks of `queues` queues to the event loop, as tokens from [`KICK_TOKEN`].
     fn watch_kicks(&mut self, queues: usize) -> io::Result<()>;
 
-    /// The end of [`watch_kicks`](Self::watch_kicks).
+    /// Has the kernel make these events, one for each queue, when it is kicked: somebody else waits for
+    /// them.
+    fn pass_kicks_on(&mut self, _events: &[&EventFd]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// The end of [`watch_kicks`](Self::watch_kicks) or [`pass_kicks_on`](Self::pass_kicks_on).
     fn unwatch_kicks(&mut self) -> io::Result<()>;
 
     /// The device's registers are elsewhere from now on.
@@ -105,6 +112,8 @@ pub enum Kick {
 pub struct Transport {
     device: Box<dyn VirtioDevice>,
     info: DeviceInfo,
+    /// The device only has the queues served.
+    is_served_elsewhere: bool,
     platform: Box<dyn Platform>,
     memory: GuestMemoryMmap,
     queues: Vec<Queue>,
@@ -149,6 +158,7 @@ impl Transport {
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             setups: vec![QueueSetup::default(); queues.len()],
+            is_served_elsewhere: device.kicks().is_some(),
             device,
             info,
             platform,
@@ -241,7 +251,7 @@ impl Transport {
     fn activate(&mut self) {
         self.status |= status::DRIVER_OK;
         self.use_features();
-        if let Err(error) = self.platform.watch_kicks(self.queues.len()) {
+        if let Err(error) = self.watch_kicks() {
             return self.host_failure("watch for kicks", error);
         }
         let outcome = self.device.activate(self.driver_features);
@@ -250,6 +260,13 @@ impl Transport {
             for index in 0..self.queues.len() {
                 self.process(index);
             }
+        }
+    }
+
+    fn watch_kicks(&mut self) -> io::Result<()> {
+        match self.device.kicks() {
+            None => self.platform.watch_kicks(self.queues.len()),
+            Some(events) => self.platform.pass_kicks_on(&events),
         }
     }
 
@@ -309,6 +326,13 @@ impl Transport {
 
     /// Serves a queue until it is empty, or until the device wants no more of it for now.
     fn process(&mut self, index: usize) {
+        if self.is_served_elsewhere {
+            if self.active() && self.queues.get(index).is_some_and(Queue::ready) {
+                let outcome = self.device.process(index, &mut self.queues, &self.memory);
+                self.settle(outcome);
+            }
+            return;
+        }
         let mut declined = false;
         for _ in 0..ROUNDS_MAX {
             if !self.active() || !self.queues.get(index).is_some_and(Queue::ready) {
@@ -372,6 +396,15 @@ impl Transport {
         }
     }
 
+    /// Has a queue served soon, as if it had been kicked.
+    fn poke(&mut self, index: usize) -> io::Result<()> {
+        if self.is_served_elsewhere {
+            self.process(index);
+            return Ok(());
+        }
+        self.platform.kick(index, Kick::Make)
+    }
+
     // What the driver is told.
 
     /// Passes on what a call into the device gave. Returns whether the device goes on.
@@ -405,7 +438,9 @@ impl Transport {
     fn signal(&mut self, signal: Signal) -> Result<(), DeviceError> {
         let mut told = Signal::NONE;
         for index in 0..self.queues.len() {
-            if signal.queues & 1 << index != 0 && self.wants_interrupt(index)? {
+            // Who serves the queue knows whether the driver wants to hear of it.
+            let told_of = signal.queues & 1 << index != 0;
+            if told_of && (self.is_served_elsewhere || self.wants_interrupt(index)?) {
                 told = told.and(Signal::queue(index));
             }
         }
@@ -468,6 +503,8 @@ impl Transport {
     }
 }
 
+#[cfg(test)]
+mod elsewhere;
 #[cfg(test)]
 mod noise;
 #[cfg(test)]

@@ -145,6 +145,7 @@ pub(super) fn machine(
                 tap: fds.add(Descriptor::Tap { name }).display().to_string(),
                 mac: Some(mac),
                 mtu: None,
+                vhost: None,
             })
             .collect(),
         vsock: Some(Vsock {

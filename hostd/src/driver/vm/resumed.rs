@@ -79,7 +79,7 @@ fn restore(spec: &Spec, files: SnapshotFiles) -> Restore {
     });
     let nets = spec.nets.iter().enumerate().map(|(index, net)| {
         let tap = net.tap.clone();
-        (format!("net{index}"), NetOverride { tap })
+        (format!("net{index}"), NetOverride { tap, vhost: None })
     });
     Restore {
         snapshots: vec![files],

@@ -9,10 +9,21 @@ use crate::virtio::state::{self, DeviceState, StateError};
 /// What a snapshot keeps of a network device.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
-struct NetState {
-    mac: [u8; 6],
+pub(super) struct NetState {
+    pub(super) mac: [u8; 6],
     #[serde(default)]
-    mtu: Option<u16>,
+    pub(super) mtu: Option<u16>,
+}
+
+impl NetState {
+    /// Checks a saved state. A driver reads its address and its MTU once, so that they cannot be
+    /// others now.
+    pub(super) fn check(own: &Value, mac: [u8; 6], mtu: Option<u16>) -> Result<(), StateError> {
+        let found: NetState = state::read(own)?;
+        let text = |mac| format!("{mac:02x?}");
+        state::expect("address", &text(found.mac), &text(mac))?;
+        state::expect("MTU", &found.mtu.unwrap_or(0), &mtu.unwrap_or(0))
+    }
 }
 
 impl Net {
@@ -25,11 +36,7 @@ impl Net {
         Ok(state.holding([self.receiving.buffers.len(), self.sending.len()]))
     }
 
-    /// A driver reads its address and its MTU once, so that they cannot be others now.
     pub(super) fn restore_state(&mut self, own: &Value) -> Result<(), StateError> {
-        let NetState { mac, mtu } = state::read(own)?;
-        let text = |mac| format!("{mac:02x?}");
-        state::expect("address", &text(mac), &text(self.mac))?;
-        state::expect("MTU", &mtu.unwrap_or(0), &self.mtu.unwrap_or(0))
+        NetState::check(own, self.mac, self.mtu)
     }
 }

@@ -3,7 +3,7 @@
 
 use virtio_queue::QueueT;
 
-use super::{Kick, Transport};
+use super::Transport;
 use crate::virtio::Signal;
 
 impl Transport {
@@ -34,7 +34,7 @@ impl Transport {
         }
         for index in 0..self.queues.len() {
             // A kick that came in between was taken, and nothing done.
-            if let Err(error) = self.platform.kick(index, Kick::Make) {
+            if let Err(error) = self.poke(index) {
                 return self.host_failure("make a kick", error);
             }
         }

@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio_queue::{Queue, QueueT};
 
+use super::Transport;
 use super::setup::{QueueSetup, configure};
-use super::{Kick, Transport};
 use crate::snapshot::bounded;
 use crate::virtio::registers::{self as register, status};
 use crate::virtio::state::{QueueState, StateError, expect};
@@ -134,18 +134,14 @@ impl Transport {
     fn go_on(&mut self) -> Result<(), StateError> {
         self.use_features();
         let host = |action| move |source| StateError::Host { action, source };
-        self.platform
-            .watch_kicks(self.queues.len())
-            .map_err(host("watch for kicks"))?;
+        self.watch_kicks().map_err(host("watch for kicks"))?;
         let outcome = self.device.activate(self.driver_features);
         if let Err(DeviceError::Host { action, source }) = outcome {
             return Err(StateError::Host { action, source });
         }
         self.settle(outcome.map(|()| Signal::NONE));
         for index in 0..self.queues.len() {
-            self.platform
-                .kick(index, Kick::Make)
-                .map_err(host("make a kick"))?;
+            self.poke(index).map_err(host("make a kick"))?;
         }
         let queues = (0..self.queues.len()).map(Signal::queue);
         self.interrupt(queues.fold(Signal::NONE, Signal::and));

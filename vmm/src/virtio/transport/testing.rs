@@ -46,6 +46,10 @@ impl Platform for TestPlatform {
         Ok(())
     }
 
+    fn pass_kicks_on(&mut self, events: &[&EventFd]) -> io::Result<()> {
+        self.watch_kicks(events.len())
+    }
+
     fn unwatch_kicks(&mut self) -> io::Result<()> {
         self.watch_kicks(0)
     }
@@ -180,13 +184,18 @@ impl Driver {
 
     /// A driver that has this memory.
     pub(in crate::virtio) fn over(memory: GuestMemoryMmap) -> Self {
-        let platform = TestPlatform::default();
-        let device = Box::new(Echo {
+        let device = Echo {
             taken: 0,
             active: false,
-        });
+        };
+        Self::of(Box::new(device), memory)
+    }
+
+    /// The driver of this device.
+    pub(in crate::virtio) fn of(device: Box<dyn VirtioDevice>, memory: GuestMemoryMmap) -> Self {
+        let platform = TestPlatform::default();
         let boxed = Box::new(platform.clone());
-        let transport = Transport::new("echo".into(), device, memory.clone(), boxed).unwrap();
+        let transport = Transport::new("device".into(), device, memory.clone(), boxed).unwrap();
         Self {
             transport,
             platform,
