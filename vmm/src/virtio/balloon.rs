@@ -72,6 +72,8 @@ enum Role {
 #[derive(Debug)]
 pub struct Balloon {
     offered: u64,
+    /// What the guest has from the start, in pages: it cannot be asked for more.
+    most: u32,
     /// Accepted features.
     features: u64,
     /// What the driver was told last, in pages.
@@ -96,6 +98,7 @@ impl Balloon {
         shared.set_target(pages(spec.target_mib << 20));
         Ok(Balloon {
             offered,
+            most: pages(memory.boot_bytes),
             features: 0,
             target: 0,
             statistics: None,
@@ -283,6 +286,13 @@ impl VirtioDevice for Balloon {
 
     fn restore(&mut self, own: &Value) -> Result<(), StateError> {
         let saved: BalloonState = state::read(own)?;
+        if saved.target_pages > self.most {
+            return Err(StateError::Mismatch {
+                what: "target",
+                found: saved.target_pages.to_string(),
+                wanted: format!("{} pages at most", self.most),
+            });
+        }
         self.shared.set_target(saved.target_pages);
         self.shared.set_actual(saved.actual_pages);
         Ok(())

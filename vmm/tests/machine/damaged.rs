@@ -151,6 +151,7 @@ fn assert_refused(table: &[(&str, Value, &str)]) {
 fn a_machine_that_cannot_be_is_refused_and_says_why() {
     let virtio = "/devices/virtio/0";
     let next_port = format!("{virtio}/transport/device/next_port");
+    let target_pages = "/devices/virtio/2/transport/device/target_pages".to_owned();
     assert_refused(&[
         ("/devices/x", json!(1), "unknown field `x`"),
         (
@@ -184,6 +185,11 @@ fn a_machine_that_cannot_be_is_refused_and_says_why() {
             "device `vsock` cannot become",
         ),
         (&next_port, json!(1), "its next port is 1"),
+        (
+            &target_pages,
+            json!(u32::MAX),
+            "its target is 4294967295; that must be 4096 pages at most",
+        ),
     ]);
 }
 

@@ -283,6 +283,15 @@ fn a_restored_balloon_is_as_large_as_the_saved_one() {
     restored.restore(&Value::Null).unwrap_err();
 }
 
+#[test]
+fn a_balloon_cannot_be_made_to_ask_for_more_than_the_guest_has() {
+    let most = MEMORY.boot_bytes / PAGE_BYTES;
+    for (target, possible) in [(most, true), (most + 1, false), (u32::MAX.into(), false)] {
+        let own = serde_json::json!({"target_pages": target, "actual_pages": u32::MAX});
+        assert_eq!(balloon().restore(&own).is_ok(), possible, "{target}");
+    }
+}
+
 proptest! {
     #![proptest_config(noise_config())]
 
