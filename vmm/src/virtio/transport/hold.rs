@@ -43,6 +43,8 @@ impl Transport {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::super::testing::{Driver, EVENT_IDX, VERSION_1};
     use crate::virtio::registers::STATUS;
 
@@ -77,10 +79,18 @@ mod tests {
         driver.transport.release();
         assert_eq!(driver.platform.0.lock().unwrap().postponed, 0);
         assert_eq!(driver.read(STATUS), 0);
+    }
+
+    #[test]
+    fn what_was_under_way_in_a_device_that_needs_a_reset_ends_before_it_is_held() {
         let mut driver = Driver::active(VERSION_1);
         driver.transport.need_reset();
+        assert!(driver.device_active.load(Ordering::Relaxed));
         driver.transport.hold();
+        assert!(!driver.device_active.load(Ordering::Relaxed));
         driver.transport.release();
         assert!(driver.needs_reset());
+        driver.write(STATUS, 0);
+        assert_eq!(driver.read(STATUS), 0);
     }
 }

@@ -40,12 +40,17 @@ const STAGES: [u32; 5] = [
 ];
 
 impl Transport {
-    /// Ends what the host does for the guest, and tells the driver what has come of it. No
+    /// Ends what the host does for the guest, and tells the driver what has come of it. A driver that
+    /// has to reset its device is told nothing more; what was under way for it ends all the same. No
     /// processor runs.
     pub fn quiesce(&mut self) {
         if self.active() {
             let outcome = self.device.quiesce(&mut self.queues, &self.memory);
             self.settle(outcome);
+        }
+        // Also if that is what has shown that the driver broke the rules.
+        if self.has(status::DRIVER_OK) && self.has(status::NEEDS_RESET) {
+            self.device.reset();
         }
     }
 

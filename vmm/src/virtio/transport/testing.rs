@@ -1,5 +1,6 @@
 //! For tests: a device that echoes, a driver, and what happens around the transport between them.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
@@ -81,7 +82,7 @@ impl Platform for TestPlatform {
 /// in the first byte of guest memory.
 struct Echo {
     taken: u32,
-    active: bool,
+    active: Arc<AtomicBool>,
 }
 
 pub(in crate::virtio) const ORDER: GuestAddress = GuestAddress(0);
@@ -106,7 +107,7 @@ impl VirtioDevice for Echo {
     }
 
     fn activate(&mut self, _features: u64) -> Result<(), DeviceError> {
-        self.active = true;
+        self.active.store(true, Ordering::Relaxed);
         Ok(())
     }
 
@@ -116,7 +117,7 @@ impl VirtioDevice for Echo {
         queues: &mut [Queue],
         mem: &GuestMemoryMmap,
     ) -> Result<Signal, DeviceError> {
-        assert!(self.active);
+        assert!(self.active.load(Ordering::Relaxed));
         let order: u8 = mem.read_obj(ORDER).unwrap();
         let source = io::ErrorKind::BrokenPipe.into();
         match order {
@@ -152,7 +153,7 @@ impl VirtioDevice for Echo {
     }
 
     fn reset(&mut self) {
-        self.active = false;
+        self.active.store(false, Ordering::Relaxed);
     }
 
     fn save(&self) -> Result<DeviceState, StateError> {
@@ -171,6 +172,8 @@ pub(in crate::virtio) struct Driver {
     pub(in crate::virtio) platform: TestPlatform,
     pub(in crate::virtio) memory: GuestMemoryMmap,
     pub(in crate::virtio) available: u16,
+    /// Whether [`Echo`] is between its activation and its reset.
+    pub(in crate::virtio) device_active: Arc<AtomicBool>,
 }
 
 pub(in crate::virtio) const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
@@ -184,11 +187,15 @@ impl Driver {
 
     /// A driver that has this memory.
     pub(in crate::virtio) fn over(memory: GuestMemoryMmap) -> Self {
+        let device_active = Arc::new(AtomicBool::default());
         let device = Echo {
             taken: 0,
-            active: false,
+            active: device_active.clone(),
         };
-        Self::of(Box::new(device), memory)
+        Self {
+            device_active,
+            ..Self::of(Box::new(device), memory)
+        }
     }
 
     /// The driver of this device.
@@ -201,6 +208,7 @@ impl Driver {
             platform,
             memory,
             available: 0,
+            device_active: Arc::default(),
         }
     }
 
@@ -229,6 +237,8 @@ impl Driver {
         driver.set_up_queue(QUEUE_SIZE.into(), DESCRIPTORS);
         driver.write(register::STATUS, 15);
         assert_eq!(driver.read(register::STATUS), 15);
+        // The kicks of the start: there is nothing in the queues.
+        driver.platform.0.lock().unwrap().postponed = 0;
         driver
     }
 
