@@ -238,15 +238,21 @@ impl Client {
         if readable && self.wants_input() && self.read().is_err() {
             return Fate::Close;
         }
-        while self.wants_answer() {
-            match self.next_line() {
-                Some(line) => self.answer(controls, &line),
-                None if self.input.len() >= REQUEST_BYTES_MAX => return Fate::Close,
-                None => break,
+        loop {
+            while self.wants_answer() {
+                match self.next_line() {
+                    Some(line) => self.answer(controls, &line),
+                    None if self.input.len() >= REQUEST_BYTES_MAX => return Fate::Close,
+                    None => break,
+                }
             }
-        }
-        if self.write().is_err() {
-            return Fate::Close;
+            if self.write().is_err() {
+                return Fate::Close;
+            }
+            // Requests that had to wait for room are there already: nothing more need come for them.
+            if !self.wants_answer() || !self.input.contains(&b'\n') {
+                break;
+            }
         }
         let done = self.finished && self.output.is_empty() && self.waiting.is_none();
         if done { Fate::Close } else { Fate::Keep }
