@@ -197,7 +197,8 @@ pub struct Backing {
     pub format: DiskFormat,
 }
 
-/// Token buckets of a disk; an absent limit is none. Bytes or operations per second.
+/// Token buckets of a disk; an absent limit is none, and none is 0. Bytes or operations per second;
+/// flushes, discards and zeroes are operations that write.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskLimits {
@@ -209,6 +210,20 @@ pub struct DiskLimits {
     pub read_iops: Option<u64>,
     #[serde(default)]
     pub write_iops: Option<u64>,
+}
+
+impl DiskLimits {
+    /// The name of a limit that lets nothing through, if there is one.
+    pub fn zero(&self) -> Option<&'static str> {
+        let limits = [
+            ("read_bps", self.read_bps),
+            ("write_bps", self.write_bps),
+            ("read_iops", self.read_iops),
+            ("write_iops", self.write_iops),
+        ];
+        let zero = limits.into_iter().find(|(_, limit)| *limit == Some(0));
+        zero.map(|(name, _)| name)
+    }
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]

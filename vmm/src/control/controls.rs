@@ -128,7 +128,11 @@ impl Controls {
         }
     }
 
+    /// Not while a snapshot is being written, which has all devices that there were when it was begun.
     fn detach(&self, name: &str, force: bool) -> Answer {
+        if self.busy() {
+            return Answer::Now(busy());
+        }
         let Some(hotplug) = &self.hotplug else {
             return Answer::Now(no_slots());
         };
@@ -166,6 +170,11 @@ impl Controls {
     }
 
     fn set_disk_limits(&self, disk: usize, limits: DiskLimits) -> Response {
+        if let Some(field) = limits.zero() {
+            return refusal(format!(
+                "`limits/{field}` is 0; it must be 1 or more, or absent"
+            ));
+        }
         let inventory = lock(&self.inventory);
         let entry = inventory.find(&format!("disk{disk}"));
         match entry.map(|entry| &entry.handle) {

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::Response;
 use crate::plan::MEMORY_MIB_MIN;
 use crate::virtio::balloon::BalloonHandle;
-use crate::virtio::mem::MemHandle;
+use crate::virtio::mem::{BLOCK_BYTES, MemHandle};
 
 /// The size of a guest's memory.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
@@ -80,6 +80,14 @@ impl MemoryControls {
             let message = format!(
                 "`size_mib` is {size_mib}; this machine can have from {least} to {most}, as \
                  `/memory` and `/balloon` allow"
+            );
+            return Response::Error { message };
+        }
+        let block = BLOCK_BYTES >> 20;
+        if !size_mib.saturating_sub(boot).is_multiple_of(block) {
+            let message = format!(
+                "`size_mib` is {size_mib}; beyond the {boot} from the start, memory comes in blocks \
+                 of {block}"
             );
             return Response::Error { message };
         }

@@ -33,6 +33,10 @@ pub(super) fn check(field: &str, disk: &Disk) -> Result<(), PlanError> {
         let wanted = format!("at most {SERIAL_BYTES_MAX}");
         return Err(range(&field, found, wanted));
     }
+    if let Some(limit) = disk.limits.zero() {
+        let field = format!("{field}/limits/{limit}");
+        return Err(range(&field, "0".to_owned(), "1 or more, or absent"));
+    }
     if disk.format == DiskFormat::Raw && !disk.backing.is_empty() {
         let field = format!("{field}/backing");
         let found = format!("{} files", disk.backing.len());
