@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::events::EventLoop;
 use crate::exit::ExitSwitch;
+use crate::fair_mutex::FairMutex;
 use crate::inventory::{Entry, Handle};
 use crate::kvm::Vm;
 use crate::plan::{DiskPlan, ListenPlan, NetPlan, TapPlan, VsockPlan};
@@ -173,7 +174,7 @@ fn join(
         source,
     })?;
     let counters = transport.counters().clone();
-    let transport = Arc::new(Mutex::new(transport));
+    let transport = Arc::new(FairMutex::new(transport));
     events.attach(source, transport.clone());
     Ok(Entry {
         name: new.name,

@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::events::Stopper;
+use crate::fair_mutex::FairMutex;
 use crate::pci::bus::DEVICES_MAX;
 use crate::spec::{Disk, Net, Spec};
 use crate::virtio::block::BlockHandle;
@@ -16,7 +17,7 @@ use crate::virtio::transport::{Transport, Window};
 pub struct Entry {
     pub name: String,
     pub window: Window,
-    pub transport: Arc<Mutex<Transport>>,
+    pub transport: Arc<FairMutex<Transport>>,
     /// The transport's: whoever reads them need not wait for it.
     pub counters: Arc<Counters>,
     /// On PCI.

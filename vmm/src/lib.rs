@@ -23,6 +23,7 @@ pub mod devices;
 pub mod dirty;
 pub mod events;
 pub mod exit;
+pub mod fair_mutex;
 pub mod footprint;
 pub mod guest_status;
 pub mod hotplug;

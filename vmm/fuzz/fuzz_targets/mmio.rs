@@ -1,13 +1,13 @@
 //! The registers of a virtio device, its rings, and what the event loop does, in any order.
 #![no_main]
 
-use std::sync::Mutex;
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm::bus::BusDevice;
 use vmm::events::{Readiness, Source};
+use vmm::fair_mutex::FairMutex;
 use vmm::virtio::block::{Block, BlockOptions};
 use vmm::virtio::transport::{KICK_TOKEN, Transport};
 use vmm_fuzz::World;
@@ -44,18 +44,18 @@ enum Act {
     Honest { steps: u8 },
 }
 
-fn transport(memory: &GuestMemoryMmap) -> Mutex<Transport> {
+fn transport(memory: &GuestMemoryMmap) -> FairMutex<Transport> {
     let file = tempfile::tempfile().expect("a file can be made");
     file.set_len(1 << 20).expect("a file can be made larger");
     let block = Block::new(file, BlockOptions::default()).expect("a file can be a disk");
     let (device, world) = (Box::new(block), Box::new(World::default()));
     let transport = Transport::new("disk0".to_owned(), device, memory.clone(), world);
-    Mutex::new(transport.expect("its queues are possible"))
+    FairMutex::new(transport.expect("its queues are possible"))
 }
 
-fn act(transport: &Mutex<Transport>, memory: &GuestMemoryMmap, act: Act) {
+fn act(transport: &FairMutex<Transport>, memory: &GuestMemoryMmap, act: Act) {
     let bus = |access: &dyn Fn(&mut Transport)| {
-        access(&mut transport.lock().expect("nothing panics"));
+        access(&mut transport.lock());
     };
     let word = |register: u64, value: u32| {
         bus(&|transport| transport.write(register, &value.to_le_bytes()));

@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm::bus::BusDevice;
 use vmm::devices::ioapic::Message;
 use vmm::events::{Readiness, Source};
+use vmm::fair_mutex::FairMutex;
 use vmm::layout;
 use vmm::pci::bus::PciBus;
 use vmm::virtio::block::{Block, BlockOptions};
@@ -69,7 +70,7 @@ impl Messages for Nobody {
 struct Guest {
     bus: PciBus,
     function: Arc<Mutex<VirtioFunction>>,
-    transport: Arc<Mutex<Transport>>,
+    transport: Arc<FairMutex<Transport>>,
     memory: GuestMemoryMmap,
 }
 
@@ -88,7 +89,7 @@ impl Guest {
             }),
         );
         let transport = Transport::new("disk0".to_owned(), device, memory.clone(), world);
-        let transport = Arc::new(Mutex::new(transport.expect("its queues are possible")));
+        let transport = Arc::new(FairMutex::new(transport.expect("its queues are possible")));
         let place = Place::default();
         let at = layout::PCI_MEMORY;
         let function = VirtioFunction::new(at, transport.clone(), interrupts, place);
@@ -157,7 +158,7 @@ impl Guest {
                 if from_bus {
                     self.bus.remove(1);
                 }
-                self.transport.lock().expect("nothing panics").retire();
+                self.transport.lock().retire();
             }
         }
     }

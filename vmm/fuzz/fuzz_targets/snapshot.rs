@@ -5,7 +5,6 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
-use std::sync::Mutex;
 
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -13,6 +12,7 @@ use vmm::bus::BusDevice;
 use vmm::devices::ioapic::{IoApic, Message, Routes};
 use vmm::devices::serial::{Output, SerialPort};
 use vmm::events::{Readiness, Source, event};
+use vmm::fair_mutex::FairMutex;
 use vmm::hotplug::slots::Slots;
 use vmm::memory::MemoryPlan;
 use vmm::plan::Places;
@@ -88,11 +88,11 @@ fn restore_device(state: &VirtioState, memory: &GuestMemoryMmap) {
     transport
         .save()
         .expect("what was restored can be saved again");
-    let transport = Mutex::new(transport);
+    let transport = FairMutex::new(transport);
     for queue in (0..queues).filter_map(|queue| u32::try_from(queue).ok()) {
         transport.on_ready(KICK_TOKEN + queue, Readiness::READABLE);
     }
-    let mut transport = transport.lock().expect("nothing panics");
+    let mut transport = transport.lock();
     transport.hold();
     transport.release();
     transport.write(0x70, &0_u32.to_le_bytes());

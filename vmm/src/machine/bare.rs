@@ -155,7 +155,7 @@ impl Bare<'_> {
         for (entry, saved) in entries.iter().zip(saved) {
             // Before its transport is held: the function has to do with that.
             let function = restore_function(entry, saved.function.as_ref());
-            let mut transport = entry.transport.lock().expect("no device panics");
+            let mut transport = entry.transport.lock();
             let (name, window) = (&entry.name, entry.window);
             let result = expect("name", &saved.name, name)
                 .and_then(|()| expect("address", &saved.address, &window.address))

@@ -162,7 +162,6 @@ impl Parts {
                 Some(_) => None,
             };
             let entry = self.add_virtio(device, *window, line, fast)?;
-            let shared = entry.transport.clone();
             match (&self.pci, &entry.function) {
                 (Some(pci), Some(function)) => {
                     let mut bus = pci.bus.lock().expect("nothing panics in here");
@@ -170,7 +169,8 @@ impl Parts {
                 }
                 _ => {
                     let registers = window.address..window.address + layout::VIRTIO_BYTES;
-                    self.buses.memory.insert(registers, shared);
+                    let shared = Mutex::new(entry.transport.clone());
+                    self.buses.memory.insert(registers, Arc::new(shared));
                 }
             }
             lock(&self.inventory).push(entry);

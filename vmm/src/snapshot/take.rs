@@ -26,7 +26,6 @@ use crate::layout;
 use crate::spec::Spec;
 use crate::vcpu::Vcpus;
 use crate::virtio::state::StateError;
-use crate::virtio::transport::Transport;
 
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -232,7 +231,7 @@ struct Held<'a>(&'a [Arc<Entry>]);
 impl<'a> Held<'a> {
     fn hold(entries: &'a [Arc<Entry>]) -> Self {
         for entry in entries {
-            lock(&entry.transport).hold();
+            entry.transport.lock().hold();
         }
         Self(entries)
     }
@@ -241,7 +240,7 @@ impl<'a> Held<'a> {
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         for entry in self.0 {
-            lock(&entry.transport).release();
+            entry.transport.lock().release();
         }
     }
 }
@@ -252,7 +251,7 @@ fn device(entry: &Entry) -> Result<VirtioState, TakeError> {
         function.save()
     });
     let name = entry.name.clone();
-    match lock(&entry.transport).save() {
+    match entry.transport.lock().save() {
         Ok(transport) => Ok(VirtioState {
             name,
             address: entry.window.address,
@@ -262,10 +261,6 @@ fn device(entry: &Entry) -> Result<VirtioState, TakeError> {
         }),
         Err(source) => Err(TakeError::Device { name, source }),
     }
-}
-
-fn lock(transport: &Mutex<Transport>) -> MutexGuard<'_, Transport> {
-    transport.lock().expect("no device panics")
 }
 
 /// What is written without being marked, as addresses and lengths: the used rings of queues (virtio

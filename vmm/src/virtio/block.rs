@@ -19,12 +19,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nix::errno::Errno;
+use nix::sys::eventfd::EventFd;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use serde_json::Value;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
@@ -32,7 +33,7 @@ use vm_memory::GuestMemoryMmap;
 use self::answer::Answer;
 use self::engine::{Completed, Engine};
 pub use self::handle::{BlockHandle, BlockStats};
-use self::handle::{Shared, count};
+use self::handle::{Shared, count, event};
 use self::image::Image;
 pub use self::image::Layer;
 use self::request::{
@@ -54,6 +55,10 @@ const QUEUE_SIZE: u16 = 256;
 /// header and the status.
 const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
+/// The most bytes of a data segment, so that all together are less than [`REQUEST_BYTES_MAX`]. Linux
+/// takes the same where a disk says nothing.
+const SEGMENT_BYTES_MAX: u32 = 64 * 1024;
+
 /// What discards should be aligned to for space to come back: the usual block of a file system, in
 /// sectors.
 const DISCARD_ALIGNMENT_SECTORS: u32 = 8;
@@ -62,6 +67,7 @@ const DISCARD_ALIGNMENT_SECTORS: u32 = 8;
 const COMPLETIONS: u32 = 0;
 const TIMER: u32 = 1;
 const LIMITS: u32 = 2;
+const AGAIN: u32 = 3;
 
 /// How a disk is presented.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -97,6 +103,8 @@ pub struct Block {
     writes: Direction,
     /// Runs while requests are parked.
     timer: TimerFd,
+    /// Readable when there is more to do than was done at a time.
+    again: EventFd,
     shared: Arc<Shared>,
 }
 
@@ -152,6 +160,7 @@ impl Block {
             TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC,
         )
         .map_err(BlockError::Descriptor)?;
+        let again = event().map_err(BlockError::Descriptor)?;
         let shared = Shared::new(limits).map_err(BlockError::Descriptor)?;
         Ok(Block {
             engine,
@@ -164,6 +173,7 @@ impl Block {
             reads: Direction::new(limits.read_iops, limits.read_bps),
             writes: Direction::new(limits.write_iops, limits.write_bps),
             timer,
+            again,
             shared: Arc::new(shared),
         })
     }
@@ -240,8 +250,19 @@ impl Block {
             .map_err(|error| host("set a disk's timer")(error.into()))
     }
 
-    /// Submits what was started, and gives back what has completed.
+    /// Begins what was started, as much as is done at a time, and gives back what has completed.
     fn settle(&mut self, queue: &mut Queue, mem: &GuestMemoryMmap) -> Result<bool, DeviceError> {
+        self.engine.begin();
+        let any = self.complete(queue, mem)?;
+        if self.engine.can_begin() {
+            // It fails only if the counter is full, and then the descriptor is readable as it is.
+            let _ = self.again.write(1);
+        }
+        Ok(any)
+    }
+
+    /// Submits what was begun, and gives back what has completed.
+    fn complete(&mut self, queue: &mut Queue, mem: &GuestMemoryMmap) -> Result<bool, DeviceError> {
         let mut any = false;
         loop {
             self.engine.submit().map_err(host("submit to io_uring"))?;
@@ -294,8 +315,10 @@ impl Block {
 
 impl VirtioDevice for Block {
     fn info(&self) -> DeviceInfo {
-        let mut features =
-            1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE | 1 << VIRTIO_BLK_F_FLUSH;
+        let mut features = 1 << VIRTIO_BLK_F_SIZE_MAX
+            | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_FLUSH;
         features |= if self.geometry.read_only {
             1 << VIRTIO_BLK_F_RO
         } else {
@@ -313,6 +336,7 @@ impl VirtioDevice for Block {
         let mut config = vec![0; 60];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &self.geometry.sectors.to_le_bytes());
+        put(8, &SEGMENT_BYTES_MAX.to_le_bytes());
         put(12, &SEGMENTS_MAX.to_le_bytes());
         put(20, &512u32.to_le_bytes()); // blk_size
         put(34, &1u16.to_le_bytes()); // num_queues
@@ -362,12 +386,15 @@ impl VirtioDevice for Block {
     }
 
     fn interests(&self) -> Vec<Interest> {
-        let mut interests = vec![Interest::readable(LIMITS, self.shared.fd())];
+        // Always: changing the set costs as much as a small read.
+        let mut interests = vec![
+            Interest::readable(LIMITS, self.shared.fd()),
+            Interest::readable(AGAIN, self.again.as_fd().as_raw_fd()),
+        ];
         if !self.reads.parked.is_empty() || !self.writes.parked.is_empty() {
             interests.push(Interest::readable(TIMER, self.timer.as_fd().as_raw_fd()));
         }
-        // Always: it is readable only when there are completions, and changing the set costs as much
-        // as a small read.
+        // It is readable only when there are completions.
         interests.extend(
             self.engine
                 .fd()
@@ -392,6 +419,10 @@ impl VirtioDevice for Block {
                 self.timer
                     .unset()
                     .map_err(|error| host("stop a disk's timer")(error.into()))?;
+            }
+            AGAIN => {
+                // Readable or not: it is only being made unreadable.
+                let _ = self.again.read();
             }
             _ => {}
         }

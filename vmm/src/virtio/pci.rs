@@ -17,6 +17,7 @@ use super::registers;
 use super::transport::Transport;
 use super::transport::pci::{COMMON_BYTES, field};
 use crate::bus::BusDevice;
+use crate::fair_mutex::FairMutex;
 use crate::layout;
 use crate::pci::bus::Function;
 use crate::pci::config::{Config, Identity};
@@ -91,7 +92,7 @@ pub struct VirtioFunction {
     /// Where the capability of messages is, and that of the access through the configuration space.
     messages: usize,
     access: usize,
-    transport: Arc<Mutex<Transport>>,
+    transport: Arc<FairMutex<Transport>>,
     interrupts: Arc<Mutex<Interrupts>>,
     place: Place,
 }
@@ -103,11 +104,11 @@ impl VirtioFunction {
     /// platform raises `interrupts`, and watches for kicks at `place`.
     pub fn new(
         window: u64,
-        transport: Arc<Mutex<Transport>>,
+        transport: Arc<FairMutex<Transport>>,
         interrupts: Arc<Mutex<Interrupts>>,
         place: Place,
     ) -> VirtioFunction {
-        let device = lock(&transport).device_id();
+        let device = transport.lock().device_id();
         let identity = Identity {
             vendor: VENDOR,
             device: DEVICES + u16::try_from(device).expect("types are small"),
@@ -156,7 +157,7 @@ impl VirtioFunction {
         self.interrupts()
             .set_control(self.config.word(self.messages + 2));
         if self.place.set(self.config.window()) {
-            lock(&self.transport).moved();
+            self.transport.lock().moved();
         }
     }
 
@@ -178,7 +179,7 @@ impl VirtioFunction {
     }
 
     fn read_common(&self, offset: u64, data: &mut [u8]) {
-        let transport = lock(&self.transport);
+        let transport = self.transport.lock();
         let mut bytes = transport.common();
         let interrupts = self.interrupts();
         let queue = transport.selected_queue();
@@ -196,7 +197,7 @@ impl VirtioFunction {
     }
 
     fn write_common(&mut self, offset: u64, data: &[u8]) {
-        let mut transport = lock(&self.transport);
+        let mut transport = self.transport.lock();
         match (offset, <[u8; 2]>::try_from(data).map(u16::from_le_bytes)) {
             (field::CONFIG_VECTOR, Ok(vector)) => self.interrupts().set_config_vector(vector),
             (field::QUEUE_VECTOR, Ok(vector)) => {
@@ -243,10 +244,10 @@ impl Function for VirtioFunction {
             COMMON => self.read_common(within, data),
             CAUSES if within == 0 => {
                 if let Some(first) = data.first_mut() {
-                    *first = lock(&self.transport).take_interrupt_status();
+                    *first = self.transport.lock().take_interrupt_status();
                 }
             }
-            DEVICE => lock(&self.transport).read(registers::CONFIG + within, data),
+            DEVICE => self.transport.lock().read(registers::CONFIG + within, data),
             TABLE => self.interrupts().read_table(within, data),
             PENDING => self.interrupts().read_pending(within, data),
             _ => {}
@@ -257,20 +258,19 @@ impl Function for VirtioFunction {
         let within = offset % PAGE;
         match offset - within {
             COMMON => self.write_common(within, data),
-            DEVICE => lock(&self.transport).write(registers::CONFIG + within, data),
+            DEVICE => self
+                .transport
+                .lock()
+                .write(registers::CONFIG + within, data),
             NOTIFY => {
                 let queue = within / u64::from(NOTIFY_STRIDE);
                 let queue = usize::try_from(queue).expect("less than a page");
-                lock(&self.transport).on_kick(queue);
+                self.transport.lock().on_kick(queue);
             }
             TABLE => self.interrupts().write_table(within, data),
             _ => {}
         }
     }
-}
-
-fn lock(transport: &Mutex<Transport>) -> MutexGuard<'_, Transport> {
-    transport.lock().expect("no device panics")
 }
 
 fn lock_interrupts(interrupts: &Mutex<Interrupts>) -> MutexGuard<'_, Interrupts> {

@@ -256,9 +256,12 @@ impl Transport {
         }
         let outcome = self.device.activate(self.driver_features);
         if self.settle(outcome.map(|()| Signal::NONE)) {
-            // A kick may have come before it was watched for.
+            // A kick may have come before it was watched for. What is there is not done here, on the
+            // driver's own processor.
             for index in 0..self.queues.len() {
-                self.process(index);
+                if let Err(error) = self.platform.kick(index, Kick::Make) {
+                    return self.host_failure("make a kick", error);
+                }
             }
         }
     }

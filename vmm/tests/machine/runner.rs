@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -299,6 +300,11 @@ impl Client {
         // The line that was cut is finished when there is room again; nobody can tell how much of
         // it was sent, so it is left to be no request at all.
         sent
+    }
+
+    /// It will send no more.
+    pub(crate) fn finish_sending(&self) {
+        self.stream.get_ref().shutdown(Shutdown::Write).unwrap();
     }
 
     /// The next answer, or nothing if the machine has closed the connection.

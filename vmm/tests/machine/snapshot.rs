@@ -377,11 +377,11 @@ fn clones_of_a_machine_with_several_processors_go_on_all_at_once() {
 }
 
 /// A thread that stands still, in whatever it does, until this is dropped.
-struct Stopped(Pid);
+pub(crate) struct Stopped(Pid);
 
 impl Stopped {
     /// The thread of that name.
-    fn thread(process: i32, name: &str) -> Stopped {
+    pub(crate) fn thread(process: i32, name: &str) -> Stopped {
         let folder = format!("/proc/{process}/task");
         let mut threads = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
         let named = threads.find(|entry| {

@@ -6,6 +6,10 @@
 //! will not wait, so the ring hands each to a thread of the kernel; a plain call takes half as long.
 //! A call may wait, for a disk that does not keep up, and this disk's thread with it; the writes that
 //! follow then go to the ring. Where the host does not let us have a ring, calls do all.
+//!
+//! All of this is copying on the disk's thread, while nobody else gets at the device. A driver may ask
+//! for any amount of it, the same memory again and again: what is begun at a time is bounded, in bytes
+//! and, for calls, in time.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -18,8 +22,13 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::image::Image;
 use super::patience::Patience;
-use super::request::{Kind, Operation, Progress, Status};
+use super::request::{Kind, Operation, Progress, REQUEST_BYTES_MAX, Status};
 use super::ring::Ring;
+
+/// The most data that moves at a time: what one [`Engine::begin`] begins, with what was begun before and
+/// has not ended. Some milliseconds of copying, and far more than it takes to keep a disk busy. The
+/// longest request fits.
+pub(crate) const ROUND_BYTES: u64 = REQUEST_BYTES_MAX;
 
 /// An operation that has ended, and how.
 #[derive(Debug)]
@@ -31,8 +40,12 @@ pub(crate) struct Completed {
 /// Both ways, and the choice between them.
 #[derive(Debug)]
 pub(crate) struct Engine {
+    /// Taken on; the first may have been begun.
+    waiting: VecDeque<Operation>,
     calls: Calls,
     ring: Option<Box<Ring>>,
+    /// Data of the operations that are in the ring.
+    moving: u64,
     /// Writes go to the page cache.
     cached_writes: bool,
     patience: Patience,
@@ -59,42 +72,79 @@ impl Engine {
     fn on_file(file: Arc<File>) -> Engine {
         Engine {
             cached_writes: file.metadata().is_ok_and(|metadata| metadata.is_file()),
-            calls: Calls {
-                target: Target::File(file),
-                completed: VecDeque::new(),
-            },
-            ring: None,
-            patience: Patience::default(),
+            ..Engine::of_calls(Target::File(file))
         }
     }
 
     /// An engine that does each operation at once, on an image.
     pub(crate) fn on_image(image: Image) -> Engine {
+        Engine::of_calls(Target::Image(Box::new(image)))
+    }
+
+    fn of_calls(target: Target) -> Engine {
         Engine {
-            cached_writes: false,
+            waiting: VecDeque::new(),
             calls: Calls {
-                target: Target::Image(Box::new(image)),
+                target,
                 completed: VecDeque::new(),
             },
             ring: None,
+            moving: 0,
+            cached_writes: false,
             patience: Patience::default(),
         }
     }
 
-    /// Takes on an operation. It is begun by the next [`submit`](Self::submit) at the latest.
+    /// Takes on an operation.
     pub(crate) fn start(&mut self, operation: Operation) {
-        let cached_write = self.cached_writes && operation.kind == Kind::Write { stable: false };
-        match &mut self.ring {
-            Some(ring) if !cached_write || !self.patience.allows_call(Instant::now()) => {
-                ring.start(operation);
+        self.waiting.push_back(operation);
+    }
+
+    /// Begins what was taken on, in its order, as much as may be begun at a time. Others are to have
+    /// their turn before the next.
+    pub(crate) fn begin(&mut self) {
+        self.patience.end_batch();
+        let mut room = self.room();
+        while let Some(operation) = self.waiting.pop_front() {
+            let bytes = operation.charge();
+            let unfinished = if bytes > room {
+                Some(operation)
+            } else {
+                room -= bytes;
+                self.begin_one(operation)
+            };
+            if let Some(operation) = unfinished {
+                self.waiting.push_front(operation);
+                break;
             }
-            _ => self.calls.start(operation),
         }
     }
 
-    /// Hands what was started to the kernel.
+    /// Gives back an operation for which it is too early.
+    fn begin_one(&mut self, operation: Operation) -> Option<Operation> {
+        let cached_write = self.cached_writes && operation.kind == Kind::Write { stable: false };
+        match &mut self.ring {
+            Some(ring) if !cached_write || !self.patience.allows_call(Instant::now()) => {
+                self.moving += operation.charge();
+                ring.start(operation);
+                None
+            }
+            _ => self.calls.start(operation, &mut self.patience),
+        }
+    }
+
+    fn room(&self) -> u64 {
+        ROUND_BYTES.saturating_sub(self.moving)
+    }
+
+    /// Whether there is something for [`begin`](Self::begin) to begin.
+    pub(crate) fn can_begin(&self) -> bool {
+        let next = self.waiting.front();
+        next.is_some_and(|operation| operation.charge() <= self.room())
+    }
+
+    /// Hands what the ring has to the kernel.
     pub(crate) fn submit(&mut self) -> io::Result<()> {
-        self.patience.end_batch();
         self.ring.as_mut().map_or(Ok(()), |ring| ring.submit())
     }
 
@@ -102,13 +152,17 @@ impl Engine {
     /// were cut short has then been started again and waits for [`submit`](Self::submit).
     pub(crate) fn completed(&mut self) -> Option<Completed> {
         let done = self.calls.completed.pop_front();
-        done.or_else(|| self.ring.as_mut()?.completed())
+        done.or_else(|| {
+            let completed = self.ring.as_mut()?.completed()?;
+            self.moving -= completed.operation.charge();
+            Some(completed)
+        })
     }
 
     /// Operations that were started and not yet returned by [`completed`](Self::completed).
     pub(crate) fn in_flight(&self) -> usize {
         let ring = self.ring.as_ref().map_or(0, |ring| ring.in_flight());
-        self.calls.completed.len() + ring
+        self.waiting.len() + self.calls.completed.len() + ring
     }
 
     /// Whether there is something for [`submit`](Self::submit) to do.
@@ -123,10 +177,11 @@ impl Engine {
         self.ring.as_ref().map(|ring| ring.fd())
     }
 
-    /// Waits until an operation has ended, if any is in flight.
+    /// Waits until there is something to do, if any operation is in flight.
     pub(crate) fn wait(&mut self) -> io::Result<()> {
+        let idle = self.calls.completed.is_empty() && !self.can_begin();
         match &mut self.ring {
-            Some(ring) if self.calls.completed.is_empty() => ring.wait(),
+            Some(ring) if idle => ring.wait(),
             _ => Ok(()),
         }
     }
@@ -139,12 +194,14 @@ impl Engine {
         }
     }
 
-    /// Waits for all operations and forgets them.
+    /// Waits for what was begun, and forgets all.
     pub(crate) fn drain(&mut self) {
+        self.waiting.clear();
         self.calls.completed.clear();
         if let Some(ring) = &mut self.ring {
             ring.drain();
         }
+        self.moving = 0;
     }
 }
 
@@ -155,7 +212,7 @@ enum Target {
     Image(Box<Image>),
 }
 
-/// Does each operation in full when it is started.
+/// Does each operation when it is started.
 #[derive(Debug)]
 struct Calls {
     target: Target,
@@ -163,15 +220,16 @@ struct Calls {
 }
 
 impl Calls {
-    fn start(&mut self, mut operation: Operation) {
-        let status = loop {
+    /// Gives back an operation of which something is left.
+    fn start(&mut self, mut operation: Operation, patience: &mut Patience) -> Option<Operation> {
+        while patience.lasts(Instant::now()) {
             let result = self.perform(&operation);
-            match operation.advance(&result) {
-                Progress::Again => {}
-                Progress::Finished(status) => break status,
+            if let Progress::Finished(status) = operation.advance(&result) {
+                self.completed.push_back(Completed { operation, status });
+                return None;
             }
-        };
-        self.completed.push_back(Completed { operation, status });
+        }
+        Some(operation)
     }
 
     fn perform(&mut self, operation: &Operation) -> io::Result<usize> {

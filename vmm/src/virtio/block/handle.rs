@@ -81,7 +81,7 @@ impl Shared {
         Ok(Shared {
             counters: Counters::default(),
             limits: Mutex::new(limits),
-            changed: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+            changed: event()?,
         })
     }
 
@@ -106,6 +106,11 @@ impl Shared {
     fn lock_limits(&self) -> MutexGuard<'_, DiskLimits> {
         self.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A counter that makes a descriptor readable. Neither end of it ever waits.
+pub(super) fn event() -> Result<EventFd, Errno> {
+    EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
 }
 
 /// Counters have one writer, so no locked instruction is needed.

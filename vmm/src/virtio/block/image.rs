@@ -21,6 +21,9 @@ use crate::spec::DiskFormat;
 /// What is moved at a time.
 const PIECE_BYTES: usize = 128 * 1024;
 
+/// What is zeroed at a time: whole clusters, whatever their size.
+const ZERO_PIECE_BYTES: u64 = 32 << 20;
+
 type Storage = imago::file::File;
 
 /// A file of which an image consists.
@@ -81,14 +84,15 @@ impl Image {
             }
             Kind::Flush => self.flush(),
             Kind::Zero { keep } => {
-                let length = operation.bytes as u64;
+                let border = (position / ZERO_PIECE_BYTES + 1) * ZERO_PIECE_BYTES;
+                let length = (operation.left() as u64).min(border - position);
                 if keep {
                     self.access.write_zeroes(position, length)?;
                 } else {
                     self.punch(position, length)?;
                     self.access.discard_to_zero(position, length)?;
                 }
-                Ok(0)
+                usize::try_from(length).map_err(io::Error::other)
             }
         }
     }

@@ -25,12 +25,17 @@ impl Patience {
             self.pause -= 1;
             return false;
         }
-        let since = *self.since.get_or_insert(now);
-        let patient = now.saturating_duration_since(since) < BATCH;
+        let patient = self.lasts(now);
         if !patient {
             self.pause = PAUSE;
         }
         patient
+    }
+
+    /// Whether calls may go on, where there is no other way.
+    pub(super) fn lasts(&mut self, now: Instant) -> bool {
+        let since = *self.since.get_or_insert(now);
+        now.saturating_duration_since(since) < BATCH
     }
 
     /// Others have had their turn.

@@ -18,6 +18,10 @@ pub(crate) const SECTOR_BYTES: u64 = 512;
 /// long: 1 GiB.
 pub(crate) const RANGE_SECTORS_MAX: u32 = 1 << 21;
 
+/// The most data of one request: no driver needs to go beyond it that keeps to what the configuration
+/// says of segments.
+pub(crate) const REQUEST_BYTES_MAX: u64 = 16 << 20;
+
 /// The bytes that the answer to GET_ID has room for.
 pub(crate) const SERIAL_BYTES_MAX: usize = 20;
 
@@ -157,9 +161,12 @@ fn transfer(chain: Chain, kind: Kind, sector: u64, disk: &Geometry) -> Request {
             chain.readable_bytes() - HEADER_BYTES
         }
     };
-    let whole = bytes > 0 && (bytes as u64).is_multiple_of(SECTOR_BYTES);
-    match disk.position(sector, bytes as u64) {
-        Some(position) if whole => Request::Operate(Operation::new(chain, kind, position, bytes)),
+    let length = bytes as u64;
+    let possible = bytes > 0 && length.is_multiple_of(SECTOR_BYTES) && length <= REQUEST_BYTES_MAX;
+    match disk.position(sector, length) {
+        Some(position) if possible => {
+            Request::Operate(Operation::new(chain, kind, position, bytes))
+        }
         _ => Request::Answer(chain, Status::Failed),
     }
 }
@@ -204,7 +211,7 @@ impl Operation {
         }
     }
 
-    /// What the operation costs of the bytes that a limit allows. Zeroing moves none.
+    /// What the operation costs of the bytes that a limit allows. Zeroing and flushing move none.
     pub(crate) fn charge(&self) -> u64 {
         match self.kind {
             Kind::Read | Kind::Write { .. } => self.bytes as u64,
@@ -272,6 +279,11 @@ impl Operation {
             Err(error) => return self.failed(error),
         };
         match self.kind {
+            // Images are zeroed a piece at a time, files at once.
+            Kind::Zero { .. } if moved > 0 && self.done + moved < self.bytes => {
+                self.done += moved;
+                Progress::Again
+            }
             Kind::Flush | Kind::Zero { .. } => Progress::Finished(Status::Done),
             // The file is shorter than it was, or full: there is no more to come.
             Kind::Read | Kind::Write { .. } if moved == 0 => Progress::Finished(Status::Failed),

@@ -28,9 +28,9 @@ impl Guest {
     fn new() -> Guest {
         let mut driver = Driver::new();
         let world = driver.platform.0.clone();
-        let transport = Arc::new(Mutex::new(driver.take_transport()));
+        let transport = Arc::new(FairMutex::new(driver.take_transport()));
         let sent = Sent::default();
-        let queues = lock(&transport).queue_count();
+        let queues = transport.lock().queue_count();
         let interrupts = Interrupts::new(queues, Box::new(sent.clone()));
         let interrupts = Arc::new(Mutex::new(interrupts));
         let place = Place::default();

@@ -1,13 +1,13 @@
 //! A transport on the event loop: kicks, and queues that are looked after so that their drivers need
 //! not kick.
 
-use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use virtio_queue::QueueT;
 
 use super::{KICK_TOKEN, Kick, Transport};
 use crate::events::{Readiness, Source};
+use crate::fair_mutex::FairMutex;
 use crate::virtio::DeviceError;
 use crate::virtio::counters::count;
 
@@ -87,9 +87,9 @@ impl Transport {
     }
 }
 
-impl Source for Mutex<Transport> {
+impl Source for FairMutex<Transport> {
     fn on_ready(&self, token: u32, _readiness: Readiness) {
-        let mut transport = self.lock().expect("no device panics");
+        let mut transport = self.lock();
         match token.checked_sub(KICK_TOKEN) {
             None => transport.on_device_ready(token),
             Some(queue) => {
@@ -109,16 +109,17 @@ impl Source for Mutex<Transport> {
     }
 
     fn busy(&self) -> bool {
-        self.lock().expect("no device panics").busy_queues != 0
+        self.lock().busy_queues != 0
     }
 
     fn poll(&self) -> bool {
         // Whoever has it now is a processor, and soon done.
-        self.try_lock().is_ok_and(|mut transport| transport.poll())
+        self.try_lock()
+            .is_some_and(|mut transport| transport.poll())
     }
 
     fn rest(&self) -> bool {
-        self.lock().expect("no device panics").rest()
+        self.lock().rest()
     }
 }
 

@@ -1,10 +1,13 @@
 //! The transport's registers (virtio 1.2, section 4.2.2): which accesses mean what, and when they are
 //! allowed to.
 
+use std::sync::Arc;
+
 use virtio_queue::QueueT;
 
 use super::Transport;
 use crate::bus::BusDevice;
+use crate::fair_mutex::FairMutex;
 use crate::virtio::registers::{self as register, status};
 
 impl Transport {
@@ -104,6 +107,17 @@ pub(super) fn half(value: u64, select: u32) -> u32 {
         _ => 0,
     };
     u32::try_from(shifted & 0xffff_ffff).expect("masked")
+}
+
+/// Processors take turns with whoever serves the device.
+impl BusDevice for Arc<FairMutex<Transport>> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        self.lock().read(offset, data);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        self.lock().write(offset, data);
+    }
 }
 
 impl BusDevice for Transport {

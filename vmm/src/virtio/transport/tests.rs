@@ -108,6 +108,10 @@ fn buffers_that_were_there_before_activation_are_served() {
     driver.kick();
     assert_eq!(driver.used(), 0);
     driver.write(register::STATUS, 15);
+    // Not by the processor that says so.
+    assert_eq!(driver.used(), 0);
+    assert_eq!(driver.platform.0.lock().unwrap().postponed, 2);
+    driver.kick();
     assert_eq!(driver.used(), 1);
 }
 

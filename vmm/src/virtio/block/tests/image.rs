@@ -8,14 +8,14 @@ use super::*;
 
 type Storage = imago::file::File;
 
-/// The file of an empty image of [`BYTES`], perhaps with a name of another in it.
-fn qcow2(backing: Option<&str>) -> File {
+/// The file of an empty image of this size, perhaps with a name of another in it.
+pub(super) fn qcow2(bytes: u64, backing: Option<&str>) -> File {
     let file = tempfile().unwrap();
     let storage = Storage::from_open_file(
         file.try_clone().unwrap(),
         StorageOpenOptions::new().write(true),
     );
-    let builder = Qcow2::<Storage>::create_builder(storage.unwrap()).size(BYTES);
+    let builder = Qcow2::<Storage>::create_builder(storage.unwrap()).size(bytes);
     match backing {
         Some(name) => builder.backing(name.to_owned(), "raw".to_owned()),
         None => builder,
@@ -37,7 +37,7 @@ fn open(top: &File, backing: Vec<Layer>) -> Result<Block, BlockError> {
     Block::open(top, backing, BlockOptions::default())
 }
 
-fn bench(file: File, backing: Vec<Layer>) -> Bench {
+pub(super) fn bench(file: File, backing: Vec<Layer>) -> Bench {
     let mut block = open(&file, backing).unwrap();
     let driver = Driver::start(&mut block);
     Bench {
@@ -48,14 +48,14 @@ fn bench(file: File, backing: Vec<Layer>) -> Bench {
 }
 
 impl Bench {
-    fn sectors(&mut self, sector: u64, count: u32) -> Vec<u8> {
+    pub(super) fn sectors(&mut self, sector: u64, count: u32) -> Vec<u8> {
         let data = self.driver.writable(512 * count);
         let whole = 512 * count + 1;
         assert_eq!(self.request(READ, sector, &[data]), (OK, whole));
         self.driver.read(data.address, 512 * count as usize)
     }
 
-    fn write(&mut self, sector: u64, bytes: &[u8]) {
+    pub(super) fn write(&mut self, sector: u64, bytes: &[u8]) {
         let data = self.driver.readable(bytes);
         assert_eq!(self.request(WRITE, sector, &[data]), (OK, 1));
     }
@@ -63,7 +63,7 @@ impl Bench {
 
 #[test]
 fn what_is_written_is_read_and_the_rest_is_zero() {
-    let mut bench = bench(qcow2(None), Vec::new());
+    let mut bench = bench(qcow2(BYTES, None), Vec::new());
     assert_eq!(bench.block.config()[..8], SECTORS.to_le_bytes());
     assert_eq!(bench.sectors(0, 8), [0; 4096]);
     // More than is moved at a time, across clusters, not at their borders.
@@ -84,7 +84,7 @@ fn what_is_written_is_read_and_the_rest_is_zero() {
 
 #[test]
 fn a_driver_that_does_not_flush_gets_stable_writes_of_the_tables_too() {
-    let file = qcow2(None);
+    let file = qcow2(BYTES, None);
     let mut block = open(&file, Vec::new()).unwrap();
     let driver = Driver::start_with(&mut block, 0);
     let mut bench = Bench {
@@ -104,7 +104,7 @@ fn discarded_ranges_give_their_space_back() {
         (WRITE_ZEROES, 1, true),
         (WRITE_ZEROES, 0, false),
     ] {
-        let mut bench = bench(qcow2(None), Vec::new());
+        let mut bench = bench(qcow2(BYTES, None), Vec::new());
         bench.write(0, &[7; 2048 * 512]);
         assert_eq!(bench.request(FLUSH, 0, &[]), (OK, 1));
         let before = bench.file.metadata().unwrap().blocks();
@@ -126,7 +126,11 @@ fn discarded_ranges_give_their_space_back() {
 
 #[test]
 fn an_image_is_opened_with_those_that_it_refers_to_and_changes_none_of_them() {
-    let (bottom, middle, top) = (tempfile().unwrap(), qcow2(Some("x")), qcow2(Some("y")));
+    let (bottom, middle, top) = (
+        tempfile().unwrap(),
+        qcow2(BYTES, Some("x")),
+        qcow2(BYTES, Some("y")),
+    );
     bottom.write_all_at(&pattern(), 0).unwrap();
     let raw = || layer(&bottom, DiskFormat::Raw);
     bench(middle.try_clone().unwrap(), vec![raw()]).write(5, &[1; 512]);
@@ -152,9 +156,9 @@ fn what_an_image_says_of_files_is_not_believed() {
     for (case, result) in [
         (
             "another file",
-            open(&qcow2(Some("/etc/passwd")), Vec::new()),
+            open(&qcow2(BYTES, Some("/etc/passwd")), Vec::new()),
         ),
-        ("no other file", open(&qcow2(None), below())),
+        ("no other file", open(&qcow2(BYTES, None), below())),
         ("no image", open(&raw, Vec::new())),
     ] {
         assert!(
@@ -163,7 +167,7 @@ fn what_an_image_says_of_files_is_not_believed() {
         );
     }
     // What is named as raw is raw, whatever it holds.
-    let image = qcow2(Some("/etc/passwd"));
+    let image = qcow2(BYTES, Some("/etc/passwd"));
     let length = image.metadata().unwrap().len();
     let top = layer(&image, DiskFormat::Raw);
     let block = Block::open(top, Vec::new(), BlockOptions::default()).unwrap();
@@ -172,7 +176,7 @@ fn what_an_image_says_of_files_is_not_believed() {
 
 #[test]
 fn a_read_only_image_is_not_changed() {
-    let file = qcow2(None);
+    let file = qcow2(BYTES, None);
     let options = BlockOptions {
         read_only: true,
         ..BlockOptions::default()
@@ -191,7 +195,7 @@ fn a_read_only_image_is_not_changed() {
 
 #[test]
 fn hostile_drivers_are_survived() {
-    assert_tricks_are_the_guests_error(&mut open(&qcow2(None), Vec::new()).unwrap());
+    assert_tricks_are_the_guests_error(&mut open(&qcow2(BYTES, None), Vec::new()).unwrap());
 }
 
 proptest! {
@@ -199,6 +203,6 @@ proptest! {
 
     #[test]
     fn noise_is_survived(noise in any_noise(1)) {
-        assert_noise_is_survived(&mut open(&qcow2(None), Vec::new()).unwrap(), &noise);
+        assert_noise_is_survived(&mut open(&qcow2(BYTES, None), Vec::new()).unwrap(), &noise);
     }
 }

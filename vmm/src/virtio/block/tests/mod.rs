@@ -5,6 +5,7 @@
     reason = "the numbers are the tests' own, and small"
 )]
 
+mod bounds;
 mod image;
 mod snapshot;
 
@@ -494,15 +495,18 @@ fn a_limit_on_one_direction_does_not_hold_up_the_other_and_can_be_lifted_while_r
         let handle = bench.block.handle();
         let data = bench.driver.readable(&[9; 512]);
         assert_eq!(bench.request(WRITE, 0, &[data]), (OK, 1));
-        let parked = bench.offer(WRITE, 1, &[data]);
+        let parked = [bench.offer(WRITE, 1, &[data]), bench.offer(FLUSH, 0, &[])];
         let _ = bench.driver.kick(&mut bench.block, 0).unwrap();
         let into = bench.driver.writable(512);
         assert_eq!(bench.request(READ, 2, &[into]), (OK, 513));
-        assert_eq!(bench.request(FLUSH, 0, &[]), (OK, 1));
-        assert_eq!(bench.driver.read(parked.address, 1), [UNTOUCHED]);
+        for status in parked {
+            assert_eq!(bench.driver.read(status.address, 1), [UNTOUCHED]);
+        }
         handle.set_limits(DiskLimits::default());
-        bench.driver.wait_used(&mut bench.block, 0, 1);
-        assert_eq!(bench.driver.read(parked.address, 1), [OK]);
+        bench.driver.wait_used(&mut bench.block, 0, 2);
+        for status in parked {
+            assert_eq!(bench.driver.read(status.address, 1), [OK]);
+        }
         assert_eq!(bench.content(1, 1), [9; 512]);
     }
 }
@@ -592,6 +596,7 @@ fn the_configuration_says_what_the_disk_can_do() {
         .unwrap();
     let config = block(Kind::Ring, &file, BlockOptions::default()).config();
     assert_eq!(config[..8], SECTORS.to_le_bytes());
+    assert_eq!(config[8..12], 65_536u32.to_le_bytes());
     assert_eq!(config[12..16], 254u32.to_le_bytes());
     assert_eq!(config[36..40], RANGE_SECTORS_MAX.to_le_bytes());
     assert_eq!(config.len(), 60);
