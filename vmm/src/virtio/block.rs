@@ -208,11 +208,7 @@ impl Block {
             Request::Operate(operation) => {
                 let direction = match operation.kind {
                     Kind::Read => &mut self.reads,
-                    Kind::Write { .. } | Kind::Zero { .. } => &mut self.writes,
-                    Kind::Flush => {
-                        self.engine.start(operation);
-                        return None;
-                    }
+                    Kind::Write { .. } | Kind::Zero { .. } | Kind::Flush => &mut self.writes,
                 };
                 if let Some(admitted) = direction.admit_or_park(operation, now) {
                     self.engine.start(admitted);

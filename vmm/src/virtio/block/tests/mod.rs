@@ -481,6 +481,31 @@ fn a_throttled_disk_reaches_its_rate_and_no_more() {
 }
 
 #[test]
+fn flushes_count_as_operations_that_write() {
+    for kind in ENGINES {
+        let limits = DiskLimits {
+            write_iops: Some(1),
+            ..DiskLimits::default()
+        };
+        let options = BlockOptions {
+            limits,
+            ..BlockOptions::default()
+        };
+        let mut bench = Bench::new(kind, options);
+        for _ in 0..50 {
+            bench.offer(FLUSH, 0, &[]);
+        }
+        let _ = bench.driver.kick(&mut bench.block, 0).unwrap();
+        bench.driver.wait_used(&mut bench.block, 0, 1);
+        let stats = bench.block.handle().stats();
+        assert_eq!((stats.flushes, stats.throttled), (1, 49), "{kind:?}");
+        bench.block.handle().set_limits(DiskLimits::default());
+        bench.driver.wait_used(&mut bench.block, 0, 49);
+        assert_eq!(bench.block.handle().stats().flushes, 50);
+    }
+}
+
+#[test]
 fn a_limit_on_one_direction_does_not_hold_up_the_other_and_can_be_lifted_while_requests_wait() {
     for kind in ENGINES {
         let limits = DiskLimits {
