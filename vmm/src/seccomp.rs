@@ -14,6 +14,7 @@ use std::cell::Cell;
 
 use libc::c_long;
 use seccompiler::BpfProgram;
+use syscalls::Sysno;
 use vmm_sys_util::signal::register_signal_handler;
 
 use crate::control::ExitStatus;
@@ -436,12 +437,15 @@ extern "C" fn on_violation(
     // SAFETY: the kernel hands a handler with SA_SIGINFO a ucontext_t.
     let registers = unsafe { (*context).uc_mcontext.gregs };
     let index = usize::try_from(libc::REG_RAX).unwrap_or_default();
+    let number = registers[index].unsigned_abs();
     let mut digits = [0; 20];
     say("hostd-vmm: ");
     say(NAME.get());
     say(" made system call ");
-    say(decimal(registers[index].unsigned_abs(), &mut digits));
-    say(", which its filter does not allow; --no-seccomp runs without filters\n");
+    say(name_of(number));
+    say(" (");
+    say(decimal(number, &mut digits));
+    say("), which its filter does not allow; --no-seccomp runs without filters\n");
     // SAFETY: ends the process without running anything else.
     unsafe { libc::_exit(ExitStatus::FAILURE_CODE.into()) };
 }
@@ -450,6 +454,12 @@ extern "C" fn on_violation(
 fn say(text: &str) {
     // SAFETY: the range is `text`.
     let _ = unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) };
+}
+
+/// Out of a table that is part of the program.
+fn name_of(number: u64) -> &'static str {
+    let known = usize::try_from(number).ok().and_then(Sysno::new);
+    known.map_or("of a newer kernel", |call| call.name())
 }
 
 fn decimal(mut number: u64, digits: &mut [u8; 20]) -> &str {
@@ -472,19 +482,24 @@ mod tests {
 
     use super::*;
 
+    pub(super) const THREADS: [Thread; 5] = [
+        Thread::EventLoop,
+        Thread::Vcpu,
+        Thread::Device,
+        Thread::Snapshot,
+        Thread::Hotplug,
+    ];
+
     #[test]
-    fn every_rule_has_a_reason() {
-        for thread in [
-            Thread::EventLoop,
-            Thread::Vcpu,
-            Thread::Device,
-            Thread::Snapshot,
-            Thread::Hotplug,
-        ] {
+    fn every_rule_has_a_reason_and_every_call_a_name() {
+        for thread in THREADS {
             for rule in thread.rules().into_iter().flatten() {
-                assert!(rule.reason.len() > 4, "system call {}", rule.call);
+                let name = name_of(rule.call.unsigned_abs());
+                assert!(rule.reason.len() > 4, "system call {name}");
+                assert_ne!(name, name_of(u64::MAX), "system call {}", rule.call);
             }
         }
+        assert_eq!(name_of(u64::MAX), "of a newer kernel");
     }
 
     /// Set for a process that is to break its rules.
@@ -506,7 +521,7 @@ mod tests {
         assert_eq!(violator.status.code(), Some(125));
         let said = String::from_utf8(violator.stderr).unwrap();
         let want = format!(
-            "a virtual processor made system call {}, ",
+            "a virtual processor made system call getppid ({}), ",
             libc::SYS_getppid
         );
         assert!(said.contains(&want), "{said}");

@@ -182,7 +182,8 @@ fn branch(code: u16, operand: u32, then: usize, otherwise: usize) -> sock_filter
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Rule, Thread};
+    use super::super::Rule;
+    use super::super::tests::THREADS;
     use super::*;
 
     /// What the kernel does with a program; and in how many steps.
@@ -236,7 +237,7 @@ mod tests {
 
     #[test]
     fn a_program_permits_what_its_rules_do_and_nothing_else() {
-        for thread in [Thread::EventLoop, Thread::Vcpu, Thread::Device] {
+        for thread in THREADS {
             let rules: Vec<&Rule> = thread.rules().into_iter().flatten().collect();
             let program = compile(rules.iter().map(|rule| (rule.call, &rule.when)));
             let mut values = vec![0, 1, 4, 7, 0xffff_ffff];

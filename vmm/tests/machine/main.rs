@@ -4,6 +4,8 @@
 mod boot;
 mod control;
 mod damaged;
+mod driver;
+mod filters;
 mod golden;
 mod guest;
 mod hotplug;
