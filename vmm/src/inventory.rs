@@ -11,7 +11,9 @@ use crate::virtio::block::BlockHandle;
 use crate::virtio::counters::Counters;
 use crate::virtio::net::NetHandle;
 use crate::virtio::pci::VirtioFunction;
+use crate::virtio::rng::RngCounters;
 use crate::virtio::transport::{Transport, Window};
+use crate::virtio::vsock::VsockCounters;
 
 /// A device.
 pub struct Entry {
@@ -36,7 +38,16 @@ opaque_debug!(Entry);
 pub enum Handle {
     Disk(BlockHandle),
     Net(NetHandle),
+    Vsock(Arc<VsockCounters>),
+    Rng(Arc<RngCounters>),
     Other,
+}
+
+impl Handle {
+    /// Such devices come and go while the machine runs.
+    pub fn comes_and_goes(&self) -> bool {
+        matches!(self, Handle::Disk(_) | Handle::Net(_))
+    }
 }
 
 /// What a device that is added was made from.
@@ -102,7 +113,7 @@ impl Inventory {
     pub fn disks(&self) -> impl Iterator<Item = &BlockHandle> {
         self.entries.iter().filter_map(|entry| match &entry.handle {
             Handle::Disk(handle) => Some(handle),
-            Handle::Net(_) | Handle::Other => None,
+            Handle::Net(_) | Handle::Vsock(_) | Handle::Rng(_) | Handle::Other => None,
         })
     }
 
@@ -110,7 +121,7 @@ impl Inventory {
     pub fn nets(&self) -> impl Iterator<Item = &NetHandle> {
         self.entries.iter().filter_map(|entry| match &entry.handle {
             Handle::Net(handle) => Some(handle),
-            Handle::Disk(_) | Handle::Other => None,
+            Handle::Disk(_) | Handle::Vsock(_) | Handle::Rng(_) | Handle::Other => None,
         })
     }
 
@@ -166,7 +177,7 @@ impl Inventory {
         match &self.entries[position].handle {
             Handle::Disk(_) => drop(self.spec.disks.remove(position)),
             Handle::Net(_) => drop(self.spec.nets.remove(position - disks)),
-            Handle::Other => {}
+            Handle::Vsock(_) | Handle::Rng(_) | Handle::Other => {}
         }
         Some(self.entries.remove(position))
     }

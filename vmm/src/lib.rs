@@ -17,6 +17,7 @@ pub mod arch;
 pub mod assembly;
 pub mod boot;
 pub mod bus;
+pub mod console;
 pub mod control;
 pub mod descriptors;
 pub mod devices;

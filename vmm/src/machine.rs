@@ -129,7 +129,7 @@ impl Machine {
         let saved_port = plan.saved().map(|state| state.devices.serial.clone());
         let transport = plan.spec.transport;
         let mut parts = Parts::new(vm.clone(), early.exit, early.reports, plan.spec)?;
-        let (serial, terminal) = parts.add_serial_port(plan.console, saved_port.as_ref())?;
+        let (console, terminal) = parts.add_serial_port(plan.console, saved_port.as_ref())?;
         let power_button = parts.add_power()?;
         let generation = parts.line(layout::GENERATION_GSI)?;
         parts.add_boot_timer(options.boot_timer);
@@ -159,7 +159,7 @@ impl Machine {
                 vcpus: vcpus.clone(),
                 saver: Saver::new(&kvm, begun.features)?,
                 io_apic,
-                serial,
+                serial: console.port.clone(),
                 readiness: parts.reports.readiness().clone(),
                 inventory: parts.inventory.clone(),
                 slots: begun.hears.then(|| parts.slots()).flatten(),
@@ -176,6 +176,7 @@ impl Machine {
                 power_button,
                 memory: memory_controls(&plan.memory, virtio.balloon, virtio.mem),
                 snapshots: Some(snapshots),
+                console: Some(console.shown()),
             };
             serve(&mut parts.events, control_listener(listen)?, controls)?;
         }
@@ -375,28 +376,34 @@ impl VirtioDevices {
         }
         if let Some(plan) = plan.vsock.take() {
             let vsock = assembly::vsock(plan).map(|vsock| vsock.with_reports(reports.clone()));
-            list.add("vsock".to_owned(), vsock, |_, _| ())?;
+            list.add("vsock".to_owned(), vsock, |_, device| {
+                Handle::Vsock(device.counters())
+            })?;
         }
         if plan.rng {
-            list.add("rng".to_owned(), Ok(Rng::new()), |_, _| ())?;
+            list.add("rng".to_owned(), Ok(Rng::new()), |_, device| {
+                Handle::Rng(device.counters())
+            })?;
         }
         if let Some(spec) = plan.balloon {
             let balloon = Balloon::new(spec, &plan.memory).map_err(DeviceSetupError::Event);
             list.add("balloon".to_owned(), balloon, |list, device| {
                 list.balloon = Some(device.handle());
+                Handle::Other
             })?;
         }
         if let Some(range) = plan.memory.hotplug() {
             let mem = Mem::new(range).map_err(DeviceSetupError::Event);
             list.add("mem".to_owned(), mem, |list, device| {
                 list.mem = Some(device.handle());
+                Handle::Other
             })?;
         }
         for (index, image) in plan.images.drain(..).enumerate() {
             list.add(
                 format!("pmem{index}"),
                 Ok(Pmem::new(image.range)),
-                |_, _| (),
+                |_, _| Handle::Other,
             )?;
         }
         Ok(list)
@@ -406,15 +413,12 @@ impl VirtioDevices {
         &mut self,
         name: String,
         device: Result<D, DeviceSetupError>,
-        keep: impl FnOnce(&mut Self, &D),
+        keep: impl FnOnce(&mut Self, &D) -> Handle,
     ) -> Result<(), MachineError> {
-        let device = device.map(|device| {
-            keep(self, &device);
-            NewDevice {
-                name: name.clone(),
-                device: Box::new(device),
-                handle: Handle::Other,
-            }
+        let device = device.map(|device| NewDevice {
+            name: name.clone(),
+            handle: keep(self, &device),
+            device: Box::new(device),
         });
         self.push(name, device)
     }

@@ -1,11 +1,14 @@
 //! A virtual processor: a thread that goes from state to state, each a function that returns the
 //! next.
 
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -122,14 +125,34 @@ pub struct Vcpus {
     threads: Mutex<Vec<JoinHandle<()>>>,
     fds: Vec<Arc<Mutex<VcpuFd>>>,
     exits: Vec<Arc<AtomicU64>>,
+    schedules: Vec<Arc<OnceLock<File>>>,
+}
+
+/// How long a processor has run, and how long it could have and the host's processors did something
+/// else, which its guest sees as stolen.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct VcpuTimes {
+    pub ran: Duration,
+    pub waited: Duration,
 }
 
 /// Threads for processors that are still to be made: others make those while they start.
 #[derive(Debug)]
 pub struct VcpuThreads {
     /// By number of the processor.
-    threads: Vec<(Sender<Vcpu>, JoinHandle<()>)>,
+    threads: Vec<VcpuThread>,
 }
+
+#[derive(Debug)]
+struct VcpuThread {
+    vcpu: Sender<Vcpu>,
+    schedule: Arc<OnceLock<File>>,
+    thread: JoinHandle<()>,
+}
+
+/// What the kernel tells the thread that opens it of itself: how long it ran, how long it waited for a
+/// processor of the host's, both in nanoseconds.
+const SCHEDULE: &str = "/proc/thread-self/schedstat";
 
 impl VcpuThreads {
     /// Starts `count` of them. `enter` runs first in each.
@@ -137,10 +160,15 @@ impl VcpuThreads {
         let mut threads = Vec::new();
         for id in 0..count {
             let (sender, receiver) = channel::<Vcpu>();
-            let enter = enter.clone();
+            let (enter, schedule) = (enter.clone(), Arc::<OnceLock<File>>::default());
+            let ours = schedule.clone();
             let thread = thread::Builder::new()
                 .name(format!("vcpu{id}"))
                 .spawn(move || {
+                    // Before the thread may open nothing any more. In an empty root there is none.
+                    if let Ok(file) = File::open(SCHEDULE) {
+                        ours.get_or_init(|| file);
+                    }
                     enter();
                     // Without a processor there is no machine.
                     if let Ok(vcpu) = receiver.recv() {
@@ -148,7 +176,11 @@ impl VcpuThreads {
                     }
                 })
                 .map_err(|source| VcpuError::Thread { id, source })?;
-            threads.push((sender, thread));
+            threads.push(VcpuThread {
+                vcpu: sender,
+                schedule,
+                thread,
+            });
         }
         Ok(Self { threads })
     }
@@ -175,8 +207,9 @@ impl Vcpus {
             threads: Mutex::default(),
             fds: fds.collect(),
             exits: Vec::new(),
+            schedules: Vec::new(),
         };
-        for ((id, fd), (sender, thread)) in (0..).zip(all.fds.clone()).zip(threads.threads) {
+        for ((id, fd), its) in (0..).zip(all.fds.clone()).zip(threads.threads) {
             let vcpu = Vcpu {
                 id,
                 fd,
@@ -187,8 +220,9 @@ impl Vcpus {
             };
             all.exits.push(vcpu.exits.clone());
             // A thread that is gone has said why.
-            let _ = sender.send(vcpu);
-            all.threads().push(thread);
+            let _ = its.vcpu.send(vcpu);
+            all.threads().push(its.thread);
+            all.schedules.push(its.schedule);
         }
         all
     }
@@ -234,6 +268,12 @@ impl Vcpus {
             .collect()
     }
 
+    /// For each, where its time went, if the kernel tells.
+    pub fn times(&self) -> Option<Vec<VcpuTimes>> {
+        let times = self.schedules.iter().map(|file| times(file.get()?));
+        times.collect()
+    }
+
     /// Ends them all, and waits until they are gone.
     pub fn finish(&self) {
         self.gate.set(Order::Finish);
@@ -259,6 +299,18 @@ impl Drop for Vcpus {
     fn drop(&mut self) {
         self.finish();
     }
+}
+
+fn times(schedule: &File) -> Option<VcpuTimes> {
+    let mut text = [0; 80];
+    let count = schedule.read_at(&mut text, 0).ok()?;
+    let text = str::from_utf8(&text[..count]).ok()?;
+    let mut numbers = text.split_ascii_whitespace();
+    let mut next = || numbers.next()?.parse().ok().map(Duration::from_nanos);
+    Some(VcpuTimes {
+        ran: next()?,
+        waited: next()?,
+    })
 }
 
 /// A processor is its thread's as long as it runs, and anybody's while that is parked.

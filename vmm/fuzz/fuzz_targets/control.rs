@@ -17,11 +17,11 @@ use vmm::inventory::Inventory;
 use vmm::listen::Listener;
 use vmm::vcpu::{Buses, VcpuThreads, Vcpus};
 
-/// Tokens of the server: the listener, the guest's readiness, snapshots, devices, and then clients as
-/// they come.
+/// Tokens of the server: the listener, the guest's readiness, snapshots, devices, output, and then clients
+/// as they come.
 const LISTENER: u32 = 0;
 const GUEST_READY: u32 = 1;
-const CLIENT: u32 = 4;
+const CLIENT: u32 = 5;
 
 /// A machine without a processor or a device.
 fn server(listener: UnixListener) -> (Server, EventLoop) {
@@ -40,6 +40,7 @@ fn server(listener: UnixListener) -> (Server, EventLoop) {
         inventory: Arc::new(Mutex::new(Inventory::new(spec))),
         hotplug: None,
         snapshots: None,
+        console: None,
         memory: MemoryControls {
             boot_bytes: 32 << 20,
             balloon: None,

@@ -3,13 +3,15 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::console::Console;
 use super::memory::MemoryControls;
 use super::{
     BalloonStats, DiskStats, ExitReason, ExitStatus, MachineState, NetStats, Request, Response,
-    Stats,
+    Stats, VcpuTimes,
 };
 use crate::devices::guest_status::Readiness;
 use crate::exit::ExitSwitch;
@@ -18,7 +20,7 @@ use crate::inventory::{Handle, Made, SharedInventory, lock};
 use crate::snapshot::file::Kind;
 use crate::snapshot::thread::{Busy, Order, SnapshotThread};
 use crate::spec::DiskLimits;
-use crate::vcpu::Vcpus;
+use crate::vcpu::{self, Vcpus};
 use crate::virtio::block::BlockHandle;
 use crate::virtio::net::NetHandle;
 
@@ -35,6 +37,8 @@ pub struct Controls {
     pub memory: MemoryControls,
     /// Absent where there is nothing behind the controls.
     pub snapshots: Option<SnapshotThread>,
+    /// Absent likewise.
+    pub console: Option<Console>,
 }
 
 opaque_debug!(Controls);
@@ -42,7 +46,7 @@ opaque_debug!(Controls);
 /// What becomes of a request.
 #[derive(Debug)]
 pub enum Answer {
-    Now(Response),
+    Now(Box<Response>),
     /// [`Response::Done`], once the guest has said that it is ready.
     WhenReady,
     /// What [`SnapshotThread::take_result`] gives, once it does.
@@ -51,13 +55,23 @@ pub enum Answer {
     WhenAttached,
     /// [`Response::Done`], once the device with this ticket is no more.
     WhenDetached(u64),
+    /// The connection becomes the console, with input or without.
+    Console {
+        input: bool,
+    },
+}
+
+impl Answer {
+    pub(super) fn now(response: Response) -> Answer {
+        Answer::Now(Box::new(response))
+    }
 }
 
 impl Controls {
     /// Does what `request` asks, with the `descriptors` that came with it or before.
     pub fn answer(&self, request: &Request, descriptors: &mut Vec<OwnedFd>) -> Answer {
         let done = Response::Done {};
-        Answer::Now(match request {
+        Answer::now(match request {
             Request::WaitReady {} if !self.readiness.get() => return Answer::WhenReady,
             Request::WaitReady {} => done,
             Request::State {} => self.state(),
@@ -89,6 +103,7 @@ impl Controls {
                 return self.attach(Made::Net(net.clone()), descriptors);
             }
             Request::Detach { name, force } => return self.detach(name, *force),
+            Request::Console { input } => return Answer::Console { input: *input },
             Request::Kill {} => {
                 self.exit.end(ExitStatus::new(ExitReason::Killed));
                 done
@@ -117,45 +132,45 @@ impl Controls {
     fn attach(&self, made: Made, descriptors: &mut Vec<OwnedFd>) -> Answer {
         let descriptors = std::mem::take(descriptors);
         if self.busy() {
-            return Answer::Now(busy());
+            return Answer::now(busy());
         }
         let Some(hotplug) = &self.hotplug else {
-            return Answer::Now(no_slots());
+            return Answer::now(no_slots());
         };
         match hotplug.attach(made, descriptors) {
             Ok(()) => Answer::WhenAttached,
-            Err(refused) => Answer::Now(refusal(refused.to_string())),
+            Err(refused) => Answer::now(refusal(refused.to_string())),
         }
     }
 
     /// Not while a snapshot is being written, which has all devices that there were when it was begun.
     fn detach(&self, name: &str, force: bool) -> Answer {
         if self.busy() {
-            return Answer::Now(busy());
+            return Answer::now(busy());
         }
         let Some(hotplug) = &self.hotplug else {
-            return Answer::Now(no_slots());
+            return Answer::now(no_slots());
         };
         match hotplug.detach(name, force) {
             Ok(ticket) => Answer::WhenDetached(ticket),
-            Err(refused) => Answer::Now(refusal(refused.to_string())),
+            Err(refused) => Answer::now(refusal(refused.to_string())),
         }
     }
 
     fn snapshot(&self, kind: Kind, descriptors: &mut Vec<OwnedFd>) -> Answer {
         let mut files = descriptors.drain(..).map(File::from);
         let (Some(state), Some(memory)) = (files.next(), files.next()) else {
-            return Answer::Now(Response::Error {
+            return Answer::now(Response::Error {
                 message: "send two descriptors with the request: the state file's and the memory \
                           file's; `hostd-vmm --snapshot` does"
                     .to_owned(),
             });
         };
         if self.hotplug.as_ref().is_some_and(Hotplug::busy) {
-            return Answer::Now(refusal("busy: a device is being attached".to_owned()));
+            return Answer::now(refusal("busy: a device is being attached".to_owned()));
         }
         let Some(thread) = &self.snapshots else {
-            return Answer::Now(Response::Error {
+            return Answer::now(Response::Error {
                 message: "there is no machine".to_owned(),
             });
         };
@@ -165,7 +180,7 @@ impl Controls {
             memory,
         }) {
             Ok(()) => Answer::WhenTaken,
-            Err(Busy) => Answer::Now(busy()),
+            Err(Busy) => Answer::now(busy()),
         }
     }
 
@@ -194,6 +209,15 @@ impl Controls {
         let entries = inventory.entries().iter();
         Stats {
             vcpu_exits: self.vcpus.exits(),
+            vcpu_times: self.vcpus.times().map(vcpu_times),
+            vsock: entries.clone().find_map(|entry| match &entry.handle {
+                Handle::Vsock(counters) => Some(counters.stats()),
+                Handle::Disk(_) | Handle::Net(_) | Handle::Rng(_) | Handle::Other => None,
+            }),
+            rng: entries.clone().find_map(|entry| match &entry.handle {
+                Handle::Rng(counters) => Some(counters.stats()),
+                Handle::Disk(_) | Handle::Net(_) | Handle::Vsock(_) | Handle::Other => None,
+            }),
             devices: entries.map(|entry| entry.counters.stats()).collect(),
             disks: inventory.disks().map(disk_stats).collect(),
             nets: inventory.nets().map(net_stats).collect(),
@@ -213,6 +237,15 @@ fn no_slots() -> Response {
 
 fn refusal(message: String) -> Response {
     Response::Error { message }
+}
+
+fn vcpu_times(times: Vec<vcpu::VcpuTimes>) -> Vec<VcpuTimes> {
+    let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    let times = times.into_iter().map(|times| VcpuTimes {
+        run_ns: nanoseconds(times.ran),
+        wait_ns: nanoseconds(times.waited),
+    });
+    times.collect()
 }
 
 fn disk_stats(disk: &BlockHandle) -> DiskStats {

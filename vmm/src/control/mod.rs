@@ -2,8 +2,10 @@
 //! with clients, [`controls`] does what they ask.
 //!
 //! On the control socket each line is one JSON [`Request`], answered by one line of JSON
-//! [`Response`], in order. A line longer than [`REQUEST_BYTES_MAX`] closes the connection.
+//! [`Response`], in order. A line longer than [`REQUEST_BYTES_MAX`] closes the connection. One request,
+//! [`Request::Console`], makes the connection something else.
 
+pub mod console;
 pub mod controls;
 pub mod memory;
 pub mod server;
@@ -92,6 +94,15 @@ pub enum Request {
         #[serde(default)]
         force: bool,
     },
+    /// Makes the connection the guest's console. Answered with [`Response::Console`], behind which comes
+    /// what the guest has written to its serial port of late and what it writes from then on, byte for
+    /// byte. A client that does not keep up misses some, and is told in brackets how much.
+    Console {
+        /// What comes from the client is typed, too; one at a time may. It may come once the request
+        /// has been answered.
+        #[serde(default)]
+        input: bool,
+    },
     /// Ends the machine at once, as pulling the plug does.
     Kill {},
 }
@@ -124,6 +135,8 @@ pub enum Response {
         /// `disk` or `net` and the lowest number that was free.
         name: String,
     },
+    /// Behind this line the connection is the guest's console.
+    Console {},
     /// It was not done, and nothing has changed.
     Error {
         /// For people.
@@ -162,6 +175,10 @@ pub enum MachineState {
 pub struct Stats {
     /// For each virtual processor: how often it left guest mode for this process.
     pub vcpu_exits: Vec<u64>,
+    /// For each virtual processor: where its time went. Absent if the kernel did not tell, as in a root
+    /// without `/proc`.
+    #[serde(default)]
+    pub vcpu_times: Option<Vec<VcpuTimes>>,
     /// Disks, network interfaces, and the others.
     pub devices: Vec<DeviceStats>,
     /// In the order in which `devices` has them, as `Spec::disks` did.
@@ -170,9 +187,47 @@ pub struct Stats {
     pub nets: Vec<NetStats>,
     #[serde(default)]
     pub memory: MemoryStats,
-    /// If the machine has one.
+    /// If the machine has one, as are those that follow.
     #[serde(default)]
     pub balloon: Option<BalloonStats>,
+    #[serde(default)]
+    pub vsock: Option<VsockStats>,
+    #[serde(default)]
+    pub rng: Option<RngStats>,
+}
+
+/// Where a virtual processor's time went.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct VcpuTimes {
+    /// On processors of the host's.
+    pub run_ns: u64,
+    /// It could have run, and the host's processors did something else: the guest sees it as stolen.
+    pub wait_ns: u64,
+}
+
+/// What the vsock device has done, as the guest sees it. Bytes are those of connections.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockStats {
+    /// Connections that were made, by either side.
+    pub connections: u64,
+    /// Those of them that there are now.
+    pub open: u64,
+    /// Connections that the guest asked for, and nobody was there, or no room.
+    pub refused: u64,
+    pub received_packets: u64,
+    pub received_bytes: u64,
+    pub sent_packets: u64,
+    pub sent_bytes: u64,
+}
+
+/// What the entropy device has done.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RngStats {
+    pub requests: u64,
+    pub bytes: u64,
 }
 
 /// What a disk has done. Requests that failed are counted as failures alone.
@@ -296,6 +351,10 @@ mod tests {
             (
                 r#"{"action":"set_disk_limits","disk":1,"limits":{"read_bps":1000}}"#,
                 Some(Request::SetDiskLimits { disk: 1, limits }),
+            ),
+            (
+                r#"{"action":"console"}"#,
+                Some(Request::Console { input: false }),
             ),
             (r#"{"action":"state","now":true}"#, None),
             (r#"{"action":"explode"}"#, None),

@@ -12,8 +12,10 @@ use std::sync::{Arc, Mutex};
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
+use super::console::{Attached, Console};
 use super::controls::{Answer, Controls};
 use super::{CLIENTS_MAX, DESCRIPTORS_MAX, REQUEST_BYTES_MAX, Response};
+use crate::console::RECENT_BYTES;
 use crate::events::{Poller, Readiness, Source};
 use crate::exit::chain;
 use crate::hotplug::{Hotplug, Outcome};
@@ -24,12 +26,13 @@ use crate::snapshot::thread::SnapshotThread;
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
 
 /// Tokens: the listener, the guest's readiness, snapshots that were taken, devices that have come or
-/// gone, and clients from here up.
+/// gone, output of the guest's, and clients from here up.
 const LISTENER: u32 = 0;
 const READY: u32 = 1;
 const TAKEN: u32 = 2;
 const PLUGGED: u32 = 3;
-const FIRST_CLIENT: u32 = 4;
+const OUTPUT: u32 = 4;
+const FIRST_CLIENT: u32 = 5;
 
 /// The server.
 pub struct Server {
@@ -56,6 +59,8 @@ struct Client {
     output: Vec<u8>,
     /// What the next answer waits for.
     waiting: Option<Wait>,
+    /// It has become the guest's console.
+    console: Option<Attached>,
     /// It will send no more.
     finished: bool,
     /// What the event loop waits for.
@@ -98,6 +103,10 @@ impl Server {
         if let Some(hotplug) = &controls.hotplug {
             poller.add(source, PLUGGED, hotplug.done_fd(), Readiness::READABLE)?;
         }
+        if let Some(console) = &controls.console {
+            let news = console.feed.news_fd();
+            poller.add(source, OUTPUT, news, Readiness::READABLE)?;
+        }
         Ok(Self {
             listener,
             controls,
@@ -126,6 +135,7 @@ impl Server {
             descriptors: Vec::new(),
             output: Vec::new(),
             waiting: None,
+            console: None,
             finished: false,
             watched: Readiness::READABLE,
         };
@@ -169,6 +179,20 @@ impl Server {
                 Outcome::Detached(ticket) => (Wait::Detached(ticket), Response::Done {}),
             };
             self.answer_all(clients, wait, &response);
+        }
+    }
+
+    /// The guest has written something.
+    fn on_output(&self, clients: &mut Clients) {
+        let Some(console) = &self.controls.console else {
+            return;
+        };
+        console.feed.take_news();
+        let all = clients.by_token.iter();
+        let attached = all.filter(|(_, client)| client.console.is_some());
+        let attached: Vec<u32> = attached.map(|(token, _)| *token).collect();
+        for token in attached {
+            self.serve(clients, token, false);
         }
     }
 
@@ -220,6 +244,7 @@ impl Source for Server {
             READY => self.on_guest_ready(&mut clients),
             TAKEN => self.on_taken(&mut clients),
             PLUGGED => self.on_plugged(&mut clients),
+            OUTPUT => self.on_output(&mut clients),
             token => self.serve(&mut clients, token, readiness.readable),
         }
     }
@@ -227,11 +252,14 @@ impl Source for Server {
 
 impl Client {
     fn wants_input(&self) -> bool {
-        self.waiting.is_none() && !self.finished && self.output.len() < ANSWER_BYTES_MAX
+        self.waiting.is_none()
+            && self.console.is_none()
+            && !self.finished
+            && self.output.len() < ANSWER_BYTES_MAX
     }
 
     fn go_on(&mut self, controls: &Controls, readable: bool) -> Fate {
-        if readable && !self.wants_input() && self.output.is_empty() {
+        if readable && !self.wants_input() && (self.output.is_empty() || self.console.is_some()) {
             // Nothing was waited for, so this is the end of both directions.
             return Fate::Close;
         }
@@ -254,13 +282,50 @@ impl Client {
                 break;
             }
         }
+        if self.console.is_some() {
+            return self.show();
+        }
         let done = self.finished && self.output.is_empty() && self.waiting.is_none();
         if done { Fate::Close } else { Fate::Keep }
     }
 
+    /// Shows what the guest has written, as far as the client reads it.
+    fn show(&mut self) -> Fate {
+        if let Some(console) = &mut self.console
+            && self.output.is_empty()
+        {
+            // All that there is: of what comes later, the feed tells.
+            console.reader.read(&mut self.output, RECENT_BYTES);
+        }
+        match self.write() {
+            Ok(()) => Fate::Keep,
+            Err(_) => Fate::Close,
+        }
+    }
+
+    /// From here on the connection is the guest's console.
+    fn attach(&mut self, console: Option<&Console>, input: bool) {
+        let attached = match console {
+            _ if !self.input.is_empty() => {
+                Err("send nothing behind this request before it is answered".to_owned())
+            }
+            None => Err("there is no machine".to_owned()),
+            Some(console) => console
+                .attach(&self.stream, input)
+                .map_err(|error| chain(&error)),
+        };
+        match attached {
+            Ok(attached) => {
+                self.send(&Response::Console {});
+                self.console = Some(attached);
+            }
+            Err(message) => self.send(&Response::Error { message }),
+        }
+    }
+
     /// Whether the next request may be looked at.
     fn wants_answer(&self) -> bool {
-        self.waiting.is_none() && self.output.len() < ANSWER_BYTES_MAX
+        self.waiting.is_none() && self.console.is_none() && self.output.len() < ANSWER_BYTES_MAX
     }
 
     /// Takes what is there, at most the rest of one longest request.
@@ -298,7 +363,7 @@ impl Client {
     fn answer(&mut self, controls: &Controls, line: &[u8]) {
         let answer = match serde_json::from_slice(line) {
             Ok(request) => controls.answer(&request, &mut self.descriptors),
-            Err(error) => Answer::Now(Response::Error {
+            Err(error) => Answer::now(Response::Error {
                 message: format!("not a request: {error}"),
             }),
         };
@@ -308,6 +373,7 @@ impl Client {
             Answer::WhenTaken => self.waiting = Some(Wait::Snapshot),
             Answer::WhenAttached => self.waiting = Some(Wait::Attached),
             Answer::WhenDetached(ticket) => self.waiting = Some(Wait::Detached(ticket)),
+            Answer::Console { input } => self.attach(controls.console.as_ref(), input),
         }
     }
 

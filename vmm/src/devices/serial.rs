@@ -1,5 +1,6 @@
 //! The first serial port: a 16550A whose output goes to a file or to standard output, and whose
-//! input is standard input.
+//! input is standard input. Clients of the control socket may look on, and one of them may type where
+//! standard input does not.
 //!
 //! A guest may write as much as it likes, so a file takes a bounded amount, and a reader that does
 //! not read costs the guest a bounded wait.
@@ -16,6 +17,7 @@ use vm_superio::serial::{NoEvents, Serial, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
+use crate::console::Feed;
 use crate::control::CONSOLE_BYTES_MAX;
 use crate::events::{Poller, Readiness, Source};
 use crate::snapshot::hex::Bytes;
@@ -113,6 +115,26 @@ impl Patient {
     }
 }
 
+/// Output, and those that look on.
+#[derive(Debug)]
+struct Shown {
+    output: Output,
+    feed: Option<Arc<Feed>>,
+}
+
+impl Write for Shown {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(feed) = &self.feed {
+            feed.push(bytes);
+        }
+        self.output.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.output.flush()
+    }
+}
+
 /// Tells the guest of input and of room for output.
 #[derive(Debug)]
 pub struct Line(EventFd);
@@ -143,14 +165,17 @@ pub struct SerialPortState {
 
 /// The port.
 pub struct SerialPort {
-    uart: Serial<Line, NoEvents, Output>,
+    uart: Serial<Line, NoEvents, Shown>,
     input: Option<Input>,
+    /// How many inputs there have been.
+    inputs: u64,
 }
 
 opaque_debug!(SerialPort);
 
-/// Standard input, which is waited for only while the port has room.
+/// Where keys come from, which is waited for only while the port has room.
 struct Input {
+    number: u64,
     file: File,
     poller: Arc<Poller>,
     source: u32,
@@ -160,9 +185,11 @@ struct Input {
 impl SerialPort {
     /// A port that writes to `output` and raises `interrupt`.
     pub fn new(interrupt: EventFd, output: Output) -> Self {
+        let shown = Shown { output, feed: None };
         Self {
-            uart: Serial::new(Line(interrupt), output),
+            uart: Serial::new(Line(interrupt), shown),
             input: None,
+            inputs: 0,
         }
     }
 
@@ -184,7 +211,8 @@ impl SerialPort {
             scratch: state.scratch,
             in_buffer: state.received.0.clone(),
         };
-        let uart = Serial::from_state(&registers, Line(interrupt), NoEvents, output);
+        let shown = Shown { output, feed: None };
+        let uart = Serial::from_state(&registers, Line(interrupt), NoEvents, shown);
         let too_much = |_| StateError::Mismatch {
             what: "input",
             found: format!("{} bytes", state.received.0.len()),
@@ -193,6 +221,7 @@ impl SerialPort {
         Ok(Self {
             uart: uart.map_err(too_much)?,
             input: None,
+            inputs: 0,
         })
     }
 
@@ -213,24 +242,48 @@ impl SerialPort {
         }
     }
 
-    /// Joins `file` to the port's receiver. The event loop is to hand readiness of `source` back.
+    /// What the guest writes is shown there as well, from now on.
+    pub fn show(&mut self, feed: Arc<Feed>) {
+        self.uart.writer_mut().feed = Some(feed);
+    }
+
+    /// Joins `file` to the port's receiver, unless somebody is joined to it. The event loop is to hand
+    /// readiness of `source` back. Returns a number for [`disconnect`](Self::disconnect).
     ///
     /// What cannot be waited for (/dev/null, a regular file) is no one to talk to: it is left alone.
-    pub fn connect(&mut self, file: File, poller: Arc<Poller>, source: u32) -> io::Result<()> {
+    pub fn connect(
+        &mut self,
+        file: File,
+        poller: Arc<Poller>,
+        source: u32,
+    ) -> io::Result<Option<u64>> {
+        if self.input.is_some() {
+            return Ok(None);
+        }
+        self.inputs += 1;
         let mut input = Input {
+            number: self.inputs,
             file,
             poller,
             source,
             watched: false,
         };
         match input.watch(true) {
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(None),
             result => {
                 result?;
                 self.input = Some(input);
+                Ok(Some(self.inputs))
             }
         }
-        Ok(())
+    }
+
+    /// The input of that number is over, if it is not already.
+    pub fn disconnect(&mut self, number: u64) {
+        if let Some(mut input) = self.input.take_if(|input| input.number == number) {
+            // Whoever unwatches a descriptor that is watched cannot fail.
+            let _ = input.watch(false);
+        }
     }
 
     /// Takes what the receiver has room for.
@@ -244,7 +297,10 @@ impl SerialPort {
                 let _ = input.watch(false);
                 return;
             }
-            _ => input.file.read(&mut bytes[..room]).unwrap_or(0),
+            _ => match input.file.read(&mut bytes[..room]) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                result => result.unwrap_or(0),
+            },
         };
         if count == 0 {
             let _ = input.watch(false);

@@ -20,7 +20,7 @@ use self::slots::Slots;
 use self::worker::Job;
 pub use self::worker::{AttachError, Worker};
 use crate::events::event;
-use crate::inventory::{Entry, Handle, Inventory, Made, SharedInventory, lock};
+use crate::inventory::{Entry, Inventory, Made, SharedInventory, lock};
 use crate::pci::bus::PciBus;
 
 /// Why nothing is begun.
@@ -177,7 +177,7 @@ impl Hotplug {
         let mut inventory = lock(&self.worker.inventory);
         let entry = inventory.find(name);
         let entry: &Entry = entry.ok_or_else(|| Refused::Missing(name.to_owned()))?;
-        if let Handle::Other = entry.handle {
+        if !entry.handle.comes_and_goes() {
             return Err(Refused::Fixed(name.to_owned()));
         }
         let (slot, ticket) = (entry.window.gsi, entry.ticket);

@@ -9,6 +9,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{MachineError, host, unrestorable};
 use crate::assembly::{self, NewDevice, Surroundings};
 use crate::bus::BusDevice;
+use crate::console::Feed;
+use crate::control::console::Console;
 use crate::devices::boot_timer::{BootTimer, Start};
 use crate::devices::guest_status::{GuestStatus, Reports};
 use crate::devices::ioapic::IoApic;
@@ -107,7 +109,7 @@ impl Parts {
         &mut self,
         console: ConsolePlan,
         saved: Option<&SerialPortState>,
-    ) -> Result<(Arc<Mutex<SerialPort>>, Option<RawTerminal>), MachineError> {
+    ) -> Result<(Console, Option<RawTerminal>), MachineError> {
         let line = self.line(layout::SERIAL_GSI)?;
         let mut port = match saved {
             None => SerialPort::new(line, console.output),
@@ -127,7 +129,13 @@ impl Parts {
         self.events.attach(source, port.clone());
         let ports = layout::SERIAL_PORT..layout::SERIAL_PORT + layout::SERIAL_PORTS;
         self.buses.ports.insert(ports, port.clone());
-        Ok((port, terminal))
+        let console = Console {
+            port,
+            feed: Feed::new().map_err(host("make an event"))?,
+            poller: self.events.poller(),
+            source,
+        };
+        Ok((console, terminal))
     }
 
     /// All ways in which a guest ends or is asked to end. Returns the power button's line.

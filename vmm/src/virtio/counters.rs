@@ -42,6 +42,11 @@ impl Counters {
 
 /// One more. Whoever counts holds the transport, so no locked instruction is needed.
 pub(super) fn count(counter: &AtomicU64) {
-    let value = counter.load(Ordering::Relaxed).wrapping_add(1);
+    count_by(counter, 1);
+}
+
+/// So many more, as [`count`].
+pub(super) fn count_by(counter: &AtomicU64, more: u64) {
+    let value = counter.load(Ordering::Relaxed).wrapping_add(more);
     counter.store(value, Ordering::Relaxed);
 }

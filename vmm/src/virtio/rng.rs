@@ -2,6 +2,8 @@
 //! kernel's random number generator.
 
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::rand::GetRandomFlags;
 use serde_json::Value;
@@ -9,8 +11,10 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
 use super::chain::{Chain, answer_all};
+use super::counters::{count, count_by};
 use super::state::{DeviceState, StateError, read_nothing};
 use super::{DeviceError, DeviceInfo, Signal, VirtioDevice};
+use crate::control::RngStats;
 
 /// Device type, virtio 1.2 section 5.
 const ID: u32 = 4;
@@ -27,12 +31,36 @@ const BLOCK_BYTES: usize = 4096;
 
 /// The entropy device.
 #[derive(Debug, Default)]
-pub struct Rng;
+pub struct Rng {
+    counters: Arc<RngCounters>,
+}
+
+/// What the device has done, for whoever asks while it is at work. They wrap at 2^64.
+#[derive(Debug, Default)]
+pub struct RngCounters {
+    requests: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl RngCounters {
+    /// As they are now.
+    pub fn stats(&self) -> RngStats {
+        RngStats {
+            requests: self.requests.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+        }
+    }
+}
 
 impl Rng {
     /// A device that draws on `getrandom(2)`: it needs no file.
     pub fn new() -> Rng {
-        Rng
+        Rng::default()
+    }
+
+    /// To be read from then on.
+    pub fn counters(&self) -> Arc<RngCounters> {
+        self.counters.clone()
     }
 }
 
@@ -56,10 +84,13 @@ impl VirtioDevice for Rng {
         mem: &GuestMemoryMmap,
     ) -> Result<Signal, DeviceError> {
         answer_all(index, queues, mem, |chain| {
-            fill(chain).map_err(|source| DeviceError::Host {
+            let filled = fill(chain).map_err(|source| DeviceError::Host {
                 action: "get random bytes",
                 source,
-            })
+            })?;
+            count(&self.counters.requests);
+            count_by(&self.counters.bytes, filled as u64);
+            Ok(filled)
         })
     }
 
@@ -120,6 +151,8 @@ mod tests {
         let head = driver.offer(0, &[buffer]);
         let _ = driver.kick(&mut rng, 0).unwrap();
         assert_eq!(driver.used(0), [(head, 64 * 1024)]);
+        let stats = rng.counters().stats();
+        assert_eq!((stats.requests, stats.bytes), (1, 64 * 1024));
     }
 
     #[test]
@@ -131,6 +164,8 @@ mod tests {
         let _ = driver.kick(&mut rng, 0).unwrap();
         assert_eq!(driver.used(0), [(head, 0)]);
         assert_eq!(driver.kick(&mut rng, 0).unwrap(), Signal::NONE);
+        let stats = rng.counters().stats();
+        assert_eq!((stats.requests, stats.bytes), (1, 0));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! connections.
 
 mod connection;
+mod counters;
 mod endpoint;
 mod listener;
 mod muxer;
@@ -13,12 +14,14 @@ mod packet;
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio_queue::{Error, Queue};
 use vm_memory::GuestMemoryMmap;
 
+pub use self::counters::VsockCounters;
 use self::endpoint::Stream;
 pub use self::listener::VsockHost;
 use self::muxer::Muxer;
@@ -120,6 +123,11 @@ impl Vsock {
             event_buffers: VecDeque::new(),
             reset: Reset::Known,
         })
+    }
+
+    /// To be read from then on.
+    pub fn counters(&self) -> Arc<VsockCounters> {
+        self.muxer.counters.clone()
     }
 
     /// Takes the guest's reports, too, at the port for them.

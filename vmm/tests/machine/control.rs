@@ -4,14 +4,15 @@ use std::fs;
 
 use serde_json::json;
 use tempfile::tempfile;
-use vmm::control::{MachineState, Request, Response, Stats};
+use vmm::control::{MachineState, Request, Response, RngStats, Stats, VsockStats};
+use vmm::guest_status;
 use vmm::snapshot::file::Kind;
 use vmm::spec::DiskLimits;
-use vmm::{guest_status, layout};
 
+use crate::driver::{STATUS, register};
 use crate::guest::Guest;
 use crate::runner::{Client, Machine, Running};
-use crate::snapshot::{Stopped, guest, wait_ready};
+use crate::snapshot::{Stopped, counting, guest, wait_ready};
 
 fn stats(client: &mut Client) -> Stats {
     let answer = client.ask(&Request::Stats {});
@@ -70,49 +71,22 @@ fn requests_that_come_all_at_once_are_all_answered() {
 /// Has a disk read the longest requests into the same memory, as many as fit its queue, and looks at a
 /// register of it for ever.
 fn greedy() -> Guest {
-    const DESCRIPTORS: u32 = 0x20_0000;
-    const AVAILABLE: u32 = 0x20_1000;
-    const USED: u32 = 0x20_2000;
     const REQUEST: u32 = 0x30_0000;
     const DATA: u32 = 0x40_0000;
-    const NEXT: u32 = 1;
-    const WRITE: u32 = 2;
-    let window = u32::try_from(layout::VIRTIO).unwrap();
-    let status = window + 0x70;
-    // Address, length, flags, next. All heads that are available are descriptor 0.
-    let descriptors = [
-        (REQUEST, 16, NEXT, 1),
-        (DATA, 16 << 20, NEXT | WRITE, 2),
-        (REQUEST + 16, 1, WRITE, 0),
+    // A header of zeroes: to read the first sector and those behind it. All heads that are available are
+    // that of the same chain.
+    let request = [
+        (REQUEST, 16, false),
+        (DATA, 16 << 20, true),
+        (REQUEST + 16, 1, true),
     ];
-    let registers = [
-        (0x70, 1),
-        (0x70, 3),
-        (0x24, 1),
-        (0x20, 1), // VERSION_1.
-        (0x70, 11),
-        (0x38, 256),
-        (0x80, DESCRIPTORS),
-        (0x90, AVAILABLE),
-        (0xa0, USED),
-        (0x44, 1),
-    ];
-    let places = (DESCRIPTORS..).step_by(16).zip(descriptors);
-    let described = places.fold(guest(), |guest, (place, (address, bytes, flags, next))| {
-        guest
-            .store_long(place, address)
-            .store_long(place + 8, bytes)
-            .store_long(place + 12, next << 16 | flags)
-    });
-    registers
-        .into_iter()
-        .fold(described, |guest, (register, value)| {
-            guest.store_long(window + register, value)
-        })
-        .store_word(AVAILABLE + 2, 256)
+    guest()
+        .set_up_device(0, 256)
+        .describe(&[&request])
+        .make_available(256)
         .out_long(guest_status::PORT, guest_status::READY)
-        .store_long(status, 15)
-        .wait_for(status, 0xffff)
+        .start_device()
+        .wait_for(register(STATUS), 0xffff)
 }
 
 #[test]
@@ -198,4 +172,113 @@ fn no_device_is_taken_away_while_a_snapshot_is_written() {
     drop(stopped);
     assert!(matches!(client.answer(), Some(Response::Snapshot { .. })));
     assert_eq!(other.ask(&detach), Response::Done {});
+}
+
+#[test]
+fn statistics_tell_where_a_processors_time_went_and_what_devices_have_done() {
+    let mut machine = counting();
+    machine.spec["cpus"] = json!({"count": 2});
+    machine.spec["vsock"] = json!({"cid": 3, "path": machine.path("vsock")});
+    let running = machine.start();
+    wait_ready(&running);
+    let mut client = running.control();
+    let first = stats(&mut client).vcpu_times.unwrap();
+    assert_eq!(first.len(), 2);
+    // The guest runs as long as it is let, so this ends.
+    let later = (0..).map(|_| stats(&mut client).vcpu_times.unwrap());
+    let mut later = later.skip_while(|later| later[0].run_ns == first[0].run_ns);
+    assert!(later.next().unwrap()[0].wait_ns >= first[0].wait_ns);
+    let stats = stats(&mut client);
+    assert_eq!(stats.vsock, Some(VsockStats::default()));
+    assert_eq!(stats.rng, Some(RngStats::default()));
+}
+
+const LOOK_ON: Request = Request::Console { input: false };
+const TYPE: Request = Request::Console { input: true };
+
+/// Greets, and repeats what is typed.
+fn echoing() -> Guest {
+    let echo = guest().read_serial().print_read();
+    let ready = guest().out_long(guest_status::PORT, guest_status::READY);
+    ready.print("hello ").forever(&echo)
+}
+
+#[test]
+fn a_connection_becomes_the_guests_console() {
+    let running = Machine::new(echoing()).start();
+    wait_ready(&running);
+    let [mut typing, mut looking, mut late] = [(); 3].map(|()| running.control());
+    assert_eq!(typing.ask(&TYPE), Response::Console {});
+    typing.expect("hello ");
+    // More than the port's receiver has room for.
+    let text = "0123456789".repeat(50);
+    typing.type_in(text.as_bytes());
+    assert_eq!(looking.ask(&LOOK_ON), Response::Console {});
+    typing.expect(&text);
+    looking.expect(&format!("hello {text}"));
+    let message = refusal(&mut late, &TYPE);
+    assert!(message.contains("busy"), "{message}");
+    // It can still ask for something else.
+    assert_eq!(stats(&mut late).devices.len(), 2);
+
+    // One who has gone types no more, as soon as the machine has seen it.
+    drop(typing);
+    let mut answers = (0..).map(|_| late.ask(&TYPE));
+    assert!(answers.any(|answer| answer == Response::Console {}));
+    late.expect(&format!("hello {text}"));
+    late.type_in(b"!");
+    late.expect("!");
+    looking.expect("!");
+    // One who types no more may go on looking.
+    late.finish_sending();
+    let mut other = running.control();
+    let mut answers = (0..).map(|_| other.ask(&TYPE));
+    assert!(answers.any(|answer| answer == Response::Console {}));
+    other.expect(&format!("hello {text}!"));
+    other.type_in(b"?");
+    for client in [&mut other, &mut late, &mut looking] {
+        client.expect("?");
+    }
+}
+
+#[test]
+fn a_console_that_is_standard_input_is_typed_into_there_alone() {
+    let mut machine = Machine::new(echoing());
+    let _terminal = machine.put_at_a_terminal();
+    let running = machine.start();
+    let mut client = running.control();
+    let message = refusal(&mut client, &TYPE);
+    assert!(message.contains("busy"), "{message}");
+    assert_eq!(client.ask(&LOOK_ON), Response::Console {});
+    client.expect("hello ");
+}
+
+#[test]
+fn a_console_is_not_attached_with_other_requests_behind_it() {
+    let running = Machine::new(echoing()).start();
+    let mut client = running.control();
+    client.send("{\"action\":\"console\"}\n{\"action\":\"state\"}");
+    let refused = client.answer();
+    assert!(
+        matches!(refused, Some(Response::Error { .. })),
+        "{refused:?}"
+    );
+    assert!(matches!(client.answer(), Some(Response::State { .. })));
+}
+
+/// The guest goes on to its end while nobody reads what it writes.
+#[test]
+fn one_who_does_not_read_the_console_does_not_hold_the_guest_up() {
+    // More than the sockets and the machine keep for a client.
+    let line = guest().print(&"x".repeat(100));
+    let ready = guest().out_long(guest_status::PORT, guest_status::READY);
+    let start = ready.read_serial();
+    let running = Machine::new(start.times(3000, &line).print("end").exit(0)).start();
+    wait_ready(&running);
+    let mut client = running.control();
+    assert_eq!(client.ask(&TYPE), Response::Console {});
+    client.type_in(b"!");
+    let ended = running.wait();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(ended.console.len(), 300_003);
 }

@@ -307,6 +307,18 @@ impl Client {
         self.stream.get_ref().shutdown(Shutdown::Write).unwrap();
     }
 
+    /// What comes on a connection that has become something else, as long as this text is.
+    pub(crate) fn expect(&mut self, text: &str) {
+        let mut bytes = vec![0; text.len()];
+        self.stream.read_exact(&mut bytes).unwrap();
+        assert_eq!(String::from_utf8_lossy(&bytes), text);
+    }
+
+    /// Sends bytes that are no line.
+    pub(crate) fn type_in(&mut self, keys: &[u8]) {
+        self.stream.get_mut().write_all(keys).unwrap();
+    }
+
     /// The next answer, or nothing if the machine has closed the connection.
     pub(crate) fn answer(&mut self) -> Option<Response> {
         let mut line = String::new();

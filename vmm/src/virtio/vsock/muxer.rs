@@ -6,10 +6,13 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
+use super::VsockCounters;
 use super::connection::{Connection, Fate, Outgoing};
 use super::endpoint::{Endpoint, Stream};
 use super::listener::{Greeting, VsockHost, read_request};
@@ -17,6 +20,7 @@ use super::packet::{HEADER_BYTES, HOST_CID, Header, Operation, TYPE_STREAM};
 use crate::devices::guest_status::Reports;
 use crate::guest_status::{VSOCK_GUEST_PORTS_END, VSOCK_PORT};
 use crate::virtio::chain::Chain;
+use crate::virtio::counters::{count, count_by};
 
 /// The most connections at a time, those that are being opened included. With
 /// [`BUFFER_BYTES`](super::connection::BUFFER_BYTES) it bounds what a guest can make us hold.
@@ -89,6 +93,7 @@ pub(super) struct Muxer {
     ready: VecDeque<Key>,
     /// Connections that the guest must be told do not exist, with the type that it used.
     resets: BTreeSet<(Key, u16)>,
+    pub(super) counters: Arc<VsockCounters>,
 }
 
 impl Muxer {
@@ -115,6 +120,7 @@ impl Muxer {
             reports: None,
             ready: VecDeque::new(),
             resets: BTreeSet::new(),
+            counters: Arc::default(),
         })
     }
 
@@ -166,6 +172,9 @@ impl Muxer {
             host_port: header.destination_port,
             guest_port: header.source_port,
         };
+        let there = chain.readable_bytes().saturating_sub(HEADER_BYTES) as u64;
+        count(&self.counters.sent_packets);
+        count_by(&self.counters.sent_bytes, u64::from(header.len).min(there));
         let known = self.connections.get_mut(&key);
         match (known, header.operation) {
             _ if header.kind != TYPE_STREAM => self.refuse(key, &header),
@@ -199,7 +208,10 @@ impl Muxer {
                 self.resets.remove(&(key, TYPE_STREAM));
                 self.insert(key, Connection::from_guest(endpoint, request));
             }
-            None => self.queue_reset(key, TYPE_STREAM),
+            None => {
+                count(&self.counters.refused);
+                self.queue_reset(key, TYPE_STREAM);
+            }
         }
     }
 
@@ -241,6 +253,8 @@ impl Muxer {
             Some(Err(_)) => false,
         };
         self.connections.insert(key, connection);
+        count(&self.counters.connections);
+        self.count_open();
         let fate = if watched { Fate::Lives } else { Fate::Reset };
         self.decide(key, fate);
     }
@@ -267,6 +281,7 @@ impl Muxer {
         let Some(connection) = self.connections.remove(&key) else {
             return;
         };
+        self.count_open();
         if connection.queued {
             self.ready.retain(|other| *other != key);
         }
@@ -280,6 +295,11 @@ impl Muxer {
         {
             *place = Some(stream);
         }
+    }
+
+    fn count_open(&self) {
+        let open = self.connections.len() as u64;
+        self.counters.open.store(open, Ordering::Relaxed);
     }
 
     /// Looks at the host's ends that have become ready.
@@ -434,6 +454,8 @@ impl Muxer {
             forwarded,
         };
         chain.write(0, &header.to_bytes());
+        count(&self.counters.received_packets);
+        count_by(&self.counters.received_bytes, packet.len.into());
         HEADER_BYTES + packet.len as usize
     }
 }

@@ -13,6 +13,12 @@ fn a_client_of_the_host_reaches_a_port_of_the_guest() {
     // The next client gets another port of the host's.
     let (other, _client) = guest.accept(52, 0x1_0000);
     assert_ne!(other.host_port, socket.host_port);
+    let stats = guest.vsock.counters().stats();
+    let connections = (stats.connections, stats.open, stats.refused);
+    assert_eq!(connections, (2, 2, 0));
+    // The guest's side of it.
+    assert_eq!((stats.received_bytes, stats.sent_bytes), (8, 6));
+    assert!(stats.received_packets >= 3 && stats.sent_packets >= 3);
 }
 
 #[test]
