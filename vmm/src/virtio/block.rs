@@ -2,6 +2,7 @@
 //! write-zeroes, a serial number, and limits on operations and bytes.
 
 mod answer;
+mod direction;
 mod engine;
 mod handle;
 mod image;
@@ -10,7 +11,6 @@ mod request;
 mod ring;
 mod state;
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd};
@@ -31,18 +31,18 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
 use self::answer::Answer;
+use self::direction::Direction;
 use self::engine::{Completed, Engine};
 pub use self::handle::{BlockHandle, BlockStats};
 use self::handle::{Shared, count, event};
 use self::image::Image;
 pub use self::image::Layer;
 use self::request::{
-    Geometry, Kind, Operation, RANGE_SECTORS_MAX, Request, SECTOR_BYTES, SERIAL_BYTES_MAX, Status,
+    Geometry, Kind, RANGE_SECTORS_MAX, Request, SECTOR_BYTES, SERIAL_BYTES_MAX, Status,
 };
 use super::chain::{Chain, take_all};
 use super::state::{DeviceState, StateError};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
-use crate::rate_limit::Limiter;
 use crate::spec::{DiskFormat, DiskLimits};
 
 /// Device type, virtio 1.2 section 5.
@@ -106,13 +106,6 @@ pub struct Block {
     /// Readable when there is more to do than was done at a time.
     again: EventFd,
     shared: Arc<Shared>,
-}
-
-/// Reads or writes: their limits, and the requests that wait for them in the order they came.
-#[derive(Debug)]
-struct Direction {
-    limiter: Limiter,
-    parked: VecDeque<Operation>,
 }
 
 impl Block {
@@ -450,35 +443,6 @@ impl VirtioDevice for Block {
 
     fn restore(&mut self, own: &Value) -> Result<(), StateError> {
         self.restore_state(own)
-    }
-}
-
-impl Direction {
-    fn new(operations: Option<u64>, bytes: Option<u64>) -> Direction {
-        Direction {
-            limiter: Limiter::new(operations, bytes),
-            parked: VecDeque::new(),
-        }
-    }
-
-    /// The operation, if it may start now. The clock is read once a batch, and not at all where
-    /// there is no limit.
-    fn admit_or_park(
-        &mut self,
-        operation: Operation,
-        now: &mut Option<Instant>,
-    ) -> Option<Operation> {
-        if self.parked.is_empty()
-            && (self.limiter.is_unlimited()
-                || self
-                    .limiter
-                    .admit(*now.get_or_insert_with(Instant::now), operation.charge())
-                    .is_ok())
-        {
-            return Some(operation);
-        }
-        self.parked.push_back(operation);
-        None
     }
 }
 
