@@ -12,6 +12,7 @@ pub(super) mod pci;
 mod retire;
 mod setup;
 mod state;
+mod window;
 
 use std::io;
 use std::sync::Arc;
@@ -26,48 +27,16 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::setup::{QueueSetup, configure};
 pub use self::state::TransportState;
+pub use self::window::Window;
 use super::counters::{Counters, count};
 use super::registers::{self as register, status};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
-use crate::layout;
 
 /// Tokens from here up are kicks of a queue; a device's own are below.
 pub const KICK_TOKEN: u32 = 1 << 31;
 
 /// How often a queue is served in one go before other devices get their turn.
 const ROUNDS_MAX: usize = 4;
-
-/// Where a device's registers are, at first, and its interrupt line, or, on PCI, its number there.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Window {
-    pub address: u64,
-    pub gsi: u32,
-}
-
-impl Window {
-    /// The place of device number `index` on PCI. Number 0 there is the bridge to the processors.
-    pub fn slot(index: usize) -> Window {
-        Window::on_bus(u32::try_from(index).expect("a few devices") + 1)
-    }
-
-    /// The place of the device with this number on PCI, from 1.
-    pub fn on_bus(number: u32) -> Window {
-        let before = u64::from(number.saturating_sub(1));
-        Window {
-            address: layout::PCI_MEMORY + before * layout::PCI_WINDOW_BYTES,
-            gsi: number,
-        }
-    }
-
-    /// The place of device number `index`.
-    pub fn nth(index: usize) -> Window {
-        let number = u32::try_from(index).expect("a few devices");
-        Window {
-            address: layout::VIRTIO + u64::from(number) * layout::VIRTIO_BYTES,
-            gsi: layout::VIRTIO_GSI + number,
-        }
-    }
-}
 
 /// What the transport needs of the machine around it.
 pub trait Platform: Send {
@@ -259,7 +228,7 @@ impl Transport {
             // A kick may have come before it was watched for. What is there is not done here, on the
             // driver's own processor.
             for index in 0..self.queues.len() {
-                if let Err(error) = self.platform.kick(index, Kick::Make) {
+                if let Err(error) = self.poke(index) {
                     return self.host_failure("make a kick", error);
                 }
             }
