@@ -30,6 +30,10 @@ use super::ring::Ring;
 /// longest request fits.
 pub(crate) const ROUND_BYTES: u64 = REQUEST_BYTES_MAX;
 
+/// What a flush or the zeroing of a range counts for: no data moves, but whoever waits for all that is
+/// under way waits for the disk.
+const CALL_BYTES: u64 = 1 << 20;
+
 /// An operation that has ended, and how.
 #[derive(Debug)]
 pub(crate) struct Completed {
@@ -44,7 +48,7 @@ pub(crate) struct Engine {
     waiting: VecDeque<Operation>,
     calls: Calls,
     ring: Option<Box<Ring>>,
-    /// Data of the operations that are in the ring.
+    /// The weight of the operations that are in the ring.
     moving: u64,
     /// Writes go to the page cache.
     cached_writes: bool,
@@ -106,7 +110,7 @@ impl Engine {
         self.patience.end_batch();
         let mut room = self.room();
         while let Some(operation) = self.waiting.pop_front() {
-            let bytes = operation.charge();
+            let bytes = weight(&operation);
             let unfinished = if bytes > room {
                 Some(operation)
             } else {
@@ -125,7 +129,7 @@ impl Engine {
         let cached_write = self.cached_writes && operation.kind == Kind::Write { stable: false };
         match &mut self.ring {
             Some(ring) if !cached_write || !self.patience.allows_call(Instant::now()) => {
-                self.moving += operation.charge();
+                self.moving += weight(&operation);
                 ring.start(operation);
                 None
             }
@@ -140,7 +144,7 @@ impl Engine {
     /// Whether there is something for [`begin`](Self::begin) to begin.
     pub(crate) fn can_begin(&self) -> bool {
         let next = self.waiting.front();
-        next.is_some_and(|operation| operation.charge() <= self.room())
+        next.is_some_and(|operation| weight(operation) <= self.room())
     }
 
     /// Hands what the ring has to the kernel.
@@ -154,7 +158,7 @@ impl Engine {
         let done = self.calls.completed.pop_front();
         done.or_else(|| {
             let completed = self.ring.as_mut()?.completed()?;
-            self.moving -= completed.operation.charge();
+            self.moving -= weight(&completed.operation);
             Some(completed)
         })
     }
@@ -163,6 +167,12 @@ impl Engine {
     pub(crate) fn in_flight(&self) -> usize {
         let ring = self.ring.as_ref().map_or(0, |ring| ring.in_flight());
         self.waiting.len() + self.calls.completed.len() + ring
+    }
+
+    /// Those of them that were begun.
+    #[cfg(test)]
+    pub(crate) fn begun(&self) -> usize {
+        self.in_flight() - self.waiting.len()
     }
 
     /// Whether there is something for [`submit`](Self::submit) to do.
@@ -202,6 +212,14 @@ impl Engine {
             ring.drain();
         }
         self.moving = 0;
+    }
+}
+
+/// What an operation takes of [`ROUND_BYTES`].
+fn weight(operation: &Operation) -> u64 {
+    match operation.kind {
+        Kind::Read | Kind::Write { .. } => operation.bytes as u64,
+        Kind::Flush | Kind::Zero { .. } => CALL_BYTES,
     }
 }
 

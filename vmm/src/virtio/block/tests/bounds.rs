@@ -61,6 +61,23 @@ fn what_is_moved_at_a_time_is_bounded_whatever_there_is_to_do() {
     }
 }
 
+/// They move nothing, but a reset waits for those that are under way.
+#[test]
+fn few_flushes_are_under_way_at_a_time() {
+    for mut bench in engines() {
+        for _ in 0..REQUESTS {
+            bench.offer(FLUSH, 0, &[]);
+        }
+        let _ = bench.driver.kick(&mut bench.block, 0).unwrap();
+        let ended = bench.driver.used(0).len();
+        assert!(bench.block.engine.begun() + ended <= 16);
+        bench
+            .driver
+            .wait_used(&mut bench.block, 0, REQUESTS - ended);
+        assert_eq!(bench.block.handle().stats().flushes, REQUESTS as u64);
+    }
+}
+
 #[test]
 fn what_waits_is_forgotten_at_a_reset_and_done_before_a_snapshot() {
     for mut bench in engines() {
