@@ -2,6 +2,8 @@
 //!
 //! The guest never waits for them. One who reads too slowly misses something, and is told how much.
 
+pub mod client;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};

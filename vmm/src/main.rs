@@ -1,7 +1,8 @@
 //! `hostd-vmm`: the command line of the machine.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,6 +10,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{ArgGroup, Parser};
 use serde::de::DeserializeOwned;
+use vmm::console::client as console;
 use vmm::control::{ExitReason, ExitStatus};
 use vmm::descriptors::Inherited;
 use vmm::devices::boot_timer::Start;
@@ -63,6 +65,14 @@ struct Arguments {
     #[arg(long, requires = "detach")]
     force: bool,
 
+    /// Show the console of the machine behind --control, and type there; control and ] leave it
+    #[arg(long, groups = ["mode", "request"])]
+    console: bool,
+
+    /// With --console: look on, and type nothing
+    #[arg(long, requires = "console")]
+    look_on: bool,
+
     /// The control socket of the machine to snapshot, or to change
     #[arg(long, value_name = "SOCKET", conflicts_with_all = ["config", "restore", "check"])]
     control: Option<PathBuf>,
@@ -112,6 +122,9 @@ fn run(arguments: &Arguments, start: Start) -> anyhow::Result<u8> {
     if let Some(control) = &arguments.control {
         let machine = UnixStream::connect(control)
             .with_context(|| format!("cannot reach a machine at {}", control.display()))?;
+        if arguments.console {
+            return attach(&machine, arguments.look_on);
+        }
         return ask(arguments, &machine);
     }
     let mut plan = plan(arguments).context("the configuration is not usable")?;
@@ -170,6 +183,14 @@ fn ask(arguments: &Arguments, machine: &UnixStream) -> anyhow::Result<u8> {
         hotplug::detach(machine, name.clone(), arguments.force)
             .with_context(|| format!("{name} stays"))?;
     }
+    Ok(0)
+}
+
+/// Until the machine ends, or whoever types.
+fn attach(machine: &UnixStream, look_on: bool) -> anyhow::Result<u8> {
+    let input = std::io::stdin().as_fd().try_clone_to_owned();
+    let keys = (!look_on).then_some(input).transpose()?;
+    console::attach(machine, keys.map(File::from), std::io::stdout().lock())?;
     Ok(0)
 }
 
