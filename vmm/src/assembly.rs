@@ -100,7 +100,9 @@ pub fn net(plan: NetPlan) -> Result<NewDevice, DeviceSetupError> {
             handle: Handle::Other,
         });
     }
-    let net = Net::new(tap, plan.mac).with_mtu(plan.mtu);
+    let net = Net::new(tap, plan.mac).map_err(DeviceSetupError::Event)?;
+    let net = net.with_mtu(plan.mtu);
+    net.handle().set_limits(plan.limits);
     Ok(NewDevice {
         name: plan.name,
         handle: Handle::Net(net.handle()),

@@ -106,8 +106,8 @@ pub struct Vm {
 
 impl Vm {
     /// A machine with `memory` and with local APICs, but no processor yet. The kernel remembers
-    /// what guests write if `track_dirty`, for which it maps guests' memory in small pages.
-    pub fn new(kvm: &Kvm, memory: GuestMemoryMmap, track_dirty: bool) -> Result<Self, KvmError> {
+    /// what guests write in regions that are `tracked`, for which it maps them in small pages.
+    pub fn new(kvm: &Kvm, memory: GuestMemoryMmap, tracked: &[bool]) -> Result<Self, KvmError> {
         let found = kvm.get_api_version();
         if u32::try_from(found) != Ok(KVM_API_VERSION) {
             return Err(KvmError::Version { found });
@@ -121,13 +121,14 @@ impl Vm {
         fd.set_tss_address(layout::TSS)
             .map_err(refused("place the task state segment"))?;
         let vm = Self { fd, memory };
-        if track_dirty {
-            dirty::track(vm.memory.iter().map(|region| {
+        if tracked.contains(&true) {
+            let regions = vm.memory.iter().zip(tracked);
+            dirty::track(regions.filter(|(_, tracked)| **tracked).map(|(region, _)| {
                 let start = region.as_ptr();
                 (start.addr(), region.size())
             }));
         }
-        vm.map_memory(track_dirty)?;
+        vm.map_memory(tracked)?;
         vm.fd
             .enable_cap(&kvm_enable_cap {
                 cap: KVM_CAP_SPLIT_IRQCHIP,
@@ -143,13 +144,9 @@ impl Vm {
         &self.memory
     }
 
-    fn map_memory(&self, track_dirty: bool) -> Result<(), KvmError> {
-        let flags = if track_dirty {
-            KVM_MEM_LOG_DIRTY_PAGES
-        } else {
-            0
-        };
-        for (slot, region) in (0..).zip(self.memory.iter()) {
+    fn map_memory(&self, tracked: &[bool]) -> Result<(), KvmError> {
+        for ((slot, region), tracked) in (0..).zip(self.memory.iter()).zip(tracked) {
+            let flags = if *tracked { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
             let start = region
                 .get_host_address(MemoryRegionAddress(0))
                 .expect("a region is not empty");
@@ -170,7 +167,7 @@ impl Vm {
     }
 
     /// What guests have written of region `index` of the memory since the last call: a bit for each
-    /// page of 4 KiB. Only if the machine was made to track that.
+    /// page of 4 KiB. Only if it was made to be tracked.
     pub fn take_dirty(&self, index: usize, bytes: usize) -> Result<Vec<u64>, KvmError> {
         let slot = u32::try_from(index).expect("a few regions");
         self.fd

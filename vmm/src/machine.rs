@@ -37,6 +37,7 @@ use crate::signals::{self, SignalError};
 use crate::snapshot::memory::{MemoryFileError, Region};
 use crate::snapshot::take::Snapshotter;
 use crate::snapshot::thread::SnapshotThread;
+use crate::snapshot::written::Written;
 use crate::terminal::RawTerminal;
 use crate::vcpu::{VcpuError, VcpuThreads, Vcpus};
 use crate::virtio::VirtioDevice;
@@ -120,11 +121,12 @@ opaque_debug!(Machine);
 impl Machine {
     /// Puts the machine of `plan` together. Its processors wait for [`run`](Self::run).
     pub fn build(mut plan: Plan, options: Options) -> Result<Machine, MachineError> {
-        let early = Early::new(plan.cpus, options)?;
+        let early = Early::new(plan.cpus.count, options)?;
         let kvm = kvm::open(&plan.kvm)?;
         let memory = memory(&plan)?;
         generation::renew(&memory.all)?;
-        let vm = Arc::new(Vm::new(&kvm, memory.all, plan.spec.memory.track_dirty)?);
+        let written = written(&plan, &memory);
+        let vm = Arc::new(Vm::new(&kvm, memory.all, &written.tracked)?);
         let virtio = VirtioDevices::new(&mut plan, &early.reports)?;
         let saved_port = plan.saved().map(|state| state.devices.serial.clone());
         let transport = plan.spec.transport;
@@ -136,13 +138,13 @@ impl Machine {
         parts.add_all_virtio(virtio.devices, &plan.windows)?;
         let io_apic = parts.finish();
 
-        let fds = create_vcpus(&vm, plan.cpus)?;
+        let fds = create_vcpus(&vm, plan.cpus.count)?;
         let bare = Bare {
             kvm: &kvm,
             vm: &vm,
             boot_memory: &memory.boot,
             vcpus: &fds,
-            template: plan.cpu_template,
+            cpus: &plan.cpus,
             transport,
             windows: &plan.windows,
             parts: &parts,
@@ -163,7 +165,8 @@ impl Machine {
                 readiness: parts.reports.readiness().clone(),
                 inventory: parts.inventory.clone(),
                 slots: begun.hears.then(|| parts.slots()).flatten(),
-                anonymous: memory.anonymous,
+                origins: memory.origins,
+                written,
                 last: Mutex::new(begun.from),
             };
             let snapshots = start_snapshots(snapshotter, filters)?;
@@ -452,16 +455,25 @@ fn memory(plan: &Plan) -> Result<Memory, MachineError> {
     };
     let mut ranges = plan.memory.boot();
     ranges.extend(plan.memory.hotplug());
-    // What the guest has written to an image is its own, so all of it is in the snapshot.
     ranges.extend(plan.images.iter().map(|image| image.range.clone()));
     let regions: Vec<_> = ranges.into_iter().map(Region::from).collect();
-    let all = snapshot
-        .loaded
-        .map_memory(&regions, plan.memory.huge_pages)?;
+    let (all, origins) =
+        snapshot
+            .loaded
+            .map_memory(&regions, plan.memory.huge_pages, &plan.images)?;
     Ok(Memory {
         boot: all.clone(),
         all,
-        // Pages that were not touched are the file's.
-        anonymous: Vec::new(),
+        origins,
     })
+}
+
+/// What snapshots are to know of what guest and devices write.
+fn written(plan: &Plan, memory: &Memory) -> Written {
+    let runs = match &plan.origin {
+        Origin::Kernel(_) => None,
+        Origin::Snapshot(snapshot) => Some(snapshot.loaded.written()),
+    };
+    let all = plan.spec.memory.track_dirty;
+    Written::new(memory, all, runs.into_iter().flatten())
 }

@@ -97,8 +97,19 @@ pub struct Memory {
     pub all: GuestMemoryMmap,
     /// What there is from the start, which is what a kernel is told about.
     pub boot: GuestMemoryMmap,
-    /// Where regions start whose pages hold nothing unless they were written.
-    pub anonymous: Vec<u64>,
+    /// What each region of `all` holds where nobody has written.
+    pub origins: Vec<RegionOrigin>,
+}
+
+/// What a region of memory holds where nobody has written.
+#[derive(Clone, Debug)]
+pub enum RegionOrigin {
+    /// Zeroes.
+    Nothing,
+    /// What is in the memory file of a snapshot from `offset` on.
+    Snapshot { file: Arc<File>, offset: u64 },
+    /// An image, which is a file of this length.
+    Image { bytes: u64 },
 }
 
 impl Memory {
@@ -112,18 +123,19 @@ impl Memory {
         if let Some(range) = plan.hotplug() {
             all.push(region(&range, plan.huge_pages)?);
         }
+        let mut origins = vec![RegionOrigin::Nothing; all.len()];
         for image in images {
             all.push(image_region(image)?);
+            origins.push(RegionOrigin::Image { bytes: image.bytes });
         }
         let collect = |regions| {
             GuestMemoryMmap::from_arc_regions(regions)
                 .map_err(|error| MemoryError::Regions(error.into()))
         };
-        let anonymous = plan.boot().into_iter().chain(plan.hotplug());
         Ok(Memory {
             all: collect(all)?,
             boot: collect(boot)?,
-            anonymous: anonymous.map(|range| range.start).collect(),
+            origins,
         })
     }
 }
@@ -151,7 +163,7 @@ fn region(range: &Range<u64>, pages: HugePages) -> Result<Arc<GuestRegionMmap>, 
 
 /// The file, and nothing behind it. It is mapped privately, so that writes by the guest, and by its
 /// devices on its behalf, go to pages of the machine's own.
-fn image_region(image: &Image) -> Result<Arc<GuestRegionMmap>, MemoryError> {
+pub(crate) fn image_region(image: &Image) -> Result<Arc<GuestRegionMmap>, MemoryError> {
     let whole = 0..image.bytes;
     let origin = FileRegion {
         file: &image.file,

@@ -23,7 +23,7 @@ use crate::memory::{Image, MemoryPlan};
 use crate::snapshot::load::{LoadError, Loaded, OpenFiles, load};
 use crate::snapshot::restore::{ClockPolicy, OverrideError, Restore};
 use crate::snapshot::state::State;
-use crate::spec::{Balloon, CpuTemplate, OneOrMany, Spec, Transport};
+use crate::spec::{Balloon, CpuTemplate, Cpus, Net, NetLimits, OneOrMany, Spec, Transport};
 use crate::virtio::transport::Window;
 use crate::virtio::vsock::HostStream;
 
@@ -80,8 +80,7 @@ pub struct Plan {
     pub spec: Spec,
     pub kvm: File,
     pub origin: Origin,
-    pub cpus: u8,
-    pub cpu_template: CpuTemplate,
+    pub cpus: Cpus,
     pub memory: MemoryPlan,
     /// One for each virtio device, in the order disks, nets, vsock, rng, balloon, mem, pmem.
     pub windows: Vec<Window>,
@@ -130,6 +129,7 @@ pub struct NetPlan {
     pub tap: TapPlan,
     pub mac: [u8; 6],
     pub mtu: Option<u16>,
+    pub limits: NetLimits,
     /// /dev/vhost-net, if the kernel is to serve it.
     pub vhost: Option<File>,
 }
@@ -222,7 +222,7 @@ impl Plan {
         origin: Origin,
         mut open: Opener,
     ) -> Result<Plan, PlanError> {
-        let cpus = in_range("/cpus/count", spec.cpus.count, 1, CPUS_MAX)?;
+        check_cpus(&spec.cpus)?;
         let memory = memory::plan(&spec.memory)?;
         if let Some(balloon) = spec.balloon {
             let size = spec.memory.size_mib;
@@ -233,8 +233,7 @@ impl Plan {
             spec: spec.clone(),
             kvm: open.file("/kvm", kvm, Access::Device)?,
             origin,
-            cpus,
-            cpu_template: spec.cpus.template,
+            cpus: spec.cpus.clone(),
             memory,
             disks: open.numbered("/disks", &places.disks, &spec.disks, Opener::disk)?,
             nets: {
@@ -262,8 +261,14 @@ impl Plan {
     }
 }
 
-/// The kernel does not tell which pages it writes to for a network device.
+/// The kernel does not tell which pages it writes to for a network device, and lets everything through.
 fn check_vhost(spec: &Spec) -> Result<(), PlanError> {
+    let limited = |net: &Net| net.vhost.is_some() && net.limits != NetLimits::default();
+    if let Some(index) = spec.nets.iter().position(limited) {
+        let field = format!("/nets/{index}/limits");
+        let wanted = "absent, or `vhost` be: the kernel lets everything through";
+        return Err(range(&field, "set".to_owned(), wanted));
+    }
     match spec.nets.iter().position(|net| net.vhost.is_some()) {
         Some(index) if spec.memory.track_dirty => {
             let wanted = "absent where `/memory/track_dirty` is true";
@@ -275,6 +280,15 @@ fn check_vhost(spec: &Spec) -> Result<(), PlanError> {
         }
         _ => Ok(()),
     }
+}
+
+fn check_cpus(cpus: &Cpus) -> Result<(), PlanError> {
+    in_range("/cpus/count", cpus.count, 1, CPUS_MAX)?;
+    if cpus.nested && cpus.template != CpuTemplate::Host {
+        let wanted = "absent: no template but `host` has virtualization";
+        return Err(range("/cpus/nested", "true".to_owned(), wanted));
+    }
+    Ok(())
 }
 
 fn initramfs_paths(spec: &Spec) -> Result<Vec<PathBuf>, PlanError> {
@@ -428,6 +442,15 @@ mod tests {
     }
 
     #[test]
+    fn a_template_without_virtualization_cannot_have_machines_within() {
+        let cpus = json!({"count": 1, "template": "x86-64-v3", "nested": true});
+        let error = plan("/cpus", cpus).unwrap_err().to_string();
+        assert!(error.contains("`/cpus/nested` is true"), "{error}");
+        let plan = plan("/cpus", json!({"count": 1, "nested": true})).unwrap();
+        assert!(plan.cpus.nested);
+    }
+
+    #[test]
     fn the_port_of_reports_is_the_machines_own() {
         let stream = json!({"port": 0x610, "path": "/dev/null", "direction": "from_guest"});
         let error = plan("/vsock/streams", json!([stream])).unwrap_err();
@@ -453,6 +476,9 @@ mod tests {
             error.starts_with("`/nets/1/vhost` is set; it must be absent"),
             "{error}"
         );
+        spec.nets[1].limits.send_bps = Some(1);
+        let error = check_vhost(&spec).unwrap_err().to_string();
+        assert!(error.starts_with("`/nets/1/limits` is set"), "{error}");
     }
 
     #[test]

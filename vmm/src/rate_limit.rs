@@ -90,9 +90,14 @@ impl Limiter {
         self.operations.rate.is_none() && self.bytes.rate.is_none()
     }
 
+    /// How long from `now` until an operation is admitted; zero if it would be now.
+    pub fn wait(&self, now: Instant) -> Duration {
+        self.operations.wait(now).max(self.bytes.wait(now))
+    }
+
     /// Charges one operation of `bytes` and says yes, or says how long to wait before asking again.
     pub fn admit(&mut self, now: Instant, bytes: u64) -> Result<(), Duration> {
-        let wait = self.operations.wait(now).max(self.bytes.wait(now));
+        let wait = self.wait(now);
         if wait > Duration::ZERO {
             return Err(wait);
         }

@@ -78,6 +78,10 @@ pub struct Cpus {
     /// What guests see of the host's processor.
     #[serde(default)]
     pub template: CpuTemplate,
+    /// The guest may run machines of its own, with the template `host` on a host that allows it. There
+    /// are no snapshots of such a machine.
+    #[serde(default)]
+    pub nested: bool,
 }
 
 impl Default for Cpus {
@@ -85,6 +89,7 @@ impl Default for Cpus {
         Self {
             count: 1,
             template: CpuTemplate::Host,
+            nested: false,
         }
     }
 }
@@ -242,6 +247,25 @@ pub struct Net {
     /// more of it. The VMM itself if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vhost: Option<PathBuf>,
+    #[serde(default)]
+    pub limits: NetLimits,
+}
+
+/// Token buckets of a network interface; an absent limit is none. Bytes, without virtio's headers, or
+/// frames per second. A frame that the host's stack cuts into packets of the wire counts as one.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetLimits {
+    /// What the guest receives.
+    #[serde(default)]
+    pub receive_bps: Option<u64>,
+    #[serde(default)]
+    pub receive_pps: Option<u64>,
+    /// What the guest sends.
+    #[serde(default)]
+    pub send_bps: Option<u64>,
+    #[serde(default)]
+    pub send_pps: Option<u64>,
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]

@@ -36,5 +36,6 @@ fn tap() -> OwnedFd {
 
 fuzz_target!(|script: Script| {
     let tap = Tap::from_fd(tap()).expect("it is a tap");
-    run(&mut Net::new(tap, [2, 0, 0, 0, 0, 2]), script);
+    let net = Net::new(tap, [2, 0, 0, 0, 0, 2]);
+    run(&mut net.expect("an event can be made"), script);
 });

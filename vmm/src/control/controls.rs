@@ -19,7 +19,7 @@ use crate::hotplug::Hotplug;
 use crate::inventory::{Handle, Made, SharedInventory, lock};
 use crate::snapshot::file::Kind;
 use crate::snapshot::thread::{Busy, Order, SnapshotThread};
-use crate::spec::DiskLimits;
+use crate::spec::{DiskLimits, NetLimits};
 use crate::vcpu::{self, Vcpus};
 use crate::virtio::block::BlockHandle;
 use crate::virtio::net::NetHandle;
@@ -93,6 +93,7 @@ impl Controls {
                 stats: self.stats(),
             },
             Request::SetDiskLimits { disk, limits } => self.set_disk_limits(*disk, *limits),
+            Request::SetNetLimits { net, limits } => self.set_net_limits(*net, *limits),
             Request::Memory { size_mib } => self.memory.resize(*size_mib),
             Request::Balloon { target_mib } => self.memory.inflate(*target_mib),
             Request::Snapshot { kind } => return self.snapshot(*kind, descriptors),
@@ -200,6 +201,21 @@ impl Controls {
             _ => refusal(format!(
                 "there is no disk {disk}; there are {}",
                 inventory.disks().count()
+            )),
+        }
+    }
+
+    fn set_net_limits(&self, net: usize, limits: NetLimits) -> Response {
+        let inventory = lock(&self.inventory);
+        let entry = inventory.find(&format!("net{net}"));
+        match entry.map(|entry| &entry.handle) {
+            Some(Handle::Net(handle)) => {
+                handle.set_limits(limits);
+                Response::Done {}
+            }
+            _ => refusal(format!(
+                "there is no network interface {net} that the machine itself serves; there are {}",
+                inventory.nets().count()
             )),
         }
     }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 pub use self::memory::{BalloonStats, GuestMemory, MemoryStats};
 use crate::plan::BACKING_FILES_MAX;
 use crate::snapshot::file::Kind;
-use crate::spec::{Disk, DiskLimits, Net};
+use crate::spec::{Disk, DiskLimits, Net, NetLimits};
 
 /// The most bytes of guest output that a console file takes; what comes after is dropped.
 pub const CONSOLE_BYTES_MAX: u64 = 16 * 1024 * 1024;
@@ -55,6 +55,13 @@ pub enum Request {
         disk: usize,
         /// Bytes and operations per second.
         limits: DiskLimits,
+    },
+    /// Replaces the limits of a network interface; an absent limit is none.
+    SetNetLimits {
+        /// The number in its name, from 0: the position in `Spec::nets` unless it came later.
+        net: usize,
+        /// Bytes and frames per second.
+        limits: NetLimits,
     },
     /// Asks the guest to have so much memory in all: more than it started with by plugging in, less
     /// by the balloon, which this sets. How far it has come is in [`Stats::memory`] and

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::parts::Parts;
 use super::{MachineError, unrestorable};
-use crate::arch::x86_64::state::{nanoseconds, time_stamp};
+use crate::arch::x86_64::state::{nanoseconds, ticks, time_stamp};
 use crate::arch::x86_64::{self, acpi};
 use crate::boot;
 use crate::devices::generation;
@@ -25,10 +25,13 @@ use crate::snapshot::file::Id;
 use crate::snapshot::restore::ClockPolicy;
 use crate::snapshot::state::State;
 use crate::snapshot::take::host_clock;
-use crate::spec::{CpuTemplate, Transport};
+use crate::spec::{Cpus, Transport};
 use crate::virtio::pci::FunctionState;
 use crate::virtio::state::{StateError, expect};
 use crate::virtio::transport::Window;
+
+/// What passes at most between the restore of a time-stamp counter and that of the clock.
+const RESTORE_NS_MAX: i64 = 60_000_000_000;
 
 /// The parts of a machine that have a state, all new.
 pub(super) struct Bare<'a> {
@@ -38,7 +41,7 @@ pub(super) struct Bare<'a> {
     pub(super) boot_memory: &'a GuestMemoryMmap,
     pub(super) vcpus: &'a [VcpuFd],
     /// What a guest that boots is shown of the processor.
-    pub(super) template: CpuTemplate,
+    pub(super) cpus: &'a Cpus,
     /// How it finds its devices.
     pub(super) transport: Transport,
     /// In the order of the devices.
@@ -70,7 +73,7 @@ impl Bare<'_> {
         Ok(match origin {
             Origin::Kernel(kernel) => Begun {
                 features: self.load(kernel)?,
-                missing_features: x86_64::missing_features(self.kvm, self.template)?,
+                missing_features: x86_64::missing_features(self.kvm, self.cpus)?,
                 paused: false,
                 hears: true,
                 from: None,
@@ -92,11 +95,7 @@ impl Bare<'_> {
         let cpus = u8::try_from(self.vcpus.len()).expect("the plan allows 32");
         acpi::write(memory, cpus, self.transport, self.windows)?;
         Ok(x86_64::configure(
-            self.kvm,
-            self.vcpus,
-            memory,
-            entry,
-            self.template,
+            self.kvm, self.vcpus, memory, entry, self.cpus,
         )?)
     }
 
@@ -129,21 +128,21 @@ impl Bare<'_> {
     /// Sets the guest's clock to what it would show beside the first processor's time-stamp counter,
     /// which has counted on since it was restored: a guest that sees them differ trusts neither.
     fn set_clock(&self, state: &State, elapsed_ns: u64) -> Result<(), MachineError> {
-        let saved = &state.clock;
+        let mut since_ns = 0;
         let khz = state.processors.first().and_then(|first| first.tsc_khz);
-        let mut guest_ns = None;
         if let (Some(vcpu), Some(khz)) = (self.vcpus.first(), khz) {
-            let now = time_stamp(vcpu)?;
+            let begun = state.clock.time_stamp.wrapping_add(ticks(elapsed_ns, khz));
             // The processor was saved before the clock was read, so that it may still be behind.
-            let distance = now.wrapping_sub(saved.time_stamp).cast_signed();
-            let ns = nanoseconds(distance.unsigned_abs(), khz);
-            guest_ns = ns.map(|ns| match distance {
-                0.. => saved.guest_ns.saturating_add(ns),
-                _ => saved.guest_ns.saturating_sub(ns),
-            });
+            let distance = time_stamp(vcpu)?.wrapping_sub(begun).cast_signed();
+            let ns = nanoseconds(distance.unsigned_abs(), khz).unwrap_or(u64::MAX);
+            // On a host that does not let it be set, it has nothing to do with what was saved.
+            since_ns = i64::try_from(ns)
+                .ok()
+                .filter(|ns| *ns < RESTORE_NS_MAX)
+                .map_or(0, |ns| ns * distance.signum());
         }
-        let without = saved.guest_ns.saturating_add(elapsed_ns);
-        Ok(self.vm.set_clock(guest_ns.unwrap_or(without))?)
+        let then = state.clock.guest_ns.saturating_add(elapsed_ns);
+        Ok(self.vm.set_clock(then.saturating_add_signed(since_ns))?)
     }
 
     fn restore_virtio(&self, state: &State) -> Result<(), MachineError> {

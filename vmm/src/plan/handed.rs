@@ -58,6 +58,7 @@ impl NetPlan {
             mac,
             mtu: net.mtu,
             vhost: None,
+            limits: net.limits,
         })
     }
 

@@ -153,6 +153,7 @@ impl Opener {
             mac,
             mtu: net.mtu,
             vhost,
+            limits: net.limits,
         })
     }
 

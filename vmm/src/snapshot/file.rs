@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! hostd-vmm snapshot
-//! {"format":3,"vmm":"0.1.0","arch":"x86_64","kind":"full","id":"5f…","parent":null}
+//! {"format":4,"vmm":"0.1.0","arch":"x86_64","kind":"full","id":"5f…","parent":null}
 //! {"machine":{…},"clock":{…},"processors":[…],"devices":{…},"memory":{…}}
 //! sha256 3b…
 //! ```
@@ -23,7 +23,7 @@ use super::hex;
 use super::state::State;
 
 /// The format that is written, and the newest that is read.
-pub const FORMAT: u32 = 3;
+pub const FORMAT: u32 = 4;
 
 /// The most bytes of a state file: with 32 processors and a difference of any kind it is less.
 pub const STATE_BYTES_MAX: u64 = 64 << 20;

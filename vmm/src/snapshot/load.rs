@@ -1,6 +1,7 @@
 //! Reads snapshots: one, or differences on top of each other.
 
 use std::fs::File;
+use std::sync::Arc;
 
 use vm_memory::GuestMemoryMmap;
 
@@ -8,9 +9,10 @@ use super::file::{self, FileError, Id, Kind};
 use super::memory::{self, MemoryFileError, Region, Run};
 use super::restore::LAYERS_MAX;
 use super::state::State;
+use crate::memory::{Image, RegionOrigin};
 use crate::spec::HugePages;
 
-/// The most runs of pages in all differences together, which take 128 MiB.
+/// The most runs of pages in all snapshots together, which take 128 MiB.
 const RUNS_MAX: usize = 8 << 20;
 
 /// Why snapshots are of no use.
@@ -34,7 +36,7 @@ pub enum LoadError {
     #[error("snapshot {index} (from 0) does not lie over the one before it")]
     Order { index: usize },
     #[error(
-        "the differences have {runs} runs of pages; at most {RUNS_MAX} can be held; take a full one"
+        "the snapshots have {runs} runs of pages; at most {RUNS_MAX} can be held; take a full one"
     )]
     Runs { runs: usize },
 }
@@ -53,8 +55,9 @@ pub struct Loaded {
     pub id: Id,
     /// Of the last.
     pub state: Box<State>,
-    base: File,
-    differences: Vec<(File, Vec<Run>)>,
+    base: Arc<File>,
+    /// What lies over it: pages of a memory file, which may be that of the base, by their numbers.
+    layers: Vec<(Arc<File>, Vec<Run>)>,
 }
 
 /// Reads them, the oldest first.
@@ -68,46 +71,52 @@ pub fn load(files: Vec<OpenFiles>) -> Result<Loaded, LoadError> {
             file::read(&state).map_err(|source| LoadError::File { index, source })?;
         memory::check(&memory, &header.id, &state.memory.regions)
             .map_err(|source| LoadError::Memory { index, source })?;
-        loaded = Some(match (loaded, header.kind) {
+        let memory = Arc::new(memory);
+        let written = state.memory.written.clone().unwrap_or_default();
+        let layer = (memory.clone(), written);
+        let now = match (loaded, header.kind) {
             (None, Kind::Full) => Loaded {
                 id: header.id,
                 state: Box::new(state),
                 base: memory,
-                differences: Vec::new(),
+                layers: vec![layer],
             },
             (None, Kind::Diff) => return Err(LoadError::NoBase),
             (Some(_), Kind::Full) => return Err(LoadError::SecondBase { index }),
             (Some(mut below), Kind::Diff) => {
                 if header.parent.as_ref() != Some(&below.id)
                     || state.memory.regions != below.state.memory.regions
+                    || state.memory.images != below.state.memory.images
                 {
                     return Err(LoadError::Order { index });
                 }
-                let written = state.memory.written.clone().unwrap_or_default();
-                below.differences.push((memory, written));
-                let runs = below.differences.iter().map(|(_, runs)| runs.len()).sum();
-                if runs > RUNS_MAX {
-                    return Err(LoadError::Runs { runs });
-                }
+                below.layers.push(layer);
                 Loaded {
                     id: header.id,
                     state: Box::new(state),
                     ..below
                 }
             }
-        });
+        };
+        let runs = now.layers.iter().map(|(_, runs)| runs.len()).sum();
+        if runs > RUNS_MAX {
+            return Err(LoadError::Runs { runs });
+        }
+        loaded = Some(now);
     }
     loaded.ok_or(LoadError::None)
 }
 
 impl Loaded {
-    /// The memory of a machine that has it in these regions. What is not in a difference is read
-    /// when it is first used.
+    /// The memory of a machine that has it in these regions, with these `images` behind all else.
+    /// What is not in a difference is read when it is first used. Returns where what is in each
+    /// region comes from, too.
     pub fn map_memory(
         &self,
         regions: &[Region],
         pages: HugePages,
-    ) -> Result<GuestMemoryMmap, MemoryFileError> {
+        images: &[Image],
+    ) -> Result<(GuestMemoryMmap, Vec<RegionOrigin>), MemoryFileError> {
         let saved = &self.state.memory.regions;
         if saved != regions {
             return Err(MemoryFileError::Regions {
@@ -115,10 +124,36 @@ impl Loaded {
                 wanted: format!("{regions:x?}"),
             });
         }
-        let memory = memory::map(&self.base, regions, pages)?;
-        for (file, runs) in &self.differences {
-            memory::overlay(&memory, file, runs)?;
+        let mapped = memory::map(&self.base, regions, pages, self.own_files(images)?)?;
+        for (file, runs) in &self.layers {
+            memory::overlay(&mapped.0, file, runs)?;
         }
-        Ok(memory)
+        Ok(mapped)
+    }
+
+    /// Those of `images` whose content is not in the memory file: all or, before format 4, none.
+    /// That it is the content which the guest has seen, nobody can tell in the time of a restore; its
+    /// length is checked.
+    fn own_files<'a>(&self, images: &'a [Image]) -> Result<&'a [Image], MemoryFileError> {
+        let saved = &self.state.memory.images;
+        if saved.is_empty() {
+            return Ok(&[]);
+        }
+        for (index, image) in images.iter().enumerate() {
+            let wanted = saved.get(index).copied();
+            if wanted != Some(image.bytes) {
+                return Err(MemoryFileError::Image {
+                    index,
+                    found: image.bytes,
+                    wanted,
+                });
+            }
+        }
+        Ok(images)
+    }
+
+    /// The pages that lie over what is in the memory file of the first snapshot and in images.
+    pub(crate) fn written(&self) -> impl Iterator<Item = &Run> {
+        self.layers.iter().flat_map(|(_, runs)| runs)
     }
 }

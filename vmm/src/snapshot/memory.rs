@@ -1,12 +1,14 @@
 //! The memory file: what goes in, and how it becomes a guest's memory again without being read.
 //!
-//! Regions lie one after the other, lowest address first, as long as they are. Behind them is one
+//! Regions lie one after the other, lowest address first, as long as they are. Of images, only the
+//! pages that the guest has changed are there; the others are the image's. Behind all regions is one
 //! line that names the snapshot, so that a file cannot be taken for another's.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use rustix::fs::{SeekFrom as SeekTo, seek};
 use rustix::io::Errno;
@@ -17,19 +19,12 @@ use vm_memory::{
 };
 
 use super::file::Id;
-use super::touched::touched;
 use crate::dirty::PAGE_BYTES;
-use crate::memory::{self, FileRegion, HUGE_PAGE_BYTES, MemoryError};
+use crate::memory::{self, FileRegion, HUGE_PAGE_BYTES, Image, MemoryError, RegionOrigin};
 use crate::spec::HugePages;
-
-/// The most that is written in one go, in pages: 4 MiB.
-const RUN_PAGES_MAX: u64 = 1024;
 
 /// The most parts of a region that are mapped from the file by themselves.
 const EXTENTS_MAX: usize = 256;
-
-/// How much of a page is looked at before all of it is.
-const GLANCE_BYTES: usize = 64;
 
 /// Where a region of memory is. Regions follow each other in the file.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -60,11 +55,21 @@ pub enum MemoryFileError {
     Mark { wanted: String },
     #[error("memory of {found} does not fit a machine whose memory is {wanted}")]
     Regions { found: String, wanted: String },
+    #[error(
+        "`/pmem/pmem{index}` is {found} bytes long; what the guest has seen was {}; \
+         name the same image or a copy of it",
+        .wanted.map_or("nothing".to_owned(), |bytes| bytes.to_string())
+    )]
+    Image {
+        index: usize,
+        found: u64,
+        wanted: Option<u64>,
+    },
     #[error("the memory file cannot be mapped")]
     Map(#[source] MemoryError),
     #[error("the regions of memory cannot be put together")]
     Together(#[source] vm_memory::GuestRegionCollectionError),
-    #[error("a difference names page {page}, which is not there, or not its turn")]
+    #[error("a snapshot names page {page}, which is not there, or not its turn")]
     Page { page: u64 },
     #[error("the guest's memory cannot be written")]
     Write(#[source] GuestMemoryError),
@@ -79,157 +84,17 @@ pub fn regions(memory: &GuestMemoryMmap) -> Vec<Region> {
     memory.iter().map(region).collect()
 }
 
-fn total(regions: &[Region]) -> u64 {
+pub(super) fn total(regions: &[Region]) -> u64 {
     let bytes = regions.iter().map(|region| region.bytes);
     bytes.fold(0, u64::saturating_add)
 }
 
-/// Writes all of `memory` that is not zero. Returns how many bytes. The regions that start at
-/// `anonymous` addresses are no file's.
-pub(super) fn write_all(
-    memory: &GuestMemoryMmap,
-    writer: &mut Writer<'_>,
-    anonymous: &[u64],
-) -> io::Result<u64> {
-    let mut start = 0;
-    for region in memory.iter() {
-        let known = anonymous.contains(&region.start_addr().raw_value());
-        let touched = if known { touched(region) } else { None };
-        let untouched = |page: u64| {
-            let page = usize::try_from(page).ok();
-            let told = touched.as_ref().zip(page);
-            told.and_then(|(touched, page)| touched.get(page)) == Some(&false)
-        };
-        let mut run: Option<Run> = None;
-        for page in 0..pages(region) {
-            if page % RUN_PAGES_MAX == 0 {
-                writer.check()?;
-            }
-            if untouched(page) || is_zero(region, page)? {
-                continue;
-            }
-            run = match run {
-                Some((first, count)) if first + count == page && count < RUN_PAGES_MAX => {
-                    Some((first, count + 1))
-                }
-                other => {
-                    writer.write(region, start, other)?;
-                    Some((page, 1))
-                }
-            };
-        }
-        writer.write(region, start, run)?;
-        start += pages(region);
-    }
-    Ok(writer.written)
-}
-
-/// Writes those pages of `memory`. Returns how many bytes.
-pub(super) fn write_runs(
-    memory: &GuestMemoryMmap,
-    writer: &mut Writer<'_>,
-    runs: &[Run],
-) -> io::Result<u64> {
-    let mut start = 0;
-    for region in memory.iter() {
-        let end = start + pages(region);
-        for (first, count) in runs {
-            let (from, to) = ((*first).max(start), (first + count).min(end));
-            if from < to {
-                writer.write(region, start, Some((from - start, to - from)))?;
-            }
-        }
-        start = end;
-    }
-    Ok(writer.written)
-}
-
-/// Writes a memory file.
-pub(super) struct Writer<'a> {
-    file: &'a mut File,
-    written: u64,
-    goes_on: &'a dyn Fn() -> bool,
-}
-
-impl<'a> Writer<'a> {
-    /// Makes `file` as long as it will be. Writing fails once it is not `goes_on` any more.
-    pub(super) fn new(
-        file: &'a mut File,
-        memory: &GuestMemoryMmap,
-        id: &Id,
-        goes_on: &'a dyn Fn() -> bool,
-    ) -> io::Result<Self> {
-        let bytes = total(&regions(memory));
-        file.set_len(0)?;
-        file.set_len(bytes)?;
-        file.seek(SeekFrom::Start(bytes))?;
-        file.write_all(mark(id).as_bytes())?;
-        Ok(Self {
-            file,
-            written: 0,
-            goes_on,
-        })
-    }
-
-    fn check(&self) -> io::Result<()> {
-        if (self.goes_on)() {
-            Ok(())
-        } else {
-            Err(io::Error::other("the machine has ended"))
-        }
-    }
-
-    /// Writes pages of `region`, whose first page is number `start` of the file.
-    fn write(&mut self, region: &GuestRegionMmap, start: u64, run: Option<Run>) -> io::Result<()> {
-        let Some((first, count)) = run else {
-            return Ok(());
-        };
-        self.check()?;
-        let page_bytes = PAGE_BYTES as u64;
-        self.file
-            .seek(SeekFrom::Start((start + first) * page_bytes))?;
-        let bytes = count * page_bytes;
-        let length = usize::try_from(bytes).map_err(io::Error::other)?;
-        let from = MemoryRegionAddress(first * page_bytes);
-        region
-            .write_all_volatile_to(from, self.file, length)
-            .map_err(unwrap)?;
-        self.written += bytes;
-        Ok(())
-    }
-}
-
-fn pages(region: &GuestRegionMmap) -> u64 {
+pub(super) fn pages(region: &GuestRegionMmap) -> u64 {
     region.len() / PAGE_BYTES as u64
 }
 
-fn is_zero(region: &GuestRegionMmap, page: u64) -> io::Result<bool> {
-    let start = page * PAGE_BYTES as u64;
-    let mut bytes = [0; PAGE_BYTES];
-    let glance = &mut bytes[..GLANCE_BYTES];
-    region
-        .read_slice(glance, MemoryRegionAddress(start))
-        .map_err(unwrap)?;
-    if glance.iter().any(|byte| *byte != 0) {
-        return Ok(false);
-    }
-    region
-        .read_slice(&mut bytes, MemoryRegionAddress(start))
-        .map_err(unwrap)?;
-    // Without an early end it is done in vectors.
-    Ok(bytes.iter().fold(0, |all, byte| all | byte) == 0)
-}
-
-/// What the file system said, from what memory says of it.
-fn unwrap(error: GuestMemoryError) -> io::Error {
-    if let GuestMemoryError::IOError(error) = error {
-        return error;
-    }
-    io::Error::other(error)
-}
-
 /// What stands behind the memory.
-fn mark(id: &Id) -> String {
+pub(super) fn mark(id: &Id) -> String {
     format!("hostd-vmm memory {id}\n")
 }
 
@@ -252,25 +117,39 @@ pub fn check(file: &File, id: &Id, regions: &[Region]) -> Result<(), MemoryFileE
 
 /// The memory in `file`, as a guest's that nobody else sees changes of. Nothing is read yet. What is
 /// zero for long enough is no file's, and kept in such `pages` as memory that was never written.
+/// Regions of `images` are theirs. Returns where what is in each region comes from, too.
 pub fn map(
-    file: &File,
+    file: &Arc<File>,
     regions: &[Region],
     pages: HugePages,
-) -> Result<GuestMemoryMmap, MemoryFileError> {
+    images: &[Image],
+) -> Result<(GuestMemoryMmap, Vec<RegionOrigin>), MemoryFileError> {
     let mut offset: u64 = 0;
     let mut mapped = Vec::new();
+    let mut origins = Vec::new();
     for region in regions {
         let addresses = region.address..region.address.saturating_add(region.bytes);
         let end = offset.saturating_add(region.bytes);
-        let origin = FileRegion {
-            file,
-            offset,
-            extents: &extents(file, offset..end),
+        let image = images.iter().find(|image| image.range == addresses);
+        let (made, origin) = if let Some(image) = image {
+            let bytes = image.bytes;
+            (memory::image_region(image), RegionOrigin::Image { bytes })
+        } else {
+            let source = FileRegion {
+                file,
+                offset,
+                extents: &extents(file, offset..end),
+            };
+            let file = file.clone();
+            let origin = RegionOrigin::Snapshot { file, offset };
+            (memory::file_region(&addresses, pages, &source), origin)
         };
-        mapped.push(memory::file_region(&addresses, pages, &origin).map_err(MemoryFileError::Map)?);
+        mapped.push(made.map_err(MemoryFileError::Map)?);
+        origins.push(origin);
         offset = end;
     }
-    GuestMemoryMmap::from_arc_regions(mapped).map_err(MemoryFileError::Together)
+    let memory = GuestMemoryMmap::from_arc_regions(mapped).map_err(MemoryFileError::Together)?;
+    Ok((memory, origins))
 }
 
 /// Where `range` of `file` holds anything, from the start of the range, in units of huge pages. A few
@@ -279,18 +158,11 @@ fn extents(file: &File, range: Range<u64>) -> Vec<Range<u64>> {
     let bytes = range.end - range.start;
     let mut extents: Vec<Range<u64>> = Vec::new();
     let mut at = 0;
-    while at < bytes {
-        let data = match seek(file, SeekTo::Data(range.start + at)) {
-            Ok(data) => data - range.start,
-            Err(Errno::NXIO) => break, // There is no more.
-            Err(_) => at,              // The file system cannot tell.
-        };
-        let hole = seek(file, SeekTo::Hole(range.start + data)).unwrap_or(range.end);
-        let start = data / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
-        at = (hole - range.start).next_multiple_of(HUGE_PAGE_BYTES);
-        if start >= bytes {
-            break;
-        }
+    while at < bytes
+        && let Some(data) = next_data(file, range.start + at..range.end)
+    {
+        let start = (data.start - range.start) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+        at = (data.end - range.start).next_multiple_of(HUGE_PAGE_BYTES);
         let end = at.min(bytes);
         let full = extents.len() >= EXTENTS_MAX;
         match extents.last_mut() {
@@ -301,7 +173,18 @@ fn extents(file: &File, range: Range<u64>) -> Vec<Range<u64>> {
     extents
 }
 
-/// Puts those pages of a difference's `file` over `memory`.
+/// The first part of `range` of `file` that holds anything: all of it if the file system cannot tell.
+pub(super) fn next_data(file: &File, range: Range<u64>) -> Option<Range<u64>> {
+    let start = match seek(file, SeekTo::Data(range.start)) {
+        Ok(start) => start,
+        Err(Errno::NXIO) => return None, // There is no more.
+        Err(_) => range.start,
+    };
+    let end = seek(file, SeekTo::Hole(start)).unwrap_or(range.end);
+    (start < range.end).then(|| start..end.min(range.end))
+}
+
+/// Puts those pages of a snapshot's `file` over `memory`.
 pub fn overlay(memory: &GuestMemoryMmap, file: &File, runs: &[Run]) -> Result<(), MemoryFileError> {
     let mut file = file.try_clone().map_err(MemoryFileError::Read)?;
     let page_bytes = PAGE_BYTES as u64;
@@ -369,7 +252,10 @@ mod tests {
     use tempfile::tempfile;
     use vm_memory::GuestAddress;
 
+    use super::super::touched::touched;
+    use super::super::writer::{Writer, write_all, write_runs};
     use super::*;
+    use crate::memory::{Memory, MemoryPlan};
 
     const LOW: u64 = 8 << 20;
     const HIGH: u64 = 1 << 32;
@@ -388,9 +274,20 @@ mod tests {
         memory.read_obj(GuestAddress(address)).unwrap()
     }
 
-    fn write(memory: &GuestMemoryMmap, file: &mut File, id: &Id, anonymous: &[u64]) -> u64 {
-        let mut writer = Writer::new(file, memory, id, &|| true).unwrap();
-        write_all(memory, &mut writer, anonymous).unwrap()
+    fn new_file() -> Arc<File> {
+        Arc::new(tempfile().unwrap())
+    }
+
+    fn mapped(file: &Arc<File>, regions: &[Region]) -> GuestMemoryMmap {
+        map(file, regions, HugePages::None, &[]).unwrap().0
+    }
+
+    const NOTHING: [RegionOrigin; 2] = [RegionOrigin::Nothing, RegionOrigin::Nothing];
+
+    fn write(memory: &GuestMemoryMmap, file: &File, id: &Id) -> u64 {
+        let mut file = file.try_clone().unwrap();
+        let mut writer = Writer::new(&mut file, memory, id, &|| true).unwrap();
+        write_all(memory, &mut writer, &NOTHING).unwrap()
     }
 
     #[test]
@@ -398,14 +295,14 @@ mod tests {
         let (memory, id, mut file) = (memory(), Id::random().unwrap(), tempfile().unwrap());
         put(&memory, 0, 1);
         let mut writer = Writer::new(&mut file, &memory, &id, &|| false).unwrap();
-        let error = write_all(&memory, &mut writer, &[0]).unwrap_err();
+        let error = write_all(&memory, &mut writer, &NOTHING).unwrap_err();
         assert!(error.to_string().contains("has ended"), "{error}");
         write_runs(&memory, &mut writer, &[(0, 1)]).unwrap_err();
     }
 
     #[test]
     fn memory_comes_back_as_it_was_and_zeroes_take_no_space() {
-        let (memory, id, mut file) = (memory(), Id::random().unwrap(), tempfile().unwrap());
+        let (memory, id, file) = (memory(), Id::random().unwrap(), new_file());
         let places = [
             0,
             5000,
@@ -418,23 +315,20 @@ mod tests {
         for (byte, place) in (1..).zip(places) {
             put(&memory, place, byte);
         }
-        let written = write(&memory, &mut file, &id, &[0]);
+        let written = write(&memory, &file, &id);
         assert_eq!(written, 7 * PAGE_BYTES as u64);
         assert!(file.metadata().unwrap().blocks() * 512 < 16 * PAGE_BYTES as u64);
 
         let regions = regions(&memory);
         check(&file, &id, &regions).unwrap();
-        let copy = map(&file, &regions, HugePages::Transparent).unwrap();
+        let copy = mapped(&file, &regions);
         for (byte, place) in (1..).zip(places) {
             assert_eq!(get(&copy, place), byte, "{place:#x}");
         }
         assert_eq!(get(&copy, 0x1000 - 1), 0);
         // What one machine writes, no other sees.
         put(&copy, 0, 99);
-        assert_eq!(
-            get(&map(&file, &regions, HugePages::Transparent).unwrap(), 0),
-            1
-        );
+        assert_eq!(get(&mapped(&file, &regions), 0), 1);
     }
 
     #[test]
@@ -463,13 +357,83 @@ mod tests {
     }
 
     #[test]
+    fn a_restored_machine_is_saved_again_without_touching_what_it_has_not() {
+        let (memory, id, file) = (memory(), Id::random().unwrap(), new_file());
+        // In one huge page with holes, of which another is written after the restore.
+        for place in [0x20_0000, 0x20_4000] {
+            put(&memory, place, 1);
+        }
+        write(&memory, &file, &id);
+        let regions = regions(&memory);
+        let (copy, origins) = map(&file, &regions, HugePages::None, &[]).unwrap();
+        put(&copy, 0x20_6000, 2);
+        put(&copy, HIGH, 3);
+        let again = new_file();
+        let mut writer_file = again.try_clone().unwrap();
+        let mut writer = Writer::new(&mut writer_file, &copy, &id, &|| true).unwrap();
+        let written = write_all(&copy, &mut writer, &origins).unwrap();
+        assert_eq!(written, 4 * PAGE_BYTES as u64);
+        let region = copy.iter().next().unwrap();
+        if let Some(touched) = touched(region) {
+            // The first page is, by whoever maps it, and the kernel maps more around what is read.
+            for page in [1, 0x1ff, 0x400, 0x7ff] {
+                assert!(!touched[page], "{page:#x}");
+            }
+        }
+        let twice = mapped(&again, &regions);
+        for (place, byte) in [(0x20_0000, 1), (0x20_4000, 1), (0x20_6000, 2), (HIGH, 3)] {
+            assert_eq!(get(&twice, place), byte, "{place:#x}");
+        }
+    }
+
+    #[test]
+    fn an_image_is_not_in_the_file_but_for_what_the_guest_has_changed() {
+        let image_file = tempfile().unwrap();
+        image_file.write_all_at(&[7; 0x4000], 0).unwrap();
+        let plan = MemoryPlan {
+            boot_bytes: LOW,
+            hotplug_bytes: 0,
+            huge_pages: HugePages::None,
+        };
+        let images = [Image {
+            file: image_file,
+            bytes: 0x4000,
+            range: HIGH..HIGH + HUGE_PAGE_BYTES,
+        }];
+        let Memory { all, origins, .. } = Memory::new(&plan, &images).unwrap();
+        put(&all, 5, 1);
+        put(&all, HIGH + 0x2000, 8);
+        let (id, file) = (Id::random().unwrap(), new_file());
+        let mut writer_file = file.try_clone().unwrap();
+        let mut writer = Writer::new(&mut writer_file, &all, &id, &|| true).unwrap();
+        write_all(&all, &mut writer, &origins).unwrap();
+        let own = [(LOW / PAGE_BYTES as u64 + 2, 1)];
+        let written = write_runs(&all, &mut writer, &own).unwrap();
+        assert_eq!(written, 2 * PAGE_BYTES as u64);
+
+        let (copy, origins) = map(&file, &regions(&all), HugePages::None, &images).unwrap();
+        assert!(matches!(origins[1], RegionOrigin::Image { bytes: 0x4000 }));
+        overlay(&copy, &file, &own).unwrap();
+        for (place, byte) in [
+            (5, 1),
+            (HIGH, 7),
+            (HIGH + 0x1fff, 7),
+            (HIGH + 0x2000, 8),
+            (HIGH + 0x2001, 7),
+            (HIGH + 0x4000, 0),
+        ] {
+            assert_eq!(get(&copy, place), byte, "{place:#x}");
+        }
+    }
+
+    #[test]
     fn a_difference_lies_over_what_was_before_and_may_be_zero() {
         let (memory, id) = (memory(), Id::random().unwrap());
-        let (mut base, mut difference) = (tempfile().unwrap(), tempfile().unwrap());
+        let (base, mut difference) = (new_file(), tempfile().unwrap());
         for place in [0, 0x1000, LOW - 1] {
             put(&memory, place, 1);
         }
-        write(&memory, &mut base, &id, &[0, HIGH]);
+        write(&memory, &base, &id);
         for (place, byte) in [(0x1000, 0), (LOW - 1, 2), (HIGH, 3)] {
             put(&memory, place, byte);
         }
@@ -479,7 +443,7 @@ mod tests {
         let written = write_runs(&memory, &mut writer, &runs).unwrap();
         assert_eq!(written, 3 * 4096);
 
-        let copy = map(&base, &regions(&memory), HugePages::None).unwrap();
+        let copy = mapped(&base, &regions(&memory));
         overlay(&copy, &difference, &runs).unwrap();
         for (place, byte) in [(0, 1), (0x1000, 0), (LOW - 1, 2), (HIGH, 3)] {
             assert_eq!(get(&copy, place), byte, "{place:#x}");
@@ -488,8 +452,8 @@ mod tests {
 
     #[test]
     fn another_snapshots_file_and_one_that_was_cut_are_refused() {
-        let (memory, id, mut file) = (memory(), Id::random().unwrap(), tempfile().unwrap());
-        write(&memory, &mut file, &id, &[]);
+        let (memory, id, file) = (memory(), Id::random().unwrap(), new_file());
+        write(&memory, &file, &id);
         let regions = regions(&memory);
         check(&file, &Id::random().unwrap(), &regions).unwrap_err();
         check(&file, &id, &regions[..1]).unwrap_err();

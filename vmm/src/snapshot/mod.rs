@@ -2,8 +2,8 @@
 //!
 //! The *state* file is text: a header that every version of this program can read, the processors
 //! and devices as JSON, and a checksum ([`file`]). The *memory* file is the guest's memory from its
-//! lowest address on, with holes where it is zero, or, in a difference, where nothing was written
-//! since the snapshot before ([`memory`]).
+//! lowest address on, with holes where it is zero, where it is an image that the guest has not changed,
+//! and, in a difference, where nothing was written since the snapshot before ([`memory`]).
 //!
 //! [`take`] makes them, [`load`] reads them, [`restore`] is how somebody asks for it. A machine that
 //! was restored has the memory file mapped privately: it reads from it whatever it has not written
@@ -23,6 +23,8 @@ pub mod state;
 pub mod take;
 pub mod thread;
 mod touched;
+mod writer;
+pub mod written;
 
 /// The name of the state file in a snapshot's folder.
 pub const STATE_FILE: &str = "state";

@@ -102,11 +102,16 @@ pub struct PmemOverride {
     pub path: PathBuf,
 }
 
-/// Another tap. The guest keeps its address: it has read it.
+/// Another tap, and perhaps another address.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetOverride {
     pub tap: String,
+    /// As in a specification; that of the old machine if absent. The driver has read that one and goes
+    /// on with it: it is told that its configuration has changed, and finds the new one when it looks
+    /// again, as a driver that is bound anew does.
+    #[serde(default)]
+    pub mac: Option<String>,
     /// As in a specification: who serves it may be another one now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vhost: Option<PathBuf>,
@@ -166,16 +171,7 @@ impl Restore {
             spec.memory.track_dirty = track_dirty;
         }
         self.apply_disks(&mut spec, &names("disk", &places.disks))?;
-        for (name, net) in names("net", &places.nets).iter().zip(&mut spec.nets) {
-            match (self.nets.get(name), &net.vhost) {
-                (Some(wanted), _) => net.vhost.clone_from(&wanted.vhost),
-                (None, Some(vhost)) => own(&format!("/nets/{name}/vhost"), vhost)?,
-                (None, None) => {}
-            }
-        }
-        let mut taps: Vec<_> = spec.nets.iter_mut().map(|net| &mut net.tap).collect();
-        let wanted = self.nets.iter().map(|(name, net)| (name, &net.tap));
-        replace("nets", &names("net", &places.nets), &mut taps, wanted)?;
+        self.apply_nets(&mut spec, &names("net", &places.nets))?;
         let mut images: Vec<_> = spec.pmem.iter_mut().map(|pmem| &mut pmem.path).collect();
         let wanted = self.pmem.iter().map(|(name, pmem)| (name, &pmem.path));
         let numbers: Vec<u16> = (0..).take(images.len()).collect();
@@ -201,6 +197,23 @@ impl Restore {
         let mut disks: Vec<_> = spec.disks.iter_mut().map(|disk| &mut disk.path).collect();
         let wanted = self.disks.iter().map(|(name, disk)| (name, &disk.path));
         replace("disks", names, &mut disks, wanted)
+    }
+
+    fn apply_nets(&self, spec: &mut Spec, names: &[String]) -> Result<(), OverrideError> {
+        for (name, net) in names.iter().zip(&mut spec.nets) {
+            let wanted = self.nets.get(name);
+            match (wanted, &net.vhost) {
+                (Some(wanted), _) => net.vhost.clone_from(&wanted.vhost),
+                (None, Some(vhost)) => own(&format!("/nets/{name}/vhost"), vhost)?,
+                (None, None) => {}
+            }
+            if let Some(mac) = wanted.and_then(|wanted| wanted.mac.as_ref()) {
+                net.mac = Some(mac.clone());
+            }
+        }
+        let mut taps: Vec<_> = spec.nets.iter_mut().map(|net| &mut net.tap).collect();
+        let wanted = self.nets.iter().map(|(name, net)| (name, &net.tap));
+        replace("nets", names, &mut taps, wanted)
     }
 
     fn apply_vsock(&self, spec: &mut Spec) -> Result<(), OverrideError> {
@@ -310,7 +323,7 @@ mod tests {
                 "disk0": {"path": "b", "format": "qcow2", "backing": backing},
                 "disk1": {"path": "c"},
             },
-            "nets": {"net0": {"tap": "tap9"}},
+            "nets": {"net0": {"tap": "tap9", "mac": "02:00:00:00:00:09"}},
             "vsock": {"path": "w", "cid": 7, "streams": []},
             "track_dirty": true,
         }))
@@ -320,6 +333,7 @@ mod tests {
             (new.disks[0].path.to_str(), new.nets[0].tap.as_str()),
             (Some("b"), "tap9")
         );
+        assert_eq!(new.nets[0].mac.as_deref(), Some("02:00:00:00:00:09"));
         assert_eq!((vsock.cid, vsock.path.to_str()), (7, Some("w")));
         assert!(new.memory.track_dirty);
         assert_eq!(new.disks[0].format, DiskFormat::Qcow2);

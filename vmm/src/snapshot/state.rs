@@ -75,6 +75,11 @@ pub struct VirtioState {
 #[serde(deny_unknown_fields)]
 pub struct MemoryState {
     pub regions: Vec<Region>,
-    /// Of a difference: the pages that are in the file, whether zero or not.
+    /// The pages that are in the file whether zero or not: all that are, of a difference; those of
+    /// images, of a full snapshot.
     pub written: Option<Vec<Run>>,
+    /// The length of each image, if what the guest has not changed of it is in its own file alone.
+    /// Since format 4; before, all of it was in the memory file.
+    #[serde(default)]
+    pub images: Vec<u64>,
 }

@@ -6,23 +6,23 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use kvm_ioctls::VcpuFd;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::file::{self, Header, Id, Kind};
-use super::memory::{self, Run, Writer};
+use super::memory::{self, Run};
 use super::state::{ClockState, DevicesState, MemoryState, State, VirtioState};
+use super::writer::{Writer, write_all, write_runs};
+use super::written::Written;
 use crate::arch::x86_64::ArchError;
 use crate::arch::x86_64::state::{Saver, time_stamp};
 use crate::control::SnapshotReport;
 use crate::devices::guest_status::Readiness;
 use crate::devices::ioapic::IoApic;
 use crate::devices::serial::SerialPort;
-use crate::dirty::{self, PAGE_BYTES};
 use crate::exit::ExitSwitch;
 use crate::hotplug::slots::Slots;
 use crate::inventory::{Entry, SharedInventory, lock as lock_inventory};
 use crate::kvm::{KernelRoutes, KvmError, Vm};
-use crate::layout;
+use crate::memory::RegionOrigin;
 use crate::spec::Spec;
 use crate::vcpu::Vcpus;
 use crate::virtio::state::StateError;
@@ -39,6 +39,8 @@ pub enum TakeError {
     NotTracked,
     #[error("there is no snapshot that this could be a difference to; take a full one first")]
     NoParent,
+    #[error("a guest that may run machines of its own cannot be saved; leave out `cpus.nested`")]
+    Nested,
     #[error("device `{name}` cannot be saved")]
     Device { name: String, source: StateError },
     #[error("a processor cannot be saved")]
@@ -67,8 +69,9 @@ pub struct Snapshotter {
     pub inventory: SharedInventory,
     /// Which devices come and go, if the guest hears of that.
     pub slots: Option<Arc<Slots>>,
-    /// Where regions of memory start that are no file's.
-    pub anonymous: Vec<u64>,
+    /// What each region of memory holds where nobody has written.
+    pub origins: Vec<RegionOrigin>,
+    pub written: Written,
     /// The last snapshot, taken of the machine or the one that it was made from.
     pub last: Mutex<Option<Id>>,
 }
@@ -95,6 +98,9 @@ impl Snapshotter {
             let inventory = lock_inventory(&self.inventory);
             (inventory.entries().to_vec(), inventory.spec().clone())
         };
+        if spec.cpus.nested {
+            return Err(TakeError::Nested);
+        }
         let tracked = spec.memory.track_dirty;
         let parent = self.parent(kind, tracked)?;
         let id = Id::random().map_err(TakeError::Id)?;
@@ -104,14 +110,10 @@ impl Snapshotter {
         // From here on what was written is forgotten, so that a failure leaves nothing to be a
         // difference to.
         *self.last() = None;
-        let written = if tracked {
-            self.written(&state)?
-        } else {
-            Vec::new()
-        };
+        let written = self.written.take(kind, &self.vm, &state)?;
         let memory_bytes = self.write_memory(kind, memory_file, &id, &written)?;
         drop(held);
-        state.memory.written = (kind == Kind::Diff).then_some(written);
+        state.memory.written = Some(written);
         let header = Header::new(kind, id.clone(), parent.clone());
         let state_bytes = rewind(state_file)
             .and_then(|()| file::write(state_file, &header, &state))
@@ -137,8 +139,9 @@ impl Snapshotter {
         let goes_on = || self.exit.status().is_none();
         let mut writer = Writer::new(file, memory, id, &goes_on).map_err(TakeError::Memory)?;
         let bytes = match kind {
-            Kind::Full => memory::write_all(memory, &mut writer, &self.anonymous),
-            Kind::Diff => memory::write_runs(memory, &mut writer, written),
+            Kind::Full => write_all(memory, &mut writer, &self.origins)
+                .and_then(|_| write_runs(memory, &mut writer, written)),
+            Kind::Diff => write_runs(memory, &mut writer, written),
         };
         bytes.map_err(TakeError::Memory)
     }
@@ -173,6 +176,7 @@ impl Snapshotter {
             memory: MemoryState {
                 regions: memory::regions(self.vm.memory()),
                 written: None,
+                images: self.images(),
             },
         })
     }
@@ -195,33 +199,15 @@ impl Snapshotter {
         Ok(first.expect("there is a first processor"))
     }
 
-    /// The pages that guest or devices have written since this was last asked for.
-    fn written(&self, state: &State) -> Result<Vec<Run>, TakeError> {
-        let mut bitmaps = Vec::new();
-        for (index, region) in self.vm.memory().iter().enumerate() {
-            let bytes = usize::try_from(region.len()).expect("it is mapped");
-            let mut words = self.vm.take_dirty(index, bytes)?;
-            let start = region
-                .get_host_address(MemoryRegionAddress(0))
-                .expect("a region is not empty");
-            for (word, more) in words.iter_mut().zip(dirty::take(start.addr())) {
-                *word |= more;
-            }
-            let begin = region.start_addr().raw_value();
-            for (address, length) in always_written(state) {
-                for page in address / PAGE_BYTES as u64..=(address + length) / PAGE_BYTES as u64 {
-                    let page = page.checked_sub(begin / PAGE_BYTES as u64);
-                    let page = page.and_then(|page| usize::try_from(page).ok());
-                    if let Some(page) = page
-                        && let Some(word) = words.get_mut(page / 64)
-                    {
-                        *word |= 1 << (page % 64);
-                    }
-                }
-            }
-            bitmaps.push((words, region.len() / PAGE_BYTES as u64));
-        }
-        Ok(memory::runs(&bitmaps))
+    /// The lengths of images that are not in the memory file.
+    fn images(&self) -> Vec<u64> {
+        let origins = self.origins.iter();
+        origins
+            .filter_map(|origin| match origin {
+                RegionOrigin::Image { bytes } => Some(*bytes),
+                RegionOrigin::Nothing | RegionOrigin::Snapshot { .. } => None,
+            })
+            .collect()
     }
 }
 
@@ -261,17 +247,6 @@ fn device(entry: &Entry) -> Result<VirtioState, TakeError> {
         }),
         Err(source) => Err(TakeError::Device { name, source }),
     }
-}
-
-/// What is written without being marked, as addresses and lengths: the used rings of queues (virtio
-/// 1.2, section 2.7.8), and the number of the machine's generation.
-fn always_written(state: &State) -> impl Iterator<Item = (u64, u64)> {
-    let devices = state.devices.virtio.iter();
-    devices
-        .flat_map(|device| &device.transport.queues)
-        .filter(|queue| queue.ready)
-        .map(|queue| (queue.used, 6 + 8 * u64::from(queue.size)))
-        .chain([(layout::GENERATION, 0)])
 }
 
 /// Without what belongs to the run.

@@ -2,7 +2,9 @@
 //! offloads, merged receive buffers. Frames move between the tap and guest memory without a copy.
 
 mod handle;
+mod offer;
 mod state;
+mod throttle;
 pub mod vhost;
 
 use std::collections::VecDeque;
@@ -10,21 +12,21 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use serde_json::Value;
-use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
-};
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use self::handle::{Counters, count};
 pub use self::handle::{NetHandle, NetStats};
+use self::offer::{config_space, features, offloads};
+use self::throttle::{Lane, Throttle};
 use super::chain::{Chain, IoList, give_back_together, take_all};
 use super::state::{DeviceState, StateError};
 use super::tap::{HEADER_BYTES, Tap};
 use super::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
+use crate::spec::NetLimits;
 
 /// Device type, virtio 1.2 section 5.
 const ID: u32 = 1;
@@ -50,16 +52,8 @@ const FRAMES_PER_CALL_MAX: usize = 64;
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS: usize = 10;
 
-/// The one token of [`Interest`].
+/// The token of the tap; the others are the throttle's.
 const TAP: u32 = 0;
-
-/// Which offload of the tap each accepted feature turns on.
-const OFFLOADS: [(u32, u32); 4] = [
-    (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
-    (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
-    (VIRTIO_NET_F_GUEST_TSO6, libc::TUN_F_TSO6),
-    (VIRTIO_NET_F_GUEST_ECN, libc::TUN_F_TSO_ECN),
-];
 
 /// The network device.
 #[derive(Debug)]
@@ -74,6 +68,9 @@ pub struct Net {
     blocked: bool,
     /// The interface is gone: the guest has a cable that leads nowhere.
     lost: bool,
+    throttle: Throttle,
+    /// The driver has read another address, and is still to be told to look again.
+    moved: bool,
     counters: Arc<Counters>,
 }
 
@@ -106,14 +103,18 @@ enum Received {
     Frame,
     /// No buffers, or none that suffice.
     NoRoom,
-    /// Nothing to read.
+    /// Nothing to read, or not now.
     Nothing,
 }
 
 impl Net {
-    /// A network device whose cable is `tap`.
-    pub fn new(tap: Tap, mac: [u8; 6]) -> Net {
-        Net {
+    /// A network device whose cable is `tap`, without limits.
+    ///
+    /// # Errors
+    ///
+    /// If the host has no timer or event to give.
+    pub fn new(tap: Tap, mac: [u8; 6]) -> Result<Net, Errno> {
+        Ok(Net {
             tap,
             mac,
             mtu: None,
@@ -128,8 +129,10 @@ impl Net {
             sending: VecDeque::new(),
             blocked: false,
             lost: false,
+            throttle: Throttle::new(NetLimits::default())?,
+            moved: false,
             counters: Arc::default(),
-        }
+        })
     }
 
     /// The same, whose driver is told the largest packet that it is to send, if there is one.
@@ -137,10 +140,11 @@ impl Net {
         Net { mtu, ..self }
     }
 
-    /// For counters, from then on.
+    /// For counters and limits, from then on.
     pub fn handle(&self) -> NetHandle {
         NetHandle {
             counters: Arc::clone(&self.counters),
+            limits: Arc::clone(self.throttle.shared()),
         }
     }
 
@@ -174,6 +178,9 @@ impl Net {
         if self.receiving.buffers.is_empty() || self.lost {
             return Ok(Received::NoRoom);
         }
+        if !self.throttle.opens(Lane::Receive).map_err(timer)? {
+            return Ok(Received::Nothing);
+        }
         let (bytes, room) = match self.receiving.read(&self.tap) {
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -189,6 +196,7 @@ impl Net {
         if bytes < FRAME_BYTES_MIN {
             return Ok(Received::Frame);
         }
+        self.throttle.charge(Lane::Receive, bytes - HEADER_BYTES);
         let placed = bytes.min(room);
         self.place(Pending { bytes, placed }, queue, mem)
     }
@@ -228,6 +236,8 @@ impl Net {
             let bytes = chain.readable_bytes();
             let sent = if self.lost || !(FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&bytes) {
                 Err(io::ErrorKind::InvalidData.into())
+            } else if !self.throttle.opens(Lane::Send).map_err(timer)? {
+                break;
             } else {
                 let mut list = IoList::new();
                 list.push_readable(chain, 0, bytes);
@@ -235,6 +245,7 @@ impl Net {
             };
             match sent {
                 Ok(_) => {
+                    self.throttle.charge(Lane::Send, bytes - HEADER_BYTES);
                     count(&self.counters.sent_frames, 1);
                     count(&self.counters.sent_bytes, bytes - HEADER_BYTES);
                 }
@@ -376,7 +387,12 @@ impl VirtioDevice for Net {
             })?;
             self.send(queue, mem)?
         };
-        Ok(Signal::queue_if(index, used))
+        let signal = Signal::queue_if(index, used);
+        Ok(if std::mem::take(&mut self.moved) {
+            signal.and(Signal::CONFIG)
+        } else {
+            signal
+        })
     }
 
     fn is_fast(&self) -> bool {
@@ -385,30 +401,39 @@ impl VirtioDevice for Net {
 
     fn interests(&self) -> Vec<Interest> {
         let receiving = &self.receiving;
-        let readable = !receiving.buffers.is_empty() && receiving.pending.is_none();
+        let room = !receiving.buffers.is_empty() && receiving.pending.is_none();
+        let readable = room && !self.throttle.closed(Lane::Receive);
         let writable = self.blocked;
-        if self.lost || !(readable || writable) {
+        if self.lost {
             return Vec::new();
         }
-        vec![Interest {
-            token: TAP,
-            fd: self.tap.as_raw_fd(),
-            readable,
-            writable,
-        }]
+        let mut interests = self.throttle.interests();
+        if readable || writable {
+            interests.push(Interest {
+                token: TAP,
+                fd: self.tap.as_raw_fd(),
+                readable,
+                writable,
+            });
+        }
+        interests
     }
 
     fn on_ready(
         &mut self,
-        _token: u32,
+        token: u32,
         queues: &mut [Queue],
         mem: &GuestMemoryMmap,
     ) -> Result<Signal, DeviceError> {
         let [receive, transmit, ..] = queues else {
             return Ok(Signal::NONE);
         };
+        if token != TAP {
+            self.throttle.retry(token).map_err(timer)?;
+        }
         let received = self.receive(receive, mem)?;
-        let sent = self.blocked && self.send(transmit, mem)?;
+        let waits = self.blocked || self.throttle.closed(Lane::Send);
+        let sent = waits && self.send(transmit, mem)?;
         Ok(Signal::queue_if(RECEIVE, received).and(Signal::queue_if(TRANSMIT, sent)))
     }
 
@@ -418,6 +443,8 @@ impl VirtioDevice for Net {
         self.receiving.starved = false;
         self.sending.clear();
         self.blocked = false;
+        self.throttle.forget();
+        self.moved = false;
     }
 
     fn save(&self) -> Result<DeviceState, StateError> {
@@ -429,48 +456,9 @@ impl VirtioDevice for Net {
     }
 }
 
-/// The features that a driver is offered, by whoever serves it.
-fn features(mtu: Option<u16>) -> u64 {
-    let features = [
-        VIRTIO_NET_F_CSUM,
-        VIRTIO_NET_F_GUEST_CSUM,
-        VIRTIO_NET_F_MAC,
-        VIRTIO_NET_F_GUEST_TSO4,
-        VIRTIO_NET_F_GUEST_TSO6,
-        VIRTIO_NET_F_GUEST_ECN,
-        VIRTIO_NET_F_HOST_TSO4,
-        VIRTIO_NET_F_HOST_TSO6,
-        VIRTIO_NET_F_HOST_ECN,
-        VIRTIO_NET_F_MRG_RXBUF,
-    ];
-    features
-        .iter()
-        .chain(mtu.map(|_| &VIRTIO_NET_F_MTU))
-        .fold(0, |all, bit| all | 1 << bit)
-}
-
-/// `struct virtio_net_config`, of which the address and the MTU are offered: between them are the
-/// status and the number of queues.
-fn config_space(mac: [u8; 6], mtu: Option<u16>) -> Vec<u8> {
-    let mtu = mtu.unwrap_or(0).to_le_bytes();
-    [&mac[..], &[0; 4], &mtu].concat()
-}
-
-/// What the tap may leave to a guest that accepted these features: what the specification says
-/// depends on another feature (virtio 1.2, 5.1.3.1), the tap refuses without it.
-fn offloads(features: u64) -> u32 {
-    let offloads = OFFLOADS
-        .iter()
-        .filter(|(feature, _)| features & (1 << feature) != 0)
-        .fold(0, |all, (_, offload)| all | offload);
-    let segmentation = libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
-    if offloads & libc::TUN_F_CSUM == 0 {
-        0
-    } else if offloads & segmentation == 0 {
-        libc::TUN_F_CSUM
-    } else {
-        offloads
-    }
+fn timer(source: io::Error) -> DeviceError {
+    let action = "set a network interface's timer";
+    DeviceError::Host { action, source }
 }
 
 #[cfg(test)]

@@ -193,6 +193,27 @@ fn a_machine_that_cannot_be_is_refused_and_says_why() {
     ]);
 }
 
+/// One that snapshots keep (KVM's own) and no host has.
+const NO_MSR: u32 = 0x4b56_4dff;
+
+#[test]
+fn a_register_that_the_host_lacks_matters_if_the_guest_has_used_it() {
+    with_snapshot(|snapshot| {
+        let copy = Copy::of(snapshot);
+        let msrs = copy.line(2)["processors"][0]["msrs"].clone();
+        let with = |value: u64| {
+            let mut msrs = msrs.as_array().unwrap().clone();
+            msrs.push(json!([NO_MSR, value]));
+            copy.set(2, "/processors/0/msrs", &json!(msrs));
+        };
+        with(5);
+        let said = copy.refusal();
+        assert!(said.contains("register 0x4b564dff"), "{said}");
+        with(0);
+        wait_ready(&Machine::restored(&[copy.folder()]).start());
+    });
+}
+
 #[test]
 fn a_processor_or_chip_that_cannot_be_is_refused_and_says_why() {
     assert_refused(&[

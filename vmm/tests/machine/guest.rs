@@ -138,6 +138,20 @@ impl Guest {
         self.then(&[&[0xb9], &address.to_le_bytes(), &[0xff, 0x01]])
     }
 
+    /// Stores the time-stamp counter in 64 bits of memory.
+    pub(crate) fn store_time_stamp(self, address: u32) -> Self {
+        // rdtsc; mov [rcx], eax; mov [rcx + 4], edx.
+        self.then(&[&[0xb9], &address.to_le_bytes()])
+            .then(&[&[0x0f, 0x31, 0x89, 0x01, 0x89, 0x51, 0x04]])
+    }
+
+    /// Writes to a model-specific register.
+    pub(crate) fn write_msr(self, index: u32, value: u32) -> Self {
+        let (index, value) = (index.to_le_bytes(), value.to_le_bytes());
+        // xor edx, edx; wrmsr.
+        self.then(&[&[0xb9], &index, &[0xb8], &value, &[0x31, 0xd2, 0x0f, 0x30]])
+    }
+
     /// Waits until 16 bits of memory have this value.
     pub(crate) fn wait_for(self, address: u32, value: u16) -> Self {
         // cmp word [rcx], value; jne back to cmp.

@@ -15,12 +15,10 @@ use vmm::spec::{Disk, Net, Transport};
 
 use crate::guest::Guest;
 use crate::runner::{Client, Machine, PATIENCE, Running};
-use crate::snapshot::{guest, writing_of};
+use crate::snapshot::{VIRTIO, guest, writing_of};
 
 /// The configuration space of the first device, which is the first that is attached.
 const FIRST: u32 = 0xe000_0000 + (1 << 15);
-/// The maker of virtio devices, at the beginning of it.
-const VIRTIO: u16 = 0x1af4;
 const NOBODY: u16 = 0xffff;
 
 fn port(register: u64) -> u16 {

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod boot;
+mod clock;
 mod control;
 mod damaged;
 mod driver;
@@ -9,6 +10,8 @@ mod filters;
 mod golden;
 mod guest;
 mod hotplug;
+mod images;
+mod network;
 mod runner;
 mod snapshot;
 

@@ -13,12 +13,16 @@ use tempfile::tempfile;
 use vmm::control::{MachineState, Request, Response};
 use vmm::snapshot::file::Kind;
 use vmm::spec::Transport;
+use vmm::virtio::transport::Window;
 use vmm::{guest_status, layout};
 
 use crate::guest::Guest;
 use crate::runner::{Machine, Running, Snapshot};
 
 pub(crate) const COUNTER: u32 = 0x20_0000;
+
+/// The maker of virtio devices, at the beginning of a function's configuration space.
+pub(crate) const VIRTIO: u16 = 0x1af4;
 
 pub(crate) fn guest() -> Guest {
     Guest::default()
@@ -142,6 +146,12 @@ fn a_snapshot_that_cannot_be_is_refused_and_leaves_nothing() {
     };
     assert_eq!(state, MachineState::Running);
 
+    let mut nested = counting();
+    nested.spec["cpus"] = json!({"count": 1, "nested": true});
+    let nested = nested.start();
+    let refused = nested.snapshot("no", Kind::Full).unwrap_err().to_string();
+    assert!(refused.contains("leave out `cpus.nested`"), "{refused}");
+
     let tracked = counting().start();
     let refused = tracked.snapshot("no", Kind::Diff).unwrap_err().to_string();
     assert!(refused.contains("take a full one first"), "{refused}");
@@ -214,11 +224,12 @@ fn a_machine_is_restored_from_descriptors_alone_and_talks_to_another_terminal() 
 /// Where the queue of a guest's disk is.
 const QUEUE: [u32; 3] = [0x20_0000, 0x20_1000, 0x20_2000];
 
-/// A guest that has started its disk, and the register by which it kicks that.
-fn started(guest: Guest, transport: Transport) -> (Guest, u32) {
-    match transport {
-        Transport::Mmio => started_by_registers(guest),
-        Transport::Pci => started_on_pci(guest),
+/// A guest that has started its disk, which is in this place on PCI or the first of those with registers
+/// in memory, and the register by which it kicks that.
+fn started(guest: Guest, slot: Option<u32>) -> (Guest, u32) {
+    match slot {
+        None => started_by_registers(guest),
+        Some(slot) => started_on_pci(guest, slot),
     }
 }
 
@@ -245,11 +256,12 @@ fn started_by_registers(guest: Guest) -> (Guest, u32) {
     (guest, window + 0x50)
 }
 
-fn started_on_pci(guest: Guest) -> (Guest, u32) {
-    let space = u32::try_from(layout::PCI_CONFIG).unwrap() + (1 << 15);
-    let window = u32::try_from(layout::PCI_MEMORY).unwrap();
+fn started_on_pci(guest: Guest, slot: u32) -> (Guest, u32) {
+    let space = u32::try_from(layout::PCI_CONFIG).unwrap() + (slot << 15);
+    let window = u32::try_from(Window::on_bus(slot).address).unwrap();
     let [table, available, used] = QUEUE;
     let guest = guest
+        .wait_for(space, VIRTIO)
         .store_word(space + 4, 6) // Answer, and access memory.
         .store_byte(window + 0x14, 1)
         .store_byte(window + 0x14, 3)
@@ -271,11 +283,20 @@ fn writing(requests: u16, transport: Transport) -> Guest {
     writing_of(guest(), requests, transport)
 }
 
-/// A guest that does so after all else.
+/// A guest that does so after all else, to its first device.
 pub(crate) fn writing_of(guest: Guest, requests: u16, transport: Transport) -> Guest {
-    let [table, available, used] = QUEUE;
+    let slot = match transport {
+        Transport::Mmio => None,
+        Transport::Pci => Some(1),
+    };
+    written(guest, requests, slot).0.exit(6)
+}
+
+/// A guest that has done so, and the register by which it kicks its disk.
+pub(crate) fn written(guest: Guest, requests: u16, slot: Option<u32>) -> (Guest, u32) {
+    let [table, _, _] = QUEUE;
     let (headers, data, statuses) = (0x20_3000, 0x20_4000, 0x20_5000);
-    let (mut guest, kick) = started(guest, transport);
+    let (mut guest, kick) = started(guest, slot);
     for word in 0..512 / 4 {
         guest = guest.store_long(data + 4 * word, 0x5a5a_5a5a);
     }
@@ -291,18 +312,26 @@ pub(crate) fn writing_of(guest: Guest, requests: u16, transport: Transport) -> G
                 .store_long(at + 8, length)
                 .store_long(at + 12, flags | (index + 1) << 16);
         }
-        let [low, high, ..] = (3 * request).to_le_bytes();
-        guest = guest
-            .store_byte(available + 4 + 2 * request, low)
-            .store_byte(available + 5 + 2 * request, high);
     }
-    let index = available + 2;
-    let count = requests.to_le_bytes();
+    (offered(guest, 0, requests, kick), kick)
+}
+
+/// A guest that writes the same once more.
+pub(crate) fn written_again(guest: Guest, requests: u16, kick: u32) -> Guest {
+    offered(guest, requests, requests, kick)
+}
+
+/// Offers the requests after it has offered as many as are `before`, and waits for them.
+fn offered(mut guest: Guest, before: u16, requests: u16, kick: u32) -> Guest {
+    let [_, available, used] = QUEUE;
+    for request in 0..requests {
+        let entry = available + 4 + 2 * u32::from(before + request);
+        guest = guest.store_word(entry, 3 * request);
+    }
     guest
-        .store_byte(index, count[0])
+        .store_word(available + 2, before + requests)
         .store_long(kick, 0)
-        .wait_for(used + 2, requests)
-        .exit(6)
+        .wait_for(used + 2, before + requests)
 }
 
 #[test]

@@ -11,7 +11,7 @@ use oci_spec::runtime::LinuxResources;
 use serde_json::{Value, json};
 use vmm::spec::{
     Balloon, Boot, Console, ConsoleTarget, Cpus, Disk, DiskFormat, DiskLimits, Memory, Net,
-    OneOrMany, Spec, StreamDirection, Transport, Vsock, VsockStream,
+    NetLimits, OneOrMany, Spec, StreamDirection, Transport, Vsock, VsockStream,
 };
 use vmm::virtio::mem::BLOCK_BYTES;
 
@@ -146,6 +146,7 @@ pub(super) fn machine(
                 mac: Some(mac),
                 mtu: None,
                 vhost: None,
+                limits: NetLimits::default(),
             })
             .collect(),
         vsock: Some(Vsock {

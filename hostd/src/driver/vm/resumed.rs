@@ -78,8 +78,13 @@ fn restore(spec: &Spec, files: SnapshotFiles) -> Restore {
         (format!("disk{index}"), disk)
     });
     let nets = spec.nets.iter().enumerate().map(|(index, net)| {
-        let tap = net.tap.clone();
-        (format!("net{index}"), NetOverride { tap, vhost: None })
+        // The agent gives the running guest its address; this is what the guest finds if it looks again.
+        let net_override = NetOverride {
+            tap: net.tap.clone(),
+            mac: net.mac.clone(),
+            vhost: None,
+        };
+        (format!("net{index}"), net_override)
     });
     Restore {
         snapshots: vec![files],

@@ -33,13 +33,19 @@ const OS_XSAVE: u32 = 1 << 27;
 const OS_PROTECTION_KEYS: u32 = 1 << 4;
 
 /// Registers whose every bit is a feature: leaf, index, and masks of eax, ebx, ecx, edx.
-const FEATURES: [(u32, u32, [u32; 4]); 6] = [
+const FEATURES: [(u32, u32, [u32; 4]); 10] = [
     (1, 0, [0, 0, !OS_XSAVE, u32::MAX]),
     (7, 0, [0, u32::MAX, !OS_PROTECTION_KEYS, u32::MAX]),
-    (7, 1, [u32::MAX, 0, 0, u32::MAX]),
+    (7, 1, [u32::MAX; 4]),
+    (7, 2, [0, 0, 0, u32::MAX]),
     (0xd, 0, [u32::MAX, 0, 0, u32::MAX]),
     (0xd, 1, [u32::MAX, 0, 0, 0]),
+    // What KVM does for its guests.
+    (0x4000_0001, 0, [u32::MAX, 0, 0, 0]),
     (0x8000_0001, 0, [0, 0, u32::MAX, u32::MAX]),
+    // Against speculation, of AMD.
+    (0x8000_0008, 0, [0, u32::MAX, 0, 0]),
+    (0x8000_0021, 0, [u32::MAX, 0, u32::MAX, 0]),
 ];
 
 /// Checks that a guest which has seen the features `saved` finds them on the `host`. Whose make the
@@ -237,7 +243,14 @@ mod tests {
             entry(0, [9, 1, 2, 3]),
             entry(1, [0, 0, 0b11, 0b11]),
             entry(7, [0, 0b1, 0, 0]),
+            entry(0x4000_0001, [0b1, 0, 0, 0]),
+            entry(0x8000_0008, [0, 0b1, 0, 0]),
+            entry(0x8000_0021, [0b1, 0, 0b1, 0]),
         ];
+        let subleaf = |index, registers| kvm_cpuid_entry2 {
+            index,
+            ..entry(7, registers)
+        };
         for (saved, want) in [
             (entry(1, [5, 5, 0b10, 0b1]), None),
             (entry(1, [0, 0, OS_XSAVE, 0]), None),
@@ -249,6 +262,27 @@ mod tests {
             (
                 entry(0x8000_0001, [0, 0, 0, 8]),
                 Some("0x80000001.0, edx: 0x8"),
+            ),
+            (subleaf(1, [0, 0, 1 << 5, 0]), Some("0x7.1, ecx: 0x20")),
+            (subleaf(2, [0, 0, 0, 1 << 4]), Some("0x7.2, edx: 0x10")),
+            (entry(0x4000_0001, [1, 0, 0, 1]), None),
+            (
+                entry(0x4000_0001, [0b11, 0, 0, 0]),
+                Some("0x40000001.0, eax: 0x2"),
+            ),
+            (entry(0x8000_0008, [0x3030, 1, 0x7f, 0]), None),
+            (
+                entry(0x8000_0008, [0, 1 << 12 | 1, 0, 0]),
+                Some("0x80000008.0, ebx: 0x1000"),
+            ),
+            (entry(0x8000_0021, [1, 0xfff, 1, 0]), None),
+            (
+                entry(0x8000_0021, [0b1001, 0, 0, 0]),
+                Some("0x80000021.0, eax: 0x8"),
+            ),
+            (
+                entry(0x8000_0021, [0, 0, 0b11, 0]),
+                Some("0x80000021.0, ecx: 0x2"),
             ),
         ] {
             let said = check(&[saved], &host).err().map(|error| error.to_string());

@@ -14,7 +14,7 @@ use vm_memory::GuestMemoryMmap;
 
 pub use registers::Entry;
 
-use crate::spec::CpuTemplate;
+use crate::spec::{CpuTemplate, Cpus};
 
 /// What went wrong while a processor was set up.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +27,10 @@ pub enum ArchError {
     },
     #[error("KVM does not take model-specific register {index:#x}")]
     Msr { index: u32 },
+    #[error(
+        "the host lacks model-specific register {index:#x}, which the guest uses (it holds {value:#x})"
+    )]
+    LackingMsr { index: u32, value: u64 },
     #[error("the saved processor features are more than the kernel takes")]
     Features,
     #[error("the host's processor is of another make than the one that the guest has seen")]
@@ -50,15 +54,15 @@ fn refused(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> ArchError {
     move |source| ArchError::Kvm { action, source }
 }
 
-/// What the host's processor, or its KVM, lacks of `template`, by names as in /proc/cpuinfo.
-pub fn missing_features(kvm: &Kvm, template: CpuTemplate) -> Result<Vec<&'static str>, ArchError> {
-    if template == CpuTemplate::Host {
+/// What the host's processor, or its KVM, lacks of the template of `cpus`, by names as in /proc/cpuinfo.
+pub fn missing_features(kvm: &Kvm, cpus: &Cpus) -> Result<Vec<&'static str>, ArchError> {
+    if cpus.template == CpuTemplate::Host {
         return Ok(Vec::new());
     }
     let supported = kvm
         .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .map_err(refused("tell the processor features"))?;
-    Ok(template::apply(template, &supported).missing)
+    Ok(template::apply(cpus, &supported).missing)
 }
 
 /// Makes `vcpus` ready: all have the same features, the first starts at `entry`, and the others
@@ -68,12 +72,12 @@ pub fn configure(
     vcpus: &[VcpuFd],
     memory: &GuestMemoryMmap,
     entry: Entry,
-    template: CpuTemplate,
+    cpus: &Cpus,
 ) -> Result<Vec<CpuId>, ArchError> {
     let supported = kvm
         .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .map_err(refused("tell the processor features"))?;
-    let supported = template::apply(template, &supported).features;
+    let supported = template::apply(cpus, &supported).features;
     let count = u8::try_from(vcpus.len()).expect("the plan allows 32");
     let mut all = Vec::new();
     for (id, vcpu) in (0..).zip(vcpus) {

@@ -105,6 +105,24 @@ pub(super) fn write(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), ArchErro
     Ok(())
 }
 
+/// Those of the saved `values` that a host can set which has the registers `known`. A register that a
+/// host lacks holds zero to all that it knows: many are saved for features that the guest does not see.
+///
+/// # Errors
+///
+/// If the guest has used a register that the host lacks.
+pub(super) fn settable(values: &[(u32, u64)], known: &[u32]) -> Result<Vec<(u32, u64)>, ArchError> {
+    let mut settable = Vec::with_capacity(values.len());
+    for (index, value) in values.iter().copied() {
+        if known.contains(&index) {
+            settable.push((index, value));
+        } else if value != 0 {
+            return Err(ArchError::LackingMsr { index, value });
+        }
+    }
+    Ok(settable)
+}
+
 /// The saved `values`, as a processor goes on with them: the time-stamp counter `ticks` later, and
 /// the deadline of its timer last, since it is set against the counter.
 pub(super) fn resumed(values: &[(u32, u64)], ticks: u64) -> Vec<(u32, u64)> {
@@ -153,6 +171,15 @@ mod tests {
             saved(&[0x10, 0x11, 0xc1, 0x4b56_4d01, 0x4000_0000]),
             [0x10, 0x4b56_4d01]
         );
+    }
+
+    #[test]
+    fn a_register_that_the_host_lacks_is_left_out_if_it_is_zero_and_else_refused() {
+        let values = [(TSC, 7), (0x6a0, 0), (0x277, 0)];
+        let settable_here = |values: &[_]| settable(values, &[TSC, 0x277]);
+        assert_eq!(settable_here(&values).unwrap(), [(TSC, 7), (0x277, 0)]);
+        let error = settable_here(&[(0x6a0, 3)]).unwrap_err().to_string();
+        assert!(error.contains("0x6a0") && error.contains("0x3"), "{error}");
     }
 
     #[test]

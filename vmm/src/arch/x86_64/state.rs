@@ -56,12 +56,9 @@ pub struct Saver {
 impl Saver {
     /// For processors of `kvm` that were given these features.
     pub fn new(kvm: &Kvm, features: Vec<CpuId>) -> Result<Saver, ArchError> {
-        let known = kvm
-            .get_msr_index_list()
-            .map_err(refused("tell its model-specific registers"))?;
         Ok(Saver {
             features,
-            msrs: msrs::saved(known.as_slice()),
+            msrs: msrs::saved(&known_msrs(kvm)?),
             extended_bytes: extended_bytes(kvm),
             extended_control: kvm.check_extension(Cap::Xcrs),
         })
@@ -101,6 +98,14 @@ impl Saver {
             events: Raw(events),
         })
     }
+}
+
+/// The model-specific registers that the host has.
+fn known_msrs(kvm: &Kvm) -> Result<Vec<u32>, ArchError> {
+    let known = kvm
+        .get_msr_index_list()
+        .map_err(refused("tell its model-specific registers"))?;
+    Ok(known.as_slice().to_vec())
 }
 
 /// How much extended state there can be, or nothing where the host does not tell.
@@ -154,6 +159,7 @@ pub fn restore(
     let resumption = Resumption {
         elapsed_ns,
         extended_bytes: extended_bytes(kvm),
+        msrs: &known_msrs(kvm)?,
     };
     let mut all = Vec::new();
     for ((id, vcpu), state) in (0..).zip(vcpus).zip(states) {
@@ -169,17 +175,18 @@ pub fn restore(
 
 /// What is the same for all processors.
 #[derive(Clone, Copy)]
-struct Resumption {
+struct Resumption<'a> {
     elapsed_ns: u64,
     /// What this host's processors have.
     extended_bytes: usize,
+    msrs: &'a [u32],
 }
 
 fn restore_one(
     vcpu: &VcpuFd,
     state: &ProcessorState,
     features: &CpuId,
-    resumption: Resumption,
+    resumption: Resumption<'_>,
 ) -> Result<(), ArchError> {
     if let (Some(saved), Ok(now)) = (state.tsc_khz, vcpu.get_tsc_khz())
         && !same_speed(saved, now)
@@ -209,14 +216,15 @@ fn restore_one(
     vcpu.set_lapic(&state.local_apic.0)
         .map_err(refused("set a local APIC"))?;
     let ticks = ticks(resumption.elapsed_ns, state.tsc_khz.unwrap_or_default());
-    msrs::write(vcpu, &msrs::resumed(&state.msrs, ticks))?;
+    let values = msrs::settable(&msrs::resumed(&state.msrs, ticks), resumption.msrs)?;
+    msrs::write(vcpu, &values)?;
     // After the registers, which clear exceptions.
     vcpu.set_vcpu_events(&state.events.0)
         .map_err(refused("set events"))
 }
 
 /// How far a time-stamp counter comes in so many nanoseconds.
-fn ticks(nanoseconds: u64, khz: u32) -> u64 {
+pub fn ticks(nanoseconds: u64, khz: u32) -> u64 {
     let ticks = u128::from(nanoseconds) * u128::from(khz) / NS_PER_MS;
     u64::try_from(ticks).unwrap_or(u64::MAX)
 }

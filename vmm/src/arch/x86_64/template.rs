@@ -6,7 +6,7 @@
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
 use self::Register::{Ebx, Ecx, Edx};
-use crate::spec::CpuTemplate;
+use crate::spec::{CpuTemplate, Cpus};
 
 /// A register of a leaf.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -114,6 +114,17 @@ const STATES_BYTES: u32 = 576 + 256;
 /// Leaf 0xd, index 1: states are saved only if they were changed.
 const XSAVEOPT: u32 = 1;
 
+/// Virtualization: leaf 1, ECX (Intel); leaf 0x80000001, ECX, and a leaf of its own (AMD).
+const VMX: u32 = 1 << 5;
+const SVM: u32 = 1 << 2;
+const SVM_LEAF: u32 = 0x8000_000a;
+/// Control-flow enforcement: leaf 7, ECX and EDX; its index 1, EDX; leaf 0xd, index 1, ECX, where the
+/// states of users and supervisors are numbers 11 and 12.
+const SHADOW_STACKS: u32 = 1 << 7;
+const BRANCH_TRACKING: u32 = 1 << 20;
+const SUPERVISOR_SHADOW_STACKS: u32 = 1 << 18;
+const CONTROL_FLOW_STATES: u32 = 0b11 << 11;
+
 /// What a guest sees, and which features of the template the host does not have.
 #[derive(Debug)]
 pub(super) struct Masked {
@@ -121,12 +132,14 @@ pub(super) struct Masked {
     pub(super) missing: Vec<&'static str>,
 }
 
-/// Takes from `supported` what `template` does not name.
-pub(super) fn apply(template: CpuTemplate, supported: &CpuId) -> Masked {
-    let level = match template {
+/// Takes from `supported` what `cpus` do not ask for.
+pub(super) fn apply(cpus: &Cpus, supported: &CpuId) -> Masked {
+    let level = match cpus.template {
         CpuTemplate::Host => {
+            let entries = supported.as_slice().iter();
+            let entries: Vec<_> = entries.filter_map(|entry| savable(cpus, *entry)).collect();
             return Masked {
-                features: supported.clone(),
+                features: CpuId::from_entries(&entries).expect("no more than there were"),
                 missing: Vec::new(),
             };
         }
@@ -160,6 +173,26 @@ impl Feature {
         };
         (entry.function, entry.index) == (self.leaf, 0) && value & 1 << self.bit != 0
     }
+}
+
+/// A leaf without features that have a state which snapshots do not have: shadow stacks, of which KVM
+/// keeps a pointer among registers of another kind, what processors do with them, and, unless it is
+/// asked for, nested virtualization.
+fn savable(cpus: &Cpus, mut entry: kvm_cpuid_entry2) -> Option<kvm_cpuid_entry2> {
+    match (entry.function, entry.index) {
+        (1, _) if !cpus.nested => entry.ecx &= !VMX,
+        (0x8000_0001, _) if !cpus.nested => entry.ecx &= !SVM,
+        (SVM_LEAF, _) if !cpus.nested => return None,
+        (7, 0) => {
+            entry.ecx &= !SHADOW_STACKS;
+            entry.edx &= !BRANCH_TRACKING;
+        }
+        (7, 1) => entry.edx &= !SUPERVISOR_SHADOW_STACKS,
+        (STATES_LEAF, 1) => entry.ecx &= !CONTROL_FLOW_STATES,
+        (STATES_LEAF, 11 | 12) => return None,
+        _ => {}
+    }
+    Some(entry)
 }
 
 /// A leaf as guests see it, if they do.
@@ -254,6 +287,13 @@ mod tests {
         CpuId::from_entries(&entries).unwrap()
     }
 
+    fn cpus(template: CpuTemplate) -> Cpus {
+        Cpus {
+            template,
+            ..Cpus::default()
+        }
+    }
+
     fn registers(features: &CpuId, leaf: u32, index: u32) -> Option<[u32; 4]> {
         let mut entries = features.as_slice().iter();
         let entry = entries.find(|entry| (entry.function, entry.index) == (leaf, index))?;
@@ -289,11 +329,51 @@ mod tests {
             (CpuTemplate::V3, 0x8000_000a, 0, None),
             (CpuTemplate::Host, 0x1d, 3, Some([ALL; 4])),
         ] {
-            let masked = apply(template, &host());
+            let masked = apply(&cpus(template), &host());
             let found = registers(&masked.features, leaf, index);
             assert_eq!(found, want, "{template:?} {leaf:#x} {index}");
             assert_eq!(masked.missing, [""; 0], "{template:?}");
         }
+    }
+
+    #[test]
+    fn a_guest_sees_nothing_whose_state_a_snapshot_would_lose() {
+        const ALL: u32 = u32::MAX;
+        let nested = Cpus {
+            nested: true,
+            ..Cpus::default()
+        };
+        let [plain, nested] = [Cpus::default(), nested].map(|cpus| apply(&cpus, &host()).features);
+        for (leaf, index, want, want_nested) in [
+            (1, 0, Some([ALL, ALL, ALL & !VMX, ALL]), Some([ALL; 4])),
+            (
+                0x8000_0001,
+                0,
+                Some([ALL, ALL, ALL & !SVM, ALL]),
+                Some([ALL; 4]),
+            ),
+            (SVM_LEAF, 0, None, Some([ALL; 4])),
+            (0x14, 0, Some([ALL; 4]), Some([ALL; 4])),
+        ] {
+            assert_eq!(registers(&plain, leaf, index), want, "{leaf:#x}");
+            assert_eq!(registers(&nested, leaf, index), want_nested, "{leaf:#x}");
+        }
+        for (leaf, index, want) in [
+            (7, 0, [ALL, ALL, !SHADOW_STACKS, !BRANCH_TRACKING]),
+            (7, 1, [ALL, ALL, ALL, !SUPERVISOR_SHADOW_STACKS]),
+            (0xd, 1, [ALL, ALL, !CONTROL_FLOW_STATES, ALL]),
+        ] {
+            for features in [&plain, &nested] {
+                assert_eq!(registers(features, leaf, index), Some(want), "{leaf:#x}");
+            }
+        }
+        let states = [11, 12].map(|index| kvm_cpuid_entry2 {
+            function: STATES_LEAF,
+            index,
+            ..Default::default()
+        });
+        let masked = apply(&Cpus::default(), &CpuId::from_entries(&states).unwrap());
+        assert_eq!(masked.features.as_slice().len(), 0);
     }
 
     #[test]
@@ -306,10 +386,10 @@ mod tests {
                 _ => {}
             }
         }
-        assert_eq!(apply(CpuTemplate::V2, &host).missing, ["popcnt"]);
-        let missing = apply(CpuTemplate::V3, &host).missing;
+        assert_eq!(apply(&cpus(CpuTemplate::V2), &host).missing, ["popcnt"]);
+        let missing = apply(&cpus(CpuTemplate::V3), &host).missing;
         let leaf7 = ["fsgsbase", "bmi1", "avx2", "smep", "bmi2", "erms", "smap"];
         assert_eq!(missing, [&["popcnt", "aes"][..], &leaf7].concat());
-        assert_eq!(apply(CpuTemplate::Host, &host).missing, [""; 0]);
+        assert_eq!(apply(&cpus(CpuTemplate::Host), &host).missing, [""; 0]);
     }
 }

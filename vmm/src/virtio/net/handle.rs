@@ -1,7 +1,10 @@
-//! What the rest of the VMM keeps of a network device once the event loop has it: counters.
+//! What the rest of the VMM keeps of a network device once the event loop has it: counters and limits.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::throttle::Shared;
+use crate::spec::NetLimits;
 
 /// What a network device has done since it was made, as the guest sees it.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -21,9 +24,15 @@ pub struct NetStats {
 #[derive(Clone, Debug)]
 pub struct NetHandle {
     pub(super) counters: Arc<Counters>,
+    pub(super) limits: Arc<Shared>,
 }
 
 impl NetHandle {
+    /// Replaces all limits. Frames that wait are looked at again at once.
+    pub fn set_limits(&self, limits: NetLimits) {
+        self.limits.set(limits);
+    }
+
     /// The counters.
     pub fn stats(&self) -> NetStats {
         let counters = &self.counters;

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Net;
+use crate::spec::NetLimits;
 use crate::virtio::state::{self, DeviceState, StateError};
 
 /// What a snapshot keeps of a network device.
@@ -13,16 +14,19 @@ pub(super) struct NetState {
     pub(super) mac: [u8; 6],
     #[serde(default)]
     pub(super) mtu: Option<u16>,
+    /// Since format 4.
+    #[serde(default)]
+    pub(super) limits: NetLimits,
 }
 
 impl NetState {
-    /// Checks a saved state. A driver reads its address and its MTU once, so that they cannot be
-    /// others now.
-    pub(super) fn check(own: &Value, mac: [u8; 6], mtu: Option<u16>) -> Result<(), StateError> {
+    /// A saved state. A driver reads its address and its MTU once, so that it goes on with those that it
+    /// has. The MTU cannot be another now; of another address it is to be told, and finds it when it
+    /// looks again.
+    pub(super) fn read(own: &Value, mtu: Option<u16>) -> Result<NetState, StateError> {
         let found: NetState = state::read(own)?;
-        let text = |mac| format!("{mac:02x?}");
-        state::expect("address", &text(found.mac), &text(mac))?;
-        state::expect("MTU", &found.mtu.unwrap_or(0), &mtu.unwrap_or(0))
+        state::expect("MTU", &found.mtu.unwrap_or(0), &mtu.unwrap_or(0))?;
+        Ok(found)
     }
 }
 
@@ -32,11 +36,15 @@ impl Net {
         let state = DeviceState::new(&NetState {
             mac: self.mac,
             mtu: self.mtu,
+            limits: self.throttle.shared().get(),
         })?;
         Ok(state.holding([self.receiving.buffers.len(), self.sending.len()]))
     }
 
     pub(super) fn restore_state(&mut self, own: &Value) -> Result<(), StateError> {
-        NetState::check(own, self.mac, self.mtu)
+        let saved = NetState::read(own, self.mtu)?;
+        self.moved = saved.mac != self.mac;
+        self.handle().set_limits(saved.limits);
+        Ok(())
     }
 }

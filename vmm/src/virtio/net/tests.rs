@@ -14,6 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::read;
 use proptest::test_runner::TestRunner;
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MTU};
 
 use super::*;
 use crate::virtio::tap::TapError;
@@ -88,7 +89,7 @@ impl Bench {
         host.set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
         wait_for_link(&tap, &host);
-        let mut net = Net::new(tap, GUEST_MAC);
+        let mut net = Net::new(tap, GUEST_MAC).unwrap();
         let features = features.iter().fold(0, |all, bit| all | 1 << bit);
         let driver = Driver::start_with(&mut net, features);
         Bench { net, driver, host }
@@ -129,14 +130,20 @@ impl Bench {
         self.driver.wait_used(&mut self.net, RECEIVE, count)
     }
 
-    /// The guest sends a frame in these pieces.
-    fn guest_sends(&mut self, pieces: &[&[u8]]) {
+    /// The guest has a frame to send, in these pieces.
+    fn guest_offers(&mut self, pieces: &[&[u8]]) -> u16 {
         let buffers: Vec<_> = pieces
             .iter()
             .map(|piece| self.driver.readable(piece))
             .collect();
         let head = self.driver.offer(TRANSMIT, &buffers);
         self.kick(TRANSMIT);
+        head
+    }
+
+    /// The same, and it is sent.
+    fn guest_sends(&mut self, pieces: &[&[u8]]) {
+        let head = self.guest_offers(pieces);
         assert_eq!(
             self.driver.wait_used(&mut self.net, TRANSMIT, 1),
             [(head, 0)]
@@ -237,7 +244,7 @@ fn checksums_are_left_to_a_guest_that_accepts_that_and_computed_for_another() {
 #[test]
 fn the_configuration_says_the_address_and_the_mtu_if_there_is_one() {
     in_network(|| {
-        let mut net = Net::new(Tap::open("tap0").unwrap(), GUEST_MAC);
+        let mut net = Net::new(Tap::open("tap0").unwrap(), GUEST_MAC).unwrap();
         for (mtu, bytes) in [(None, [0, 0]), (Some(9000), [0x28, 0x23])] {
             net = net.with_mtu(mtu);
             let offered = net.info().features & 1 << VIRTIO_NET_F_MTU != 0;
@@ -253,9 +260,99 @@ fn the_configuration_says_the_address_and_the_mtu_if_there_is_one() {
 }
 
 #[test]
+fn a_driver_of_a_restored_device_is_told_once_of_another_address() {
+    in_network(|| {
+        let mut net = Net::new(Tap::open("tap0").unwrap(), GUEST_MAC).unwrap();
+        let mut own = net.save().unwrap().own;
+        for (mac, want) in [(GUEST_MAC, Signal::NONE), (HOST_MAC, Signal::CONFIG)] {
+            own["mac"] = serde_json::json!(mac);
+            net.restore(&own).unwrap();
+            let mut driver = Driver::start(&mut net);
+            assert_eq!(driver.kick(&mut net, RECEIVE).unwrap(), want);
+            assert_eq!(driver.kick(&mut net, RECEIVE).unwrap(), Signal::NONE);
+            // It finds the one that the device was made with.
+            assert_eq!(net.config()[..6], GUEST_MAC);
+        }
+    });
+}
+
+/// So slow that a second frame would come long after the test.
+const SLOW: NetLimits = NetLimits {
+    receive_bps: Some(1),
+    receive_pps: None,
+    send_bps: Some(1),
+    send_pps: None,
+};
+
+#[test]
+fn frames_beyond_a_limit_wait_and_pass_when_it_is_raised() {
+    in_network(|| {
+        let mut bench = Bench::new(&[]);
+        bench.net.handle().set_limits(SLOW);
+        let offered = bench.offer(8, 2048);
+        bench.kick(RECEIVE);
+        for byte in 1..=3 {
+            bench.host_sends(&payload(byte));
+        }
+        let mut used = bench.wait_received(1);
+        bench.kick(RECEIVE);
+        assert_eq!(
+            bench.driver.used(RECEIVE),
+            [],
+            "one is paid for a byte a second"
+        );
+        let sent = frame(&payload(64));
+        bench.guest_sends(&[&sent]);
+        assert_eq!(bench.host_receives(), payload(64));
+        bench.guest_offers(&[&sent]);
+        assert_eq!(bench.stats().sent_frames, 1);
+        // Neither the tap nor anything else that is ready is polled for meanwhile.
+        let tokens = bench.net.interests().into_iter().map(|one| one.token);
+        assert_eq!(
+            tokens.collect::<Vec<_>>(),
+            [throttle::TIMER, throttle::LIMITS]
+        );
+        assert!(!bench.driver.turn(&mut bench.net, Duration::ZERO));
+
+        let own = bench.net.save().unwrap().own;
+        bench.net.handle().set_limits(NetLimits::default());
+        used.extend(bench.wait_received(2));
+        let frames = bench.content(&used, &offered);
+        assert_eq!(frames.len(), 3 * HEADERS + 6);
+        assert_eq!(bench.stats().sent_frames, 2);
+        assert_eq!(bench.host_receives(), payload(64));
+        // What a snapshot had applies again.
+        bench.net.restore(&own).unwrap();
+        assert_eq!(bench.net.throttle.shared().get(), SLOW);
+    });
+}
+
+#[test]
+fn a_limit_is_kept_over_time() {
+    in_network(|| {
+        let mut bench = Bench::new(&[]);
+        let limits = NetLimits {
+            send_pps: Some(100),
+            ..NetLimits::default()
+        };
+        bench.net.handle().set_limits(limits);
+        let sent = frame(&payload(64));
+        let begun = Instant::now();
+        for _ in 0..40 {
+            bench.guest_offers(&[&sent]);
+        }
+        while bench.stats().sent_frames < 40 {
+            assert!(bench.driver.turn(&mut bench.net, PATIENCE));
+        }
+        // A tenth of a second passes at once; a frame more takes a hundredth.
+        assert!(begun.elapsed() >= Duration::from_millis(280), "{begun:?}");
+    });
+}
+
+#[test]
 fn no_combination_of_features_makes_the_tap_refuse() {
     in_network(|| {
-        let mut net = Net::new(Tap::open("tap0").unwrap(), GUEST_MAC);
+        let mut net = Net::new(Tap::open("tap0").unwrap(), GUEST_MAC).unwrap();
         for features in 0..1 << 11 {
             net.activate(features).unwrap();
         }
@@ -449,7 +546,7 @@ fn what_is_no_tap_is_refused() {
 #[test]
 fn hostile_drivers_are_survived() {
     in_network(|| {
-        let mut net = Net::new(Tap::open("tap0").unwrap(), GUEST_MAC);
+        let mut net = Net::new(Tap::open("tap0").unwrap(), GUEST_MAC).unwrap();
         assert_tricks_are_the_guests_error(&mut net);
         let buffer = Buffer {
             address: 0x10_0000,
@@ -472,7 +569,7 @@ fn hostile_drivers_are_survived() {
         let mut runner = TestRunner::new(noise_config());
         let result = runner.run(&any_noise(2), |noise| {
             let fd = tap.as_fd().try_clone_to_owned().unwrap();
-            let mut net = Net::new(Tap::from_fd(fd).unwrap(), GUEST_MAC);
+            let mut net = Net::new(Tap::from_fd(fd).unwrap(), GUEST_MAC).unwrap();
             assert_noise_is_survived(&mut net, &noise);
             Ok(())
         });

@@ -21,10 +21,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::backend::Backend;
 pub use self::backend::VhostError;
+use super::offer::{config_space, features, offloads};
 use super::state::NetState;
-use super::{ID, QUEUE_SIZE, config_space, features, offloads};
+use super::{ID, QUEUE_SIZE};
 use crate::events::event;
-use crate::virtio::state::{DeviceState, StateError};
+use crate::spec::NetLimits;
+use crate::virtio::state::{DeviceState, StateError, expect};
 use crate::virtio::tap::Tap;
 use crate::virtio::{DeviceError, DeviceInfo, Interest, Signal, VirtioDevice};
 
@@ -47,6 +49,8 @@ pub struct VhostNet {
     backend: Backend,
     mac: [u8; 6],
     mtu: Option<u16>,
+    /// The driver has read another address, and is still to be told to look again.
+    moved: bool,
     /// Those that the driver has accepted.
     features: u64,
     queues: [Served; QUEUES],
@@ -91,6 +95,7 @@ impl VhostNet {
             backend: Backend::new(device, RING_FEATURES)?,
             mac,
             mtu,
+            moved: false,
             features: 0,
             queues: [Served::new().map_err(event)?, Served::new().map_err(event)?],
         })
@@ -175,7 +180,11 @@ impl VirtioDevice for VhostNet {
                 source,
             })?,
         }
-        Ok(Signal::NONE)
+        Ok(if std::mem::take(&mut self.moved) {
+            Signal::CONFIG
+        } else {
+            Signal::NONE
+        })
     }
 
     fn interests(&self) -> Vec<Interest> {
@@ -213,6 +222,7 @@ impl VirtioDevice for VhostNet {
         // The kernel refuses it only for queues that there are not.
         let _ = self.stop();
         self.features = 0;
+        self.moved = false;
     }
 
     fn quiesce(
@@ -240,11 +250,20 @@ impl VirtioDevice for VhostNet {
         DeviceState::new(&NetState {
             mac: self.mac,
             mtu: self.mtu,
+            limits: NetLimits::default(),
         })
     }
 
     fn restore(&mut self, own: &Value) -> Result<(), StateError> {
-        NetState::check(own, self.mac, self.mtu)
+        let saved = NetState::read(own, self.mtu)?;
+        let limited = saved.limits != NetLimits::default();
+        expect(
+            "having limits, which the kernel does not keep,",
+            &limited,
+            &false,
+        )?;
+        self.moved = saved.mac != self.mac;
+        Ok(())
     }
 }
 
