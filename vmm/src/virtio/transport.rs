@@ -368,15 +368,6 @@ impl Transport {
         }
     }
 
-    /// Has a queue served soon, as if it had been kicked.
-    fn poke(&mut self, index: usize) -> io::Result<()> {
-        if self.is_served_elsewhere {
-            self.process(index);
-            return Ok(());
-        }
-        self.platform.kick(index, Kick::Make)
-    }
-
     // What the driver is told.
 
     /// Passes on what a call into the device gave. Returns whether the device goes on.

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Instant;
 
 use nix::pty::openpty;
 use nix::sys::ptrace;
@@ -17,7 +18,7 @@ use vmm::virtio::transport::Window;
 use vmm::{guest_status, layout};
 
 use crate::guest::Guest;
-use crate::runner::{Machine, Running, Snapshot};
+use crate::runner::{Machine, PATIENCE, Running, Snapshot};
 
 pub(crate) const COUNTER: u32 = 0x20_0000;
 
@@ -409,15 +410,24 @@ fn clones_of_a_machine_with_several_processors_go_on_all_at_once() {
 pub(crate) struct Stopped(Pid);
 
 impl Stopped {
-    /// The thread of that name.
+    /// The thread of that name, which it gives itself when it first runs.
     pub(crate) fn thread(process: i32, name: &str) -> Stopped {
         let folder = format!("/proc/{process}/task");
-        let mut threads = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
-        let named = threads.find(|entry| {
-            let comm = fs::read_to_string(entry.path().join("comm")).unwrap();
-            comm.trim_end() == name
-        });
-        let thread = named.unwrap().file_name().into_string().unwrap();
+        let named = || {
+            let mut threads = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap());
+            threads.find(|entry| {
+                let comm = fs::read_to_string(entry.path().join("comm"));
+                comm.is_ok_and(|comm| comm.trim_end() == name)
+            })
+        };
+        let begun = Instant::now();
+        let thread = loop {
+            match named() {
+                Some(thread) => break thread.file_name().into_string().unwrap(),
+                None if begun.elapsed() > PATIENCE => panic!("there is no thread {name}"),
+                None => std::thread::yield_now(),
+            }
+        };
         let thread = Pid::from_raw(thread.parse().unwrap());
         ptrace::seize(thread, ptrace::Options::empty()).unwrap();
         ptrace::interrupt(thread).unwrap();
