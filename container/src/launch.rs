@@ -4,7 +4,7 @@
 use std::convert::Infallible;
 use std::ffi::{CStr, CString, OsStr};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -384,6 +384,16 @@ impl Ending<'_> {
     ) -> Result<Infallible, LaunchError> {
         let starter = step("keep the channel", lift(starter, descriptors.len()))?;
         let starter = Channel::new(starter);
+        let error = self.finish(&starter, descriptors);
+        // The original channel is closed, or its number is one of the program's descriptors.
+        error.or_else(|error| fail(&starter, &error))
+    }
+
+    fn finish(
+        self,
+        starter: &Channel,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Infallible, LaunchError> {
         let program = match &self.program {
             Program::Descriptor(file) => {
                 Program::Descriptor(step("keep the program", lift(file, descriptors.len()))?)
@@ -395,10 +405,15 @@ impl Ending<'_> {
         if first && !self.has_identity {
             take_on_identity(self.process)?;
         }
-        step("place the descriptors", place_descriptors(descriptors))?;
-        let error = self.execute(&program, &starter, first);
-        // The original channel may have been overwritten by a descriptor.
-        error.or_else(|error| fail(&starter, &error))
+        let mut kept = vec![starter.as_fd()];
+        if let Program::Descriptor(file) = &program {
+            kept.push(file.as_fd());
+        }
+        step(
+            "place the descriptors",
+            place_descriptors(descriptors, &kept),
+        )?;
+        self.execute(&program, starter, first)
     }
 
     fn execute(
@@ -457,8 +472,10 @@ fn lift(descriptor: impl AsFd, inherited: usize) -> io::Result<OwnedFd> {
     Ok(rustix::io::fcntl_dupfd_cloexec(descriptor, first_free)?)
 }
 
-/// Puts descriptors at 3, 4, …, to be inherited, and marks all others to be closed by exec.
-fn place_descriptors(descriptors: Vec<OwnedFd>) -> io::Result<()> {
+/// Puts descriptors at 3, 4, …, to be inherited, and closes all others but those of `kept`, which have
+/// higher numbers. That exec would close them is not enough: it does so after it has found the program, and
+/// an image's program may be a link that leads by one of them to the host (CVE-2024-21626).
+fn place_descriptors(descriptors: Vec<OwnedFd>, kept: &[BorrowedFd<'_>]) -> io::Result<()> {
     let count = u32::try_from(descriptors.len()).map_err(io::Error::other)?;
     let first_free = 3 + count.cast_signed();
     // First out of the way of the numbers that will be used.
@@ -466,12 +483,15 @@ fn place_descriptors(descriptors: Vec<OwnedFd>) -> io::Result<()> {
         .iter()
         .map(|descriptor| rustix::io::fcntl_dupfd_cloexec(descriptor, first_free))
         .collect::<Result<_, _>>()?;
-    sys::close_on_exec_from(3)?;
     for (number, descriptor) in (3..first_free).zip(&moved) {
         sys::place_descriptor(descriptor.as_fd(), number)?;
     }
-    // Their numbers may have been given to the copies: closing them now would close those.
-    descriptors.into_iter().for_each(std::mem::forget);
+    sys::close_from(first_free, kept)?;
+    // They are closed, or their numbers are those of the copies.
+    descriptors
+        .into_iter()
+        .chain(moved)
+        .for_each(std::mem::forget);
     Ok(())
 }
 

@@ -131,20 +131,28 @@ pub(crate) fn mount_setattr(
     check(result)
 }
 
-/// Marks every descriptor from `first` on as closed at the next exec.
+/// Closes every descriptor from `first` on but those of `kept`, whoever owns it: for a process that is
+/// about to execute another program, and uses none of its own any more.
 ///
 /// # Errors
 /// The system call's.
-pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
-    // SAFETY: only numbers are passed, and no descriptor is closed now.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            first,
-            u32::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        )
-    };
+pub(crate) fn close_from(first: RawFd, kept: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut numbers: Vec<RawFd> = kept.iter().map(AsRawFd::as_raw_fd).collect();
+    numbers.sort_unstable();
+    let mut from = first;
+    for number in numbers {
+        if from < number {
+            close_range(from.unsigned_abs(), number.unsigned_abs() - 1)?;
+        }
+        from = from.max(number + 1);
+    }
+    close_range(from.unsigned_abs(), u32::MAX)
+}
+
+fn close_range(first: u32, last: u32) -> io::Result<()> {
+    // SAFETY: only numbers are passed. The values that owned the descriptors are never used or dropped
+    // again, since the callers go on to exec, or end.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
     check(result)
 }
 

@@ -387,13 +387,21 @@ type Error = Box<dyn std::error::Error>;
 
 /// The process's side: enters the container and becomes the program. Never returns.
 fn enter(plan: &ExecPlan, namespaces: &NamespacePlan, wiring: Wiring) -> ! {
-    let channel = wiring.channel;
+    let Wiring {
+        channel,
+        entry,
+        stdio,
+        descriptors,
+        keyring,
+    } = wiring;
     let prepare = || -> Result<Program, Error> {
         sys::reset_signal_handlers();
         SigSet::empty().thread_set_mask()?;
         let (before, after) = &plan.process.affinity;
         set_affinity(before.as_ref())?;
-        wiring.entry.join()?;
+        entry.join()?;
+        // A directory of the host's: the container has no use for it.
+        drop(entry);
         if before.is_none() && after.is_none() {
             sys::reset_affinity();
         }
@@ -401,13 +409,13 @@ fn enter(plan: &ExecPlan, namespaces: &NamespacePlan, wiring: Wiring) -> ! {
         channel.await_proceed()?;
         namespaces::enter(namespaces)?;
         setsid()?;
-        if let Some(name) = &wiring.keyring {
+        if let Some(name) = &keyring {
             launch::join_keyring(name)?;
         }
         if let Some(label) = &plan.process.label {
             launch::set_label(label)?;
         }
-        set_streams(plan, &wiring.stdio, &channel)?;
+        set_streams(plan, &stdio, &channel)?;
         launch::change_directory(&plan.process)?;
         let memory_policy = plan.memory_policy.as_ref();
         launch::set_attributes(&plan.process, plan.personality, memory_policy)?;
@@ -426,7 +434,7 @@ fn enter(plan: &ExecPlan, namespaces: &NamespacePlan, wiring: Wiring) -> ! {
         start_hooks: &[],
         state: "",
     };
-    match ending.launch(&channel, wiring.descriptors) {
+    match ending.launch(&channel, descriptors) {
         Ok(never) => match never {},
         Err(error) => launch::fail(&channel, &error),
     }

@@ -5,6 +5,7 @@
 mod bundle;
 mod command_line;
 mod devices;
+mod escapes;
 mod exec;
 mod hooks;
 mod isolation;

@@ -1,0 +1,84 @@
+//! Programs of an image that are links of the kernel's: none leads to a program of the host.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::json;
+
+use crate::bundle::{Bundle, copy_program, finish};
+
+/// More descriptors than the runtime ever has.
+const NUMBERS: std::ops::Range<u32> = 3..40;
+
+/// A bundle with links `/N/echo` that lead to a program beside the root, if descriptor N is a directory of
+/// the host when they are followed (CVE-2024-21626). A script would not do: its interpreter would have to
+/// open it again.
+fn with_links(script: &str) -> Bundle {
+    let bundle = Bundle::new(script);
+    copy_program(Path::new("/bin/busybox"), &bundle.path().join("outside"));
+    for number in NUMBERS {
+        let up = "../".repeat(16);
+        let target = format!(
+            "/proc/self/fd/{number}/{up}{}/outside",
+            bundle.path().display()
+        );
+        let directory = bundle.rootfs().join(number.to_string());
+        fs::create_dir(&directory).unwrap();
+        symlink(target, directory.join("echo")).unwrap();
+    }
+    bundle
+}
+
+/// A shell of the host that has `/` open as descriptor 9 when it becomes the command.
+fn with_open_root(command: &Command) -> Command {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let words: Vec<_> = words.map(|word| word.to_str().unwrap()).collect();
+    let mut shell = Command::new("/bin/sh");
+    shell
+        .args(["-c", &format!("exec 9</; exec {}", words.join(" "))])
+        .current_dir(command.get_current_dir().unwrap())
+        .stdin(Stdio::null());
+    shell
+}
+
+#[test]
+fn a_program_of_exec_is_never_one_of_the_host() {
+    let bundle = with_links("exec sleep 100");
+    bundle.start();
+    for number in NUMBERS {
+        let program = format!("/{number}/echo");
+        let mut command = bundle.command(&["exec"]);
+        command.args([&bundle.id, &program, "escaped"]);
+        for command in [with_open_root(&command), command] {
+            let ended = finish(command);
+            assert_eq!((ended.status, ended.stdout.as_str()), (255, ""), "{number}");
+        }
+    }
+}
+
+#[test]
+fn the_first_program_is_never_one_of_the_host() {
+    for number in NUMBERS {
+        let program = format!("/{number}/echo");
+        let bundle = with_links("").with(|config| {
+            config["process"]["args"] = json!([program, "escaped"]);
+        });
+        let mut command = bundle.command(&["run"]);
+        command.arg(&bundle.id);
+        let ended = finish(with_open_root(&command));
+        assert_eq!((ended.status, ended.stdout.as_str()), (1, ""), "{number}");
+    }
+}
+
+#[test]
+fn a_hook_in_the_container_is_never_one_of_the_host() {
+    let bundle = with_links("echo ran").with(|config| {
+        config["hooks"] = json!({"startContainer": [{"path": "/9/echo"}]});
+    });
+    let mut command = bundle.command(&["run"]);
+    command.arg(&bundle.id);
+    let ended = finish(with_open_root(&command));
+    assert_eq!((ended.status, ended.stdout.as_str()), (1, ""), "{ended:?}");
+}
