@@ -178,13 +178,8 @@ pub fn create(options: CreateOptions) -> Result<Created, CreateError> {
 pub fn create_started(options: CreateOptions) -> Result<Created, CreateError> {
     let (root, id) = (options.root.clone(), options.id.clone());
     let (created, channel) = make(options, Starter::Creator)?;
-    let started = step(
-        "start the program",
-        channel.send(&Message::Proceed {
-            state: String::new(),
-        }),
-    )
-    .and_then(|()| Ok(await_start(&root, &id, &channel)?));
+    let started = step("start the program", channel.send(&Message::Proceed))
+        .and_then(|()| Ok(await_start(&root, &id, &channel)?));
     if let Err(error) = started {
         // What is reported is the first error; the second could only be that something is left.
         let _ = delete(&DeleteOptions {
@@ -238,11 +233,12 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
     match step("make the container's first process", forked)? {
         Forked::Child => {
             drop(ours);
-            making.leave_to_creator();
+            let record = making.leave_to_creator();
             let keyring = format!("_ses.{}", options.id);
             let keyring = (!options.no_new_keyring).then(|| CString::new(keyring).ok());
             let wiring = Wiring {
                 channel: theirs,
+                record,
                 listener,
                 entry,
                 stdio: options.stdio,
@@ -267,9 +263,7 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
             making.publish(starter, options.pid_file.as_deref())?;
             // Only now: the process must not wait for `start` under a name that nobody knows.
             if starter == Starter::Later {
-                let proceed = Message::Proceed {
-                    state: String::new(),
-                };
+                let proceed = Message::Proceed;
                 if ours.send(&proceed).is_err() {
                     return Err(making.explain_death());
                 }

@@ -23,8 +23,8 @@ const PACKET_BYTES_MAX: usize = 16 * 1024;
 pub(crate) enum Message {
     /// A helper made the first process as its sibling: the pid is this, the descriptor comes along.
     Forked { pid: i32, pidfd: Option<OwnedFd> },
-    /// Go on to the next wait. The text is the OCI state, for hooks.
-    Proceed { state: String },
+    /// Go on to the next wait.
+    Proceed,
     /// The namespaces are made: run the hooks that belong here.
     Hooks,
     /// The terminal's other side.
@@ -94,7 +94,7 @@ impl Channel {
                 text = pid.to_string();
                 (b'f', &text, pidfd.as_ref())
             }
-            Message::Proceed { state } => (b'p', state, None),
+            Message::Proceed => (b'p', "", None),
             Message::Hooks => (b'h', "", None),
             Message::Console(terminal) => (b'c', "", terminal.as_ref()),
             Message::Notify(listener) => (b'n', "", listener.as_ref()),
@@ -131,7 +131,7 @@ impl Channel {
                 pid: text.parse().map_err(io::Error::other)?,
                 pidfd: descriptor,
             },
-            b'p' => Message::Proceed { state: text },
+            b'p' => Message::Proceed,
             b'h' => Message::Hooks,
             b'c' => Message::Console(descriptor),
             b'n' => Message::Notify(descriptor),
@@ -145,9 +145,9 @@ impl Channel {
     }
 
     /// Waits until the peer says to go on.
-    pub(crate) fn await_proceed(&self) -> io::Result<String> {
+    pub(crate) fn await_proceed(&self) -> io::Result<()> {
         match self.receive()? {
-            Some(Message::Proceed { state }) => Ok(state),
+            Some(Message::Proceed) => Ok(()),
             Some(other) => Err(io::Error::other(format!(
                 "expected to go on, got {other:?}"
             ))),

@@ -5,12 +5,14 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{Hook, Hooks};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-
-use crate::process::Process;
 
 /// Why a hook stops what it belongs to.
 #[derive(Debug, thiserror::Error)]
@@ -108,22 +110,13 @@ pub(crate) fn run_one(
         source,
     };
     let mut child = command(hook, around).spawn().map_err(failed)?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A hook need not read its state.
-        let _ = stdin.write_all(around.state.as_bytes());
-    }
+    let stdin = child.stdin.take();
     if let Some(seconds) = hook.timeout() {
-        let pid = child.id().cast_signed();
-        let ended = || -> io::Result<bool> {
-            let raw = Pid::from_raw(pid).ok_or(rustix::io::Errno::SRCH)?;
-            let pidfd = pidfd_open(raw, PidfdFlags::empty())?;
-            let milliseconds = u32::try_from(seconds.saturating_mul(1000)).unwrap_or(u32::MAX);
-            Process::from_child(pid, pidfd)?.ended_within(milliseconds)
-        };
-        // It is our child and not reaped: an error can only mean that it has ended.
-        if !ended().unwrap_or(true) {
+        let ended = ended_within(&child, stdin, around.state.as_bytes(), seconds);
+        if !matches!(ended, Ok(true)) {
             child.kill().map_err(failed)?;
             child.wait().map_err(failed)?;
+            ended.map_err(failed)?;
             return Err(HookError::Timeout {
                 name,
                 index,
@@ -131,6 +124,9 @@ pub(crate) fn run_one(
                 seconds,
             });
         }
+    } else if let Some(mut stdin) = stdin {
+        // A hook need not read its state.
+        let _ = stdin.write_all(around.state.as_bytes());
     }
     let status = child.wait().map_err(failed)?;
     if status.success() {
@@ -142,6 +138,45 @@ pub(crate) fn run_one(
             path,
             status,
         })
+    }
+}
+
+/// Writes the state to a hook, as far as it reads it, and waits for its end; false if the time is over first.
+/// A descriptor of the process is needed for that, and no /proc: where hooks run, there may be none, or one
+/// of another pid namespace.
+fn ended_within(
+    child: &Child,
+    mut stdin: Option<ChildStdin>,
+    mut state: &[u8],
+    seconds: i64,
+) -> io::Result<bool> {
+    let pid = Pid::from_raw(child.id().cast_signed()).ok_or(Errno::SRCH)?;
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    if let Some(pipe) = &stdin {
+        fcntl_setfl(pipe, OFlags::WRONLY | OFlags::NONBLOCK)?;
+    }
+    let start = Instant::now();
+    let allowed = Duration::from_secs(seconds.unsigned_abs());
+    loop {
+        // A hook need not read its state.
+        while let Some(pipe) = &mut stdin {
+            match pipe.write(state) {
+                Ok(written) if written < state.len() => state = &state[written..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(_) | Err(_) => stdin = None,
+            }
+        }
+        let left = allowed.saturating_sub(start.elapsed());
+        let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
+        let mut fds = vec![PollFd::new(&pidfd, PollFlags::IN)];
+        fds.extend(stdin.iter().map(|pipe| PollFd::new(pipe, PollFlags::OUT)));
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(0) => return Ok(false),
+            Ok(_) if !fds[0].revents().is_empty() => return Ok(true),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 

@@ -29,7 +29,9 @@ use crate::mounts::{self, CgroupTrees};
 use crate::plan::namespaces::Kind;
 use crate::plan::{Inherited, Plan};
 use crate::root::Root;
+use crate::state::{Record, Status};
 use crate::tty::{self, Terminal};
+use crate::verbs::state::oci_state;
 use crate::{devices, environment, hooks, masks, namespaces, rootfs, sys};
 
 /// What connects the first process to the outside.
@@ -37,6 +39,8 @@ use crate::{devices, environment, hooks, masks, namespaces, rootfs, sys};
 pub(crate) struct Wiring {
     /// To the creator.
     pub(crate) channel: Channel,
+    /// What hooks hear of the container.
+    pub(crate) record: &'static Record,
     /// The way into the cgroup.
     pub(crate) entry: Entry,
     /// Where `start` will connect. Without it the creator itself starts the container.
@@ -80,7 +84,8 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     SigSet::empty().thread_set_mask()?;
     step("enter the cgroup", wiring.entry.join())?;
     sys::reset_affinity();
-    let state = wiring.channel.await_proceed()?;
+    wiring.channel.await_proceed()?;
+    let state = state_for_hooks(plan, wiring.record);
     step("enter the namespaces", namespaces::enter(&plan.namespaces))?;
     step("start a session", setsid())?;
     if let Some(name) = &wiring.keyring {
@@ -127,6 +132,16 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
         state,
         has_identity,
     })
+}
+
+/// What the hooks that run in the container's namespaces read, if there are any: the pid is the one that it
+/// has there, as with runc.
+fn state_for_hooks(plan: &Plan, record: &Record) -> String {
+    let lists = [plan.hooks.create_container(), plan.hooks.start_container()];
+    if lists.into_iter().flatten().all(Vec::is_empty) {
+        return String::new();
+    }
+    oci_state(record, Status::Created, std::process::id().cast_signed())
 }
 
 /// Tells the creator that all is set up, and waits until someone says that the program may run.

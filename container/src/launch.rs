@@ -501,6 +501,7 @@ fn execute(
     args: &[CString],
     env: &[CString],
 ) -> Result<Infallible, LaunchError> {
+    sys::reset_broken_pipe();
     let error = match program {
         Program::Path(path) => nix::unistd::execve(path, args, env),
         Program::Descriptor(file) => {

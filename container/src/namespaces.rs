@@ -155,11 +155,7 @@ fn fork_by_helper(
         }
         Cloned::Parent { pid, pidfd } => {
             let made = write_maps(plan, pid)
-                .and_then(|()| {
-                    ours.send(&Message::Proceed {
-                        state: String::new(),
-                    })
-                })
+                .and_then(|()| ours.send(&Message::Proceed))
                 .and_then(|()| await_sibling(ours, &pidfd));
             if made.is_err() {
                 // It may have ended already.

@@ -182,17 +182,28 @@ pub(crate) fn copy_inherited(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(result) })
 }
 
-/// Puts every signal that can be caught back to its default action, since ignored signals (SIGPIPE in
-/// a Rust program) would stay ignored in the container's program.
+/// Puts every signal that can be caught back to its default action, since ignored ones would stay ignored
+/// in the container's program. But for SIGPIPE: a hook that does not read must not end this process.
 pub(crate) fn reset_signal_handlers() {
     for number in Signal::iterator() {
-        if matches!(number, Signal::SIGKILL | Signal::SIGSTOP) {
-            continue;
-        }
-        // SAFETY: the default action runs no code of this process. It cannot fail for a signal that
-        // exists and can be caught.
-        let _ = unsafe { signal::signal(number, SigHandler::SigDfl) };
+        let action = match number {
+            Signal::SIGKILL | Signal::SIGSTOP => continue,
+            Signal::SIGPIPE => SigHandler::SigIgn,
+            _ => SigHandler::SigDfl,
+        };
+        set_signal_action(number, action);
     }
+}
+
+/// The last of them, for a process that is about to execute another program.
+pub(crate) fn reset_broken_pipe() {
+    set_signal_action(Signal::SIGPIPE, SigHandler::SigDfl);
+}
+
+fn set_signal_action(number: Signal, action: SigHandler) {
+    // SAFETY: neither the default action nor none runs code of this process. It cannot fail for a signal
+    // that exists and can be caught.
+    let _ = unsafe { signal::signal(number, action) };
 }
 
 /// Sends a signal of any number, real-time ones included.

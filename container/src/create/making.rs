@@ -13,7 +13,7 @@ use super::scope::Scope;
 use super::{CreateError, CreateOptions, Starter, step, write_pid_file};
 use crate::cgroup::Cgroup;
 use crate::handshake::{self, Channel, Message};
-use crate::hooks::Surroundings;
+use crate::hooks::{HookError, Surroundings};
 use crate::network_devices::{self, Moved};
 use crate::plan::Plan;
 use crate::plan::mounts::{MountKind, MountPlan};
@@ -21,6 +21,7 @@ use crate::plan::namespaces::Kind;
 use crate::process::Process;
 use crate::spec::Config;
 use crate::state::{Home, INIT_SOCKET, Record, Status};
+use crate::verbs::delete::run_poststop;
 use crate::verbs::state::oci_state;
 use crate::{hooks, launch, tty};
 
@@ -141,32 +142,17 @@ impl Making {
         plan: &Plan,
         console_socket: Option<&UnixStream>,
     ) -> Result<Option<OwnedFd>, CreateError> {
-        let state = oci_state(&self.record, Status::Created, self.record.pid);
-        let around = Surroundings {
-            state: &state,
-            directory: Some(self.record.bundle.clone()),
-            env: None,
-        };
         self.set_score(plan)?;
         let raised = launch::raise_limits(&plan.process, self.record.pid);
         step("raise process.rlimits", raised)?;
-        let proceed = || {
-            step(
-                "go on",
-                channel.send(&Message::Proceed {
-                    state: state.clone(),
-                }),
-            )
-        };
+        let proceed = || step("go on", channel.send(&Message::Proceed));
         // If the process is dead, what it had to say is still there to be received.
         let _ = proceed();
         let mut console = None;
         loop {
             match step("hear from the first process", channel.receive())? {
                 Some(Message::Hooks) => {
-                    for (list, name) in hooks::lists(&plan.hooks).into_iter().take(2) {
-                        hooks::run(list, name, &around)?;
-                    }
+                    self.run_hooks(plan)?;
                     let _ = proceed();
                 }
                 Some(Message::Console(Some(master))) => match console_socket {
@@ -189,6 +175,18 @@ impl Making {
                 None => return Err(self.explain_death()),
             }
         }
+    }
+
+    /// Those that belong into the namespaces of the caller.
+    fn run_hooks(&self, plan: &Plan) -> Result<(), HookError> {
+        let state = oci_state(&self.record, Status::Created, self.record.pid);
+        let around = Surroundings {
+            state: &state,
+            directory: Some(self.record.bundle.clone()),
+            env: None,
+        };
+        let mut lists = hooks::lists(&plan.hooks).into_iter().take(2);
+        lists.try_for_each(|(list, name)| hooks::run(list, name, &around))
     }
 
     /// The process is in its group: systemd can be told what it is about.
@@ -249,19 +247,20 @@ impl Making {
     /// In the first process, which has nothing to undo: the copy of the directory's handle is closed,
     /// since the lock would last as long as it. The rest is only memory, which the process shares with
     /// its creator: to free it would be to copy it first.
-    pub(super) fn leave_to_creator(mut self) {
+    pub(super) fn leave_to_creator(mut self) -> &'static Record {
         if let Some(home) = self.home.take() {
             home.close();
         }
-        std::mem::forget(self);
+        &Box::leak(Box::new(self)).record
     }
 }
 
 impl Drop for Making {
-    /// Undoes in reverse order. Each step is tried, whatever became of the others.
+    /// Undoes in reverse order, and as `delete` does it. Each step is tried, whatever became of the others.
     fn drop(&mut self) {
         // With the process its network namespace goes, and all that is virtual in it.
         self.network_devices = None;
+        let was_made = self.process.is_some();
         if let Some(process) = self.process.take() {
             let _ = process.signal(libc::SIGKILL);
             let _ = process.wait();
@@ -272,6 +271,12 @@ impl Drop for Making {
         self.scope = None;
         if let Some(home) = self.home.take() {
             let _ = home.remove();
+        }
+        // What hooks set up is theirs to undo, also if one of them failed.
+        if was_made {
+            for warning in run_poststop(&self.record) {
+                crate::log::warn(&warning);
+            }
         }
     }
 }

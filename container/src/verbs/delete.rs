@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::hooks::{self, Surroundings};
 use crate::process::Process;
-use crate::state::{Home, StateError, Status};
+use crate::state::{Home, Record, StateError, Status};
 use crate::systemd::{Systemd, SystemdError};
 use crate::verbs::state::oci_state;
 
@@ -96,16 +96,17 @@ pub fn delete(options: &DeleteOptions) -> Result<Vec<String>, DeleteError> {
         Systemd::connect()?.stop(unit)?;
     }
     home.remove()?;
+    Ok(run_poststop(&record))
+}
 
-    let mut warnings = Vec::new();
-    let state = oci_state(&record, Status::Stopped, 0);
+/// Runs the hooks that come when all else is gone, each of them, and returns what failed.
+pub(crate) fn run_poststop(record: &Record) -> Vec<String> {
+    let state = oci_state(record, Status::Stopped, 0);
     let around = Surroundings::of_state(&state);
-    for (index, hook) in record.poststop.iter().enumerate() {
-        if let Err(error) = hooks::run_one(hook, "poststop", index, &around) {
-            warnings.push(crate::error::chain(&error));
-        }
-    }
-    Ok(warnings)
+    let hooks = record.poststop.iter().enumerate();
+    let run = |(index, hook)| hooks::run_one(hook, "poststop", index, &around).err();
+    let errors = hooks.filter_map(run);
+    errors.map(|error| crate::error::chain(&error)).collect()
 }
 
 /// Kills the first process, and everyone in the cgroup.

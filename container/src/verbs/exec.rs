@@ -333,11 +333,7 @@ impl Child {
             "raise process.rlimits",
             launch::raise_limits(&plan.process, self.pid()),
         )?;
-        let proceed = || {
-            channel.send(&Message::Proceed {
-                state: String::new(),
-            })
-        };
+        let proceed = || channel.send(&Message::Proceed);
         // If the process is dead, what it had to say is still there to be received.
         let _ = proceed();
         let mut console = None;

@@ -67,9 +67,7 @@ pub fn start(root: &Path, id: &str) -> Result<(), StartError> {
         }
     };
     // It may go away at any time; what it had to say is then still there to be received.
-    let _ = channel.send(&Message::Proceed {
-        state: String::new(),
-    });
+    let _ = channel.send(&Message::Proceed);
     let agent = |listener| hand_over_listener(&home, &record, &listener);
     match await_exec(&channel, agent) {
         Ok(()) => {}
@@ -101,9 +99,7 @@ pub(crate) fn await_exec(
                     source,
                 })?;
                 // If the process is dead, that is heard next.
-                let _ = channel.send(&Message::Proceed {
-                    state: String::new(),
-                });
+                let _ = channel.send(&Message::Proceed);
             }
             Some(_) => {}
             None if executing => return Ok(()),

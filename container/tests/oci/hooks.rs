@@ -151,3 +151,109 @@ fn hooks_run_in_the_namespaces_that_are_theirs() {
     }
     assert_eq!(lines.len(), 4, "{text}");
 }
+
+/// `createContainer` and `startContainer` see the container's processes, the others those of the host.
+#[test]
+fn the_state_has_the_pid_that_its_hook_sees_and_is_whole_however_long() {
+    let bundle = Bundle::new("true");
+    let file = |name: &str| bundle.rootfs().join(name);
+    let hook = |path: String| json!([shell(&format!("cat >{path}"))]);
+    let hooks = json!({
+        "createRuntime": hook(file("runtime").display().to_string()),
+        "createContainer": hook(file("container").display().to_string()),
+        "startContainer": hook("/start".to_owned()),
+    });
+    let (runtime, container, start) = (file("runtime"), file("container"), file("start"));
+    let long = "é".repeat(20 * 1024);
+    let bundle = bundle.with(|config| {
+        config["root"]["readonly"] = json!(false);
+        config["annotations"] = json!({"long": long});
+        config["hooks"] = hooks;
+    });
+    bundle.output();
+    for (path, is_first) in [(runtime, false), (container, true), (start, true)] {
+        let state: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(state["annotations"]["long"], long, "{}", path.display());
+        assert_eq!(state["pid"] == 1, is_first, "{}", path.display());
+    }
+}
+
+#[test]
+fn a_hook_has_no_more_than_its_time_without_proc() {
+    let start = Instant::now();
+    let hook = json!([{"path": "/bin/sleep", "args": ["sleep", "60"], "timeout": 1}]);
+    with_hooks("echo ran", json!({"startContainer": hook}))
+        .with(|config| {
+            let mounts = config["mounts"].as_array_mut().unwrap();
+            mounts.retain(|mount| mount["destination"] != "/proc");
+            config["linux"]["maskedPaths"] = json!([]);
+            config["linux"]["readonlyPaths"] = json!([]);
+        })
+        .assert_refused("took longer than 1 s");
+    assert!(start.elapsed() < PATIENCE);
+}
+
+/// More than a pipe holds.
+const LONG: usize = 200 * 1024;
+
+#[test]
+fn a_hook_that_does_not_read_a_long_state_has_no_more_than_its_time() {
+    for name in ["createRuntime", "createContainer", "startContainer"] {
+        let start = Instant::now();
+        let hook = json!([{"path": "/bin/sleep", "args": ["sleep", "60"], "timeout": 1}]);
+        with_hooks("echo ran", json!({name: hook}))
+            .with(|config| config["annotations"] = json!({"long": "x".repeat(LONG)}))
+            .assert_refused("took longer than 1 s");
+        assert!(start.elapsed() < PATIENCE, "{name}");
+    }
+}
+
+#[test]
+fn a_hook_need_not_read_the_state_whatever_the_namespaces_are() {
+    for timeout in [json!(null), json!(20)] {
+        for name in ["createRuntime", "createContainer", "startContainer"] {
+            let mut hook = json!({"path": "/bin/true"});
+            if !timeout.is_null() {
+                hook["timeout"] = timeout.clone();
+            }
+            let bundle = with_hooks("echo ran", json!({name: [hook]})).with(|config| {
+                config["annotations"] = json!({"long": "x".repeat(LONG)});
+                let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+                namespaces.retain(|namespace| namespace["type"] != "pid");
+            });
+            assert_eq!(bundle.output(), "ran\n", "{name}");
+        }
+    }
+}
+
+#[test]
+fn what_hooks_did_is_undone_by_poststop_when_the_creation_fails() {
+    for name in [
+        "prestart",
+        "createRuntime",
+        "createContainer",
+        "startContainer",
+    ] {
+        let bundle = Bundle::new("echo ran");
+        let log = bundle.path().join("log");
+        let poststop = shell(&format!(
+            "grep -o '\"status\":\"[a-z]*\"' >>{}",
+            log.display()
+        ));
+        let bundle = bundle.with(|config| {
+            config["hooks"] = json!({
+                name: [{"path": "/bin/false"}], "poststop": [shell("exit 1"), poststop]
+            });
+        });
+        let message = bundle.refusal();
+        assert!(
+            message.contains(&format!("error running {name} hook #0")),
+            "{message}"
+        );
+        assert_eq!(
+            fs::read_to_string(log).unwrap(),
+            "\"status\":\"stopped\"\n",
+            "{name}"
+        );
+    }
+}
