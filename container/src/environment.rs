@@ -2,9 +2,14 @@
 
 use std::collections::HashSet;
 use std::ffi::{CStr, CString};
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use rustix::fs::OFlags;
 
 use crate::plan::process::ProcessPlan;
+use crate::root::Root;
 
 /// The environment, each variable once, with HOME as the container's /etc/passwd has it where it is not
 /// given, or empty.
@@ -50,9 +55,8 @@ pub(crate) fn variable<'a>(env: &'a [CString], name: &[u8]) -> Option<&'a [u8]> 
 fn home_of(uid: u32) -> Option<String> {
     /// A longer file is read to here.
     const PASSWD_BYTES_MAX: u64 = 1024 * 1024;
-    let file = std::fs::File::open("/etc/passwd").ok()?;
-    let text = io::read_to_string(io::Read::take(file, PASSWD_BYTES_MAX)).ok()?;
-    text.lines().find_map(|line| {
+    let text = read_file(Path::new("/etc/passwd"), PASSWD_BYTES_MAX).ok()?;
+    String::from_utf8_lossy(&text).lines().find_map(|line| {
         let mut fields = line.split(':');
         let found = fields.nth(2)?.parse() == Ok(uid);
         fields
@@ -60,4 +64,17 @@ fn home_of(uid: u32) -> Option<String> {
             .filter(|home| found && !home.is_empty())
             .map(str::to_owned)
     })
+}
+
+/// Reads a file of an image, who may have put anything there: what would make this process wait, as a pipe
+/// without a writer, is not opened to be read, and no link of the kernel is followed.
+fn read_file(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let root = Root::current()?;
+    let file = File::from(root.open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY)?);
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut text = Vec::new();
+    file.take(bytes_max).read_to_end(&mut text)?;
+    Ok(text)
 }

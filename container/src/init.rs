@@ -24,10 +24,12 @@ use crate::cgroup::Entry;
 use crate::create::Stdio;
 use crate::handshake::{Channel, Message};
 use crate::hooks::Surroundings;
-use crate::launch::{self, Ending, Program};
+use crate::label::LabelFile;
+use crate::launch::{self, Ending};
 use crate::mounts::{self, CgroupTrees};
 use crate::plan::namespaces::Kind;
 use crate::plan::{Inherited, Plan};
+use crate::program::Program;
 use crate::root::Root;
 use crate::state::{Record, Status};
 use crate::tty::{self, Terminal};
@@ -77,6 +79,7 @@ struct Prepared {
     /// The OCI state, for hooks.
     state: String,
     has_identity: bool,
+    in_directory: bool,
 }
 
 fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
@@ -84,6 +87,8 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     SigSet::empty().thread_set_mask()?;
     step("enter the cgroup", wiring.entry.join())?;
     sys::reset_affinity();
+    let label = plan.process.label.as_ref();
+    let label = label.map(LabelFile::open).transpose()?;
     wiring.channel.await_proceed()?;
     let state = state_for_hooks(plan, wiring.record);
     step("enter the namespaces", namespaces::enter(&plan.namespaces))?;
@@ -106,31 +111,32 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     set_sysctl(plan)?;
     masks::make_readonly(&plan.readonly_paths, &root)?;
     mounts::finish(&plan.mounts, &root)?;
-    if let Some(label) = &plan.process.label {
-        launch::set_label(label)?;
+    if let Some(label) = label {
+        label.write()?;
     }
     step("make the root file system `/`", rootfs::pivot(&root))?;
     step("finish the root file system", rootfs::finish(plan, &root))?;
     drop(root);
 
     set_streams(terminal, wiring)?;
-    launch::change_directory(&plan.process)?;
+    let in_directory = launch::try_directory(&plan.process)?;
     let memory_policy = plan.memory_policy.as_ref();
     launch::set_attributes(&plan.process, plan.personality, memory_policy)?;
     let program = match wiring.inherited.executable.take() {
         Some(file) => Program::Descriptor(file),
-        None => launch::find_program(&plan.process)?,
+        None => Program::find(&plan.process)?,
     };
     let env = environment::environment(&plan.process);
     let has_identity = launch::identity_first(&plan.process, plan.filter.as_ref());
     if has_identity {
-        launch::take_on_identity(&plan.process)?;
+        launch::take_on_identity(&plan.process, in_directory)?;
     }
     Ok(Prepared {
         program,
         env,
         state,
         has_identity,
+        in_directory,
     })
 }
 
@@ -179,6 +185,7 @@ fn launch(
         env: prepared.env,
         program: prepared.program,
         has_identity: prepared.has_identity,
+        in_directory: prepared.in_directory,
         start_hooks: plan.hooks.start_container().as_deref().unwrap_or_default(),
         state: &prepared.state,
     };

@@ -2,17 +2,13 @@
 //! Shared by the first process and by `exec`.
 
 use std::convert::Infallible;
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 
-use nix::fcntl::AtFlags;
 use nix::sys::personality::{self, Persona};
 use oci_spec::runtime::{Hook, LinuxPersonalityDomain};
-use rustix::fs::{FileType, Mode, OFlags, PROC_SUPER_MAGIC};
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::process::{Pid, Rlimit, fchdir, getcwd, getrlimit, prlimit, setrlimit, umask};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, Gid, Uid, clear_ambient_capability_set,
@@ -21,18 +17,15 @@ use rustix::thread::{
     set_thread_res_uid,
 };
 
-use crate::environment::variable;
 use crate::handshake::{Channel, Message, Reason};
 use crate::hooks::{self, HookError, Surroundings};
 use crate::plan::capability::{self, Capabilities};
 use crate::plan::memory::MemoryPolicy;
-use crate::plan::process::{Label, ProcessPlan, UserPlan};
+use crate::plan::process::{ProcessPlan, UserPlan};
+use crate::program::Program;
 use crate::root::Root;
 use crate::seccomp::{Filter, SeccompError};
 use crate::sys;
-
-/// Where programs are looked for if the environment has no PATH.
-const PATH_DEFAULT: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Why the program could not be executed. Engines tell the kinds apart by these texts; who has the
 /// error itself, by [`Reason`].
@@ -88,75 +81,28 @@ pub(crate) fn step<T, E: Into<io::Error>>(
     })
 }
 
-/// What is executed.
-#[derive(Debug)]
-pub(crate) enum Program {
-    Path(CString),
-    Descriptor(OwnedFd),
-}
-
-/// Finds the program that `args[0]` names, as the container sees its file tree.
-pub(crate) fn find_program(process: &ProcessPlan) -> Result<Program, LaunchError> {
-    let name = process.args[0].as_c_str();
-    let text = || name.to_string_lossy().into_owned();
-    if name.to_bytes().contains(&b'/') {
-        check_executable(Path::new(OsStr::from_bytes(name.to_bytes()))).map_err(|source| {
-            LaunchError::Execute {
-                name: text(),
-                source,
-            }
-        })?;
-        return Ok(Program::Path(name.to_owned()));
-    }
-    let path = variable(&process.env, b"PATH").unwrap_or(PATH_DEFAULT.as_bytes());
-    let mut found: io::Error = io::Error::from_raw_os_error(libc::ENOENT);
-    for directory in path.split(|byte| *byte == b':') {
-        let directory = if directory.is_empty() {
-            b"."
-        } else {
-            directory
-        };
-        let path =
-            PathBuf::from(OsStr::from_bytes(directory)).join(OsStr::from_bytes(name.to_bytes()));
-        match check_executable(&path) {
-            Ok(()) => {
-                let path = CString::new(path.into_os_string().into_encoded_bytes());
-                return step("name the program", path.map_err(io::Error::other)).map(Program::Path);
-            }
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => found = error,
-            Err(_) => {}
+/// Changes to the working directory; false if that must wait until the user is taken on, who may be
+/// allowed what this process is not: in a user namespace, or on a network's file system.
+pub(crate) fn try_directory(process: &ProcessPlan) -> Result<bool, LaunchError> {
+    match change_directory(process) {
+        Ok(()) => Ok(true),
+        Err(LaunchError::WorkingDirectory { source, .. })
+            if source.kind() == io::ErrorKind::PermissionDenied =>
+        {
+            Ok(false)
         }
+        Err(error) => Err(error),
     }
-    if found.kind() == io::ErrorKind::PermissionDenied {
-        return Err(LaunchError::Execute {
-            name: text(),
-            source: found,
-        });
-    }
-    Err(LaunchError::NotInPath {
-        name: text(),
-        source: found,
-    })
-}
-
-fn check_executable(path: &Path) -> io::Result<()> {
-    let metadata = std::fs::metadata(path)?;
-    if metadata.is_file() && metadata.mode() & 0o111 != 0 {
-        return Ok(());
-    }
-    Err(io::Error::from_raw_os_error(libc::EACCES))
 }
 
 /// Changes to the working directory and makes sure that it is inside: a descriptor that leaked could
 /// otherwise be used as one (CVE-2024-21626).
-pub(crate) fn change_directory(process: &ProcessPlan) -> Result<(), LaunchError> {
+fn change_directory(process: &ProcessPlan) -> Result<(), LaunchError> {
     let path = || process.cwd.display().to_string();
     // Links of the kernel, as /proc/self/fd/7, are not followed: this process has descriptors that the
     // program will not have.
     let change = || -> io::Result<()> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = Root::new(rustix::fs::open("/", flags, Mode::empty())?);
-        let directory = root.open(&process.cwd, OFlags::PATH | OFlags::DIRECTORY)?;
+        let directory = Root::current()?.open(&process.cwd, OFlags::PATH | OFlags::DIRECTORY)?;
         Ok(fchdir(directory)?)
     };
     change().map_err(|source| LaunchError::WorkingDirectory {
@@ -195,28 +141,6 @@ pub(crate) fn set_attributes(
     Ok(())
 }
 
-/// Sets the label that exec gives. The file must be one of a real /proc: in a container that runs,
-/// something else may be mounted there (CVE-2019-16884).
-pub(crate) fn set_label(label: &Label) -> Result<(), LaunchError> {
-    let (own, shared) = (c"/proc/self/attr/apparmor/exec", c"/proc/self/attr/exec");
-    let write = |path: &CStr, text: &str| -> io::Result<()> {
-        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = rustix::fs::open(path, flags, Mode::empty())?;
-        if rustix::fs::fstatfs(&file)?.f_type != PROC_SUPER_MAGIC {
-            return Err(io::Error::other("/proc is not a procfs"));
-        }
-        io::Write::write_all(&mut std::fs::File::from(file), text.as_bytes())
-    };
-    let written = match label {
-        Label::AppArmor(profile) => {
-            let text = format!("exec {profile}");
-            write(own, &text).or_else(|_| write(shared, &text))
-        }
-        Label::Selinux(label) => write(shared, label),
-    };
-    step("set the security label", written)
-}
-
 /// Starts a session keyring of its own.
 pub(crate) fn join_keyring(name: &CStr) -> Result<(), LaunchError> {
     match sys::join_session_keyring(name) {
@@ -251,8 +175,12 @@ pub(crate) fn raise_limits(process: &ProcessPlan, pid: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes on the user, its groups and its capabilities. Nothing that is given up comes back.
-pub(crate) fn take_on_identity(process: &ProcessPlan) -> Result<(), LaunchError> {
+/// Takes on the user, its groups and its capabilities, and then the working directory unless that is done.
+/// Nothing that is given up comes back.
+pub(crate) fn take_on_identity(
+    process: &ProcessPlan,
+    in_directory: bool,
+) -> Result<(), LaunchError> {
     give_pipes(process.user.uid)?;
     drop_bounding(process.capabilities.bounding)?;
     // The change of user would take away what the configuration grants.
@@ -266,7 +194,10 @@ pub(crate) fn take_on_identity(process: &ProcessPlan) -> Result<(), LaunchError>
     if process.no_new_privileges {
         step("set no_new_privs", set_no_new_privs(true))?;
     }
-    Ok(())
+    if in_directory {
+        return Ok(());
+    }
+    change_directory(process)
 }
 
 /// Gives standard streams that are pipes to the user, who could otherwise not open /dev/stdout. What is
@@ -361,6 +292,8 @@ pub(crate) struct Ending<'a> {
     pub(crate) program: Program,
     /// Whether the identity was taken on before.
     pub(crate) has_identity: bool,
+    /// Whether the working directory was; if not, the user must be taken on first.
+    pub(crate) in_directory: bool,
     /// What runs before the program, as the program would: its user, rights, limits and filter.
     pub(crate) start_hooks: &'a [Hook],
     /// The OCI state, for the hooks.
@@ -398,12 +331,12 @@ impl Ending<'_> {
             Program::Descriptor(file) => {
                 Program::Descriptor(step("keep the program", lift(file, descriptors.len()))?)
             }
-            Program::Path(path) => Program::Path(path.clone()),
+            Program::Paths(paths) => Program::Paths(paths.clone()),
         };
         step("report", starter.send(&Message::Executing))?;
         let first = identity_first(self.process, self.filter);
         if first && !self.has_identity {
-            take_on_identity(self.process)?;
+            take_on_identity(self.process, self.in_directory)?;
         }
         let mut kept = vec![starter.as_fd()];
         if let Program::Descriptor(file) = &program {
@@ -428,7 +361,7 @@ impl Ending<'_> {
         }
         install(self.filter, starter)?;
         if !identity_first {
-            take_on_identity(self.process)?;
+            take_on_identity(self.process, self.in_directory)?;
         }
         let around = Surroundings {
             state: self.state,
@@ -436,7 +369,7 @@ impl Ending<'_> {
             env: Some(&self.env),
         };
         hooks::run(self.start_hooks, "startContainer", &around)?;
-        execute(program, &self.process.args, &self.env)
+        program.execute(&self.process.args, &self.env)
     }
 }
 
@@ -493,24 +426,4 @@ fn place_descriptors(descriptors: Vec<OwnedFd>, kept: &[BorrowedFd<'_>]) -> io::
         .chain(moved)
         .for_each(std::mem::forget);
     Ok(())
-}
-
-/// Becomes the program.
-fn execute(
-    program: &Program,
-    args: &[CString],
-    env: &[CString],
-) -> Result<Infallible, LaunchError> {
-    sys::reset_broken_pipe();
-    let error = match program {
-        Program::Path(path) => nix::unistd::execve(path, args, env),
-        Program::Descriptor(file) => {
-            let empty: &CStr = c"";
-            nix::unistd::execveat(file, empty, args, env, AtFlags::AT_EMPTY_PATH)
-        }
-    };
-    error.map_err(|error| LaunchError::Execute {
-        name: args[0].to_string_lossy().into_owned(),
-        source: error.into(),
-    })
 }

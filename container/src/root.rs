@@ -28,6 +28,12 @@ impl Root {
         Self { directory }
     }
 
+    /// The root of this process, in which the kernel's magic links are then not followed either.
+    pub(crate) fn current() -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Self::new(fs::open("/", flags, Mode::empty())?))
+    }
+
     #[cfg(test)]
     /// Opens a directory of the host as a root.
     pub(crate) fn open_host(path: &Path) -> io::Result<Self> {

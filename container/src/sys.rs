@@ -186,13 +186,11 @@ pub(crate) fn copy_inherited(number: RawFd) -> io::Result<OwnedFd> {
 /// in the container's program. But for SIGPIPE: a hook that does not read must not end this process.
 pub(crate) fn reset_signal_handlers() {
     for number in Signal::iterator() {
-        let action = match number {
-            Signal::SIGKILL | Signal::SIGSTOP => continue,
-            Signal::SIGPIPE => SigHandler::SigIgn,
-            _ => SigHandler::SigDfl,
-        };
-        set_signal_action(number, action);
+        if !matches!(number, Signal::SIGKILL | Signal::SIGSTOP) {
+            set_signal_action(number, SigHandler::SigDfl);
+        }
     }
+    set_signal_action(Signal::SIGPIPE, SigHandler::SigIgn);
 }
 
 /// The last of them, for a process that is about to execute another program.

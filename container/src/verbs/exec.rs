@@ -16,7 +16,8 @@ use crate::cgroup::{Cgroup, CgroupError, Entry};
 use crate::create::{CreateError, Stdio, connect_console, harden, write_pid_file};
 use crate::environment;
 use crate::handshake::{Channel, Failure, Message};
-use crate::launch::{self, Program};
+use crate::label::LabelFile;
+use crate::launch;
 use crate::namespaces::{self, Forked};
 use crate::notify;
 use crate::plan::memory::{self, MemoryPolicy};
@@ -24,6 +25,7 @@ use crate::plan::namespaces::{Kind, NamespacePlan};
 use crate::plan::process::ProcessPlan;
 use crate::plan::{PlanError, capability};
 use crate::process::Process;
+use crate::program::Program;
 use crate::root::Root;
 use crate::seccomp::{self, Filter};
 use crate::spec::{Config, SpecError, load_process};
@@ -390,7 +392,7 @@ fn enter(plan: &ExecPlan, namespaces: &NamespacePlan, wiring: Wiring) -> ! {
         descriptors,
         keyring,
     } = wiring;
-    let prepare = || -> Result<Program, Error> {
+    let prepare = || -> Result<(Program, bool), Error> {
         sys::reset_signal_handlers();
         SigSet::empty().thread_set_mask()?;
         let (before, after) = &plan.process.affinity;
@@ -402,31 +404,34 @@ fn enter(plan: &ExecPlan, namespaces: &NamespacePlan, wiring: Wiring) -> ! {
             sys::reset_affinity();
         }
         set_affinity(after.as_ref())?;
+        let label = plan.process.label.as_ref();
+        let label = label.map(LabelFile::open).transpose()?;
         channel.await_proceed()?;
         namespaces::enter(namespaces)?;
         setsid()?;
         if let Some(name) = &keyring {
             launch::join_keyring(name)?;
         }
-        if let Some(label) = &plan.process.label {
-            launch::set_label(label)?;
+        if let Some(label) = label {
+            label.write()?;
         }
         set_streams(plan, &stdio, &channel)?;
-        launch::change_directory(&plan.process)?;
+        let in_directory = launch::try_directory(&plan.process)?;
         let memory_policy = plan.memory_policy.as_ref();
         launch::set_attributes(&plan.process, plan.personality, memory_policy)?;
-        let program = launch::find_program(&plan.process)?;
+        let program = Program::find(&plan.process)?;
         channel.send(&Message::Ready)?;
         channel.await_proceed()?;
-        Ok(program)
+        Ok((program, in_directory))
     };
-    let prepared = prepare().unwrap_or_else(|error| launch::fail(&channel, &*error));
+    let (program, in_directory) = prepare().unwrap_or_else(|error| launch::fail(&channel, &*error));
     let ending = launch::Ending {
         process: &plan.process,
         filter: plan.filter.as_ref(),
         env: environment::environment(&plan.process),
-        program: prepared,
+        program,
         has_identity: false,
+        in_directory,
         start_hooks: &[],
         state: "",
     };
@@ -455,9 +460,8 @@ fn set_streams(plan: &ExecPlan, stdio: &Stdio, channel: &Channel) -> Result<(), 
     let Some(size) = plan.process.terminal else {
         return Ok(stdio.take_on()?);
     };
-    let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = Root::new(openat(CWD, "/", directory, Mode::empty())?);
-    let Terminal { master, slave } = Terminal::open(&root, size, plan.process.user.uid)?;
+    let Terminal { master, slave } =
+        Terminal::open(&Root::current()?, size, plan.process.user.uid)?;
     tty::take_on(slave.as_fd())?;
     channel.send(&Message::Console(Some(master)))?;
     Ok(())

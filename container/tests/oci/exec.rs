@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use serde_json::json;
 
 use crate::bundle::Bundle;
@@ -139,4 +141,31 @@ fn a_shared_null_device_keeps_its_owner() {
     assert_eq!(ended.status, 0, "{ended:?}");
     let after = std::os::unix::fs::MetadataExt::uid(&fs::metadata("/dev/null").unwrap());
     assert_eq!(before, after);
+}
+
+/// HOME is looked for there where it is not given.
+#[test]
+fn a_passwd_that_is_no_file_is_not_waited_for() {
+    let bundle = Bundle::new("exec sleep 100");
+    let etc = bundle.rootfs().join("etc");
+    fs::create_dir(&etc).unwrap();
+    let mode = Mode::from_bits_truncate(0o644);
+    mkfifo(&etc.join("passwd"), mode).unwrap();
+    bundle.start();
+    let ended = bundle.verb(&["exec"], &["sh", "-c", "echo $HOME"]);
+    assert_eq!(
+        (ended.status, ended.stdout.as_str()),
+        (0, "/\n"),
+        "{ended:?}"
+    );
+    fs::remove_file(etc.join("passwd")).unwrap();
+    // The standard input of the process that looks: this test's.
+    std::os::unix::fs::symlink("/proc/self/fd/0", etc.join("passwd")).unwrap();
+    let given = bundle.path().join("given");
+    fs::write(&given, "root:x:0:0::/given:/bin/sh\n").unwrap();
+    let mut command = bundle.command(&["exec"]);
+    command.args([bundle.id.as_str(), "sh", "-c", "echo $HOME"]);
+    command.stdin(fs::File::open(given).unwrap());
+    let ended = crate::bundle::finish(command);
+    assert_eq!(ended.stdout, "/\n", "{ended:?}");
 }

@@ -1,6 +1,8 @@
 //! What the program is given: arguments, limits, scheduling, rights (config.md, "Process").
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -35,7 +37,7 @@ fn a_program_is_looked_for_in_the_path_of_its_own_environment() {
     fs::create_dir(bundle.rootfs().join("opt")).unwrap();
     let tool = bundle.rootfs().join("opt/tool");
     fs::write(&tool, "#!/bin/sh\necho found\n").unwrap();
-    fs::set_permissions(&tool, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    fs::set_permissions(&tool, PermissionsExt::from_mode(0o755)).unwrap();
     assert_eq!(bundle.output(), "found\n");
 }
 
@@ -220,8 +222,8 @@ fn the_score_for_the_shortage_of_memory_stays_unless_it_is_given() {
 /// Labels of systems that this host may lack: then they must not be ignored.
 #[test]
 fn a_label_that_nobody_would_enforce_is_refused() {
-    let selinux = std::path::Path::new("/sys/fs/selinux/enforce").exists();
-    let apparmor = std::path::Path::new("/sys/kernel/security/apparmor/profiles").exists();
+    let selinux = Path::new("/sys/fs/selinux/enforce").exists();
+    let apparmor = Path::new("/sys/kernel/security/apparmor/profiles").exists();
     for (pointer, field, enforced) in [
         ("process", "selinuxLabel", selinux),
         ("linux", "mountLabel", selinux),
@@ -249,5 +251,56 @@ fn sections_for_other_systems_are_refused() {
     ] {
         let bundle = Bundle::new("true").with(|config| config[section] = content);
         bundle.assert_refused(&format!("{section}: "));
+    }
+}
+
+#[test]
+fn what_the_user_may_not_execute_does_not_hide_what_comes_later_in_the_path() {
+    let bundle = Bundle::new("").with(|config| {
+        config["process"]["args"] = json!(["id", "-u"]);
+        config["process"]["env"] = json!(["PATH=/closed:/rootly:/bin"]);
+        config["process"]["user"] = json!({"uid": 7, "gid": 7});
+    });
+    for (directory, mode, program_mode) in [("closed", 0o700, 0o755), ("rootly", 0o755, 0o700)] {
+        let directory = bundle.rootfs().join(directory);
+        fs::create_dir(&directory).unwrap();
+        let program = directory.join("id");
+        crate::bundle::copy_program(Path::new("/bin/busybox"), &program);
+        fs::set_permissions(&program, Permissions::from_mode(program_mode)).unwrap();
+        fs::set_permissions(&directory, Permissions::from_mode(mode)).unwrap();
+    }
+    assert_eq!(bundle.output(), "7\n");
+    // Without another one the refusal is that of the last.
+    let message = bundle
+        .with(|config| config["process"]["env"] = json!(["PATH=/closed:/rootly"]))
+        .refusal();
+    assert!(message.contains("Permission denied"), "{message}");
+}
+
+/// Root in a user namespace has no rights over what is nobody's there.
+#[test]
+fn a_working_directory_may_be_one_that_only_the_user_may_enter() {
+    for no_new_privileges in [true, false] {
+        let bundle = Bundle::new("pwd").with(|config| {
+            let linux = &mut config["linux"];
+            let namespaces = linux["namespaces"].as_array_mut().unwrap();
+            namespaces.push(json!({"type": "user"}));
+            linux["uidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 1000}]);
+            linux["gidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 1000}]);
+            linux["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW"});
+            let process = &mut config["process"];
+            process["user"] = json!({"uid": 7, "gid": 7});
+            process["cwd"] = json!("/work");
+            process["noNewPrivileges"] = json!(no_new_privileges);
+        });
+        let work = bundle.rootfs().join("work");
+        fs::create_dir(&work).unwrap();
+        std::os::unix::fs::chown(bundle.rootfs(), Some(100_000), Some(100_000)).unwrap();
+        std::os::unix::fs::chown(&work, Some(5), Some(100_007)).unwrap();
+        fs::set_permissions(&work, Permissions::from_mode(0o750)).unwrap();
+        assert_eq!(bundle.output(), "/work\n");
+        bundle
+            .with(|config| config["process"]["user"] = json!({"uid": 8, "gid": 8}))
+            .assert_refused("cannot change to the working directory `/work`");
     }
 }
