@@ -80,7 +80,11 @@ impl Config {
             });
         }
         // The straight way first: it is several times faster than the one that can name the field.
-        if let Ok(spec) = serde_json::from_slice(&text) {
+        if let Ok(mut spec) = serde_json::from_slice::<Spec>(&text) {
+            if let Some(resources) = resources_of(&mut spec).filter(|it| may_lack_pids_limit(it)) {
+                let value: Value = serde_json::from_slice(&text).unwrap_or_default();
+                drop_missing_pids_limit(resources, value.pointer(RESOURCES));
+            }
             return Ok(Self {
                 warnings: ambient_in_vain(&spec),
                 spec,
@@ -99,17 +103,41 @@ impl Config {
             correct_process(process);
         }
         drop_empty_policy(&mut value);
-        let spec = location::read(&value).map_err(|misfit| {
+        let mut spec = location::read(&value).map_err(|misfit| {
             let reason = policy_words(&misfit.field) + &misfit.reason;
             let whole = misfit.field.is_empty().then(|| "the whole".to_owned());
             invalid(whole.unwrap_or(misfit.field), reason)
         })?;
+        if let Some(resources) = resources_of(&mut spec) {
+            drop_missing_pids_limit(resources, value.pointer(RESOURCES));
+        }
         warnings.extend(ambient_in_vain(&spec));
         Ok(Self {
             spec,
             text,
             warnings,
         })
+    }
+}
+
+/// Where the limits are in a configuration.
+const RESOURCES: &str = "/linux/resources";
+
+fn resources_of(spec: &mut Spec) -> Option<&mut LinuxResources> {
+    spec.linux_mut().as_mut()?.resources_mut().as_mut()
+}
+
+/// oci-spec has 0 for a limit of tasks that is not given. But 0 is one that may be given.
+fn may_lack_pids_limit(resources: &LinuxResources) -> bool {
+    let pids = resources.pids().as_ref();
+    pids.is_some_and(|pids| pids.limit() == 0)
+}
+
+/// Without a limit the section asks for nothing.
+fn drop_missing_pids_limit(resources: &mut LinuxResources, given: Option<&Value>) {
+    let limit = given.and_then(|given| given.pointer("/pids/limit"));
+    if may_lack_pids_limit(resources) && limit.is_none() {
+        resources.set_pids(None);
     }
 }
 
@@ -242,13 +270,15 @@ pub fn parse_resources(resources: &Value) -> Result<LinuxResources, SpecError> {
     if resources.is_null() {
         return Ok(LinuxResources::default());
     }
-    location::read(resources).map_err(|misfit| {
+    let mut read: LinuxResources = location::read(resources).map_err(|misfit| {
         let field = format!("linux.resources.{}", misfit.field);
         SpecError::Resources {
             field: field.trim_end_matches('.').to_owned(),
             reason: misfit.reason,
         }
-    })
+    })?;
+    drop_missing_pids_limit(&mut read, Some(resources));
+    Ok(read)
 }
 
 #[cfg(test)]
@@ -274,6 +304,32 @@ mod tests {
         ] {
             let message = parse(text).unwrap_err().to_string();
             assert!(message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_limit_of_tasks_that_is_not_given_is_none_and_one_of_zero_is_one() {
+        for (pids, limit) in [
+            ("{}", None),
+            (r#"{"limit":0}"#, Some(0)),
+            (r#"{"limit":5}"#, Some(5)),
+        ] {
+            let resources = format!(r#"{{"pids":{pids}}}"#);
+            // The capability makes it take the slow way.
+            for process in [
+                "",
+                r#","process":{"cwd":"/","capabilities":{"bounding":["CAP_FLY"]}}"#,
+            ] {
+                let text = format!(
+                    r#"{{"ociVersion":"1.0.2","linux":{{"resources":{resources}}}{process}}}"#
+                );
+                let mut config = parse(&text).unwrap();
+                let read = resources_of(&mut config.spec).unwrap();
+                assert_eq!(read.pids().map(|pids| pids.limit()), limit, "{text}");
+            }
+            let value = serde_json::from_str(&resources).unwrap();
+            let read = parse_resources(&value).unwrap();
+            assert_eq!(read.pids().map(|pids| pids.limit()), limit, "{resources}");
         }
     }
 

@@ -72,15 +72,17 @@ pub(super) struct Start {
 impl Making {
     /// `stays` is whether this program attends the container to its end.
     fn options(self, global: &Global, stays: bool) -> Result<CreateOptions> {
+        let activated = super::activated();
+        let preserved = self.preserve_fds.saturating_add(activated.unwrap_or(0));
         Ok(CreateOptions {
             root: global.root.clone(),
             id: self.id,
             bundle: self.bundle,
             config: self.config,
-            env: super::activation(),
+            env: activated.map(super::activation).unwrap_or_default(),
             stdio: super::stdio(self.console_socket, stays),
             executable: None,
-            descriptors: super::preserved(self.preserve_fds)?,
+            descriptors: super::preserved(preserved)?,
             pid_file: self.pid_file,
             pidfd_socket: self.pidfd_socket,
             no_new_keyring: self.no_new_keyring,

@@ -202,9 +202,8 @@ pub(crate) fn print(text: &str) -> Result<()> {
     Ok(stdout.flush()?)
 }
 
-/// The descriptors that `--preserve-fds` passes on, and those of systemd's socket activation.
+/// The descriptors that follow the standard streams and are passed on.
 pub(crate) fn preserved(count: u16) -> Result<Vec<std::os::fd::OwnedFd>> {
-    let count = count.saturating_add(activated().unwrap_or(0));
     let copy = |number: i32| {
         container::process::copy_inherited(number).with_context(|| {
             format!(
@@ -216,16 +215,18 @@ pub(crate) fn preserved(count: u16) -> Result<Vec<std::os::fd::OwnedFd>> {
     (3..3 + i32::from(count)).map(copy).collect()
 }
 
-/// How many descriptors systemd's socket activation gave this program.
+/// How many descriptors systemd's socket activation gave this program, and not one that its variables were
+/// left over from (sd_listen_fds(3)).
 fn activated() -> Option<u16> {
-    std::env::var("LISTEN_FDS").ok()?.parse().ok()
+    let number = |name: &str| std::env::var(name).ok()?.parse::<u32>().ok();
+    if number("LISTEN_PID")? != std::process::id() {
+        return None;
+    }
+    u16::try_from(number("LISTEN_FDS")?).ok()
 }
 
-/// What tells a container's program about them (sd_listen_fds(3)): it is process 1.
-fn activation() -> Vec<String> {
-    let Some(count) = activated() else {
-        return Vec::new();
-    };
+/// What tells a container's program about them: it is process 1.
+fn activation(count: u16) -> Vec<String> {
     let mut env = vec![format!("LISTEN_FDS={count}"), "LISTEN_PID=1".to_owned()];
     env.extend(std::env::var("LISTEN_FDNAMES").map(|names| format!("LISTEN_FDNAMES={names}")));
     env

@@ -4,6 +4,8 @@ use std::io;
 use std::path::PathBuf;
 
 use oci_spec::runtime::LinuxNamespaceType;
+use rustix::fs::stat;
+use rustix::io::Errno;
 
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::process::Process;
@@ -48,6 +50,12 @@ pub fn kill(options: &KillOptions) -> Result<(), KillError> {
     // Without a pid namespace of its own nobody else would kill the others.
     let grouped = !record.cgroup.is_empty();
     let leaves_others = || signal == libc::SIGKILL && grouped && shares_pids(&home);
+    if options.all && !grouped {
+        let Some(process) = process else {
+            return Ok(());
+        };
+        return kill_without_group(&home, &process, signal).map_err(failed);
+    }
     if options.all || leaves_others() {
         let cgroup = Cgroup::open(&record.cgroup)?;
         if !options.all && process.is_none() && cgroup.pids()?.is_empty() {
@@ -80,6 +88,39 @@ pub fn kill(options: &KillOptions) -> Result<(), KillError> {
     if signal == libc::SIGKILL && status == Status::Paused {
         // A frozen process of cgroup v1 does not die.
         Cgroup::open(&record.cgroup)?.thaw()?;
+    }
+    Ok(())
+}
+
+/// Without a group all that is known are the first process and those of its own pid namespace. With SIGKILL
+/// the kernel ends these with it.
+fn kill_without_group(home: &Home, first: &Process, signal: i32) -> io::Result<()> {
+    if signal == libc::SIGKILL || shares_pids(home) {
+        return send(first, signal);
+    }
+    let namespace = |pid: i32| match stat(format!("/proc/{pid}/ns/pid")) {
+        Ok(stat) => Ok(Some((stat.st_dev, stat.st_ino))),
+        // It has ended, or is another user's, and then none of the container's.
+        Err(Errno::NOENT | Errno::SRCH | Errno::ACCESS) => Ok(None),
+        Err(error) => Err(io::Error::from(error)),
+    };
+    let Some(own) = namespace(first.pid())? else {
+        return Ok(());
+    };
+    for entry in std::fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let Some(start_time) = crate::process::start_time(pid)? else {
+            continue;
+        };
+        // The descriptor comes first: what it does not lead to any more is not signalled.
+        if let Some(process) = Process::find(pid, start_time)?
+            && namespace(pid)? == Some(own)
+        {
+            send(&process, signal)?;
+        }
     }
     Ok(())
 }

@@ -1,12 +1,13 @@
 //! One more process in a container that runs.
 
 use std::fs;
+use std::process::Command;
 
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use serde_json::json;
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, finish};
 
 fn running() -> Bundle {
     let bundle = Bundle::new("exec sleep 100").with(|config| config["hostname"] = json!("inside"));
@@ -166,6 +167,22 @@ fn a_passwd_that_is_no_file_is_not_waited_for() {
     let mut command = bundle.command(&["exec"]);
     command.args([bundle.id.as_str(), "sh", "-c", "echo $HOME"]);
     command.stdin(fs::File::open(given).unwrap());
-    let ended = crate::bundle::finish(command);
+    let ended = finish(command);
     assert_eq!(ended.stdout, "/\n", "{ended:?}");
+}
+
+#[test]
+fn socket_activation_is_not_for_it() {
+    let bundle = running();
+    let exec = bundle.command(&["exec"]);
+    let mut shell = Command::new("sh");
+    let script = "export LISTEN_FDS=1 LISTEN_PID=$$; exec \"$@\" 3</dev/zero";
+    shell.args(["-c", script, "sh"]).arg(exec.get_program());
+    shell.args(exec.get_args()).arg(&bundle.id);
+    shell.args(["sh", "-c", "echo $LISTEN_FDS; readlink /proc/self/fd/3"]);
+    shell.current_dir(bundle.path());
+    let ended = finish(shell);
+    // What readlink itself has open there is no device.
+    assert!(!ended.stdout.contains("zero"), "{ended:?}");
+    assert!(ended.stdout.starts_with('\n'), "{ended:?}");
 }

@@ -141,7 +141,8 @@ const CASES: &[(&str, &str, &str, Shown, Shown)] = &[
 /// The container's directory in the hierarchy of the controller, and whether that is of v2.
 fn directory(controller: &str, id: &str) -> Option<(PathBuf, bool)> {
     let v1 = PathBuf::from(MOUNT).join(controller);
-    if v1.is_dir() {
+    // Where the kernel lacks the controller, there may be an empty directory to mount it on.
+    if v1.join("cgroup.procs").exists() {
         return Some((v1.join(id), false));
     }
     // Alone, or beside v1.
@@ -258,4 +259,12 @@ fn too_much_memory_kills_the_program() {
             });
     let ended = bundle.run();
     assert_eq!(ended.stdout, "dd: 137\n", "{ended:?}");
+}
+
+#[test]
+fn a_limit_of_tasks_that_is_not_given_is_none() {
+    let bundle = Bundle::new("true | true; echo forked").with(|config| {
+        config["linux"]["resources"]["pids"] = json!({});
+    });
+    assert_eq!(bundle.output(), "forked\n");
 }

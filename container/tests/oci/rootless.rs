@@ -2,6 +2,7 @@
 //! user may write, and no control group.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -9,7 +10,7 @@ use std::process::{Command, Stdio};
 use container::verbs::spec::spec;
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, Ended, copy_program, finish, own_runtime};
+use crate::bundle::{Bundle, Ended, copy_program, finish, finish_child, own_runtime};
 
 const NOBODY: u32 = 65534;
 
@@ -114,5 +115,25 @@ fn what_needs_a_control_group_is_refused_by_name() {
         assert_eq!(ended.status, 1, "{ended:?}");
         assert!(ended.stderr.contains(field), "{ended:?}");
         assert!(ended.stderr.contains("control groups"), "{ended:?}");
+    }
+}
+
+#[test]
+fn without_a_group_a_signal_for_all_reaches_the_pid_namespace() {
+    // The first process ends only when its child does, which is there before it says so.
+    let script = "trap : TERM; \
+                  sh -c 'trap \"exit 3\" TERM; echo ready; while :; do sleep 0.01; done' & \
+                  while kill -0 $! 2>/dev/null; do wait $!; done; exit 5";
+    for (signal, status) in [("TERM", 5), ("KILL", 137)] {
+        let bundle = bundle(script);
+        let mut run = command(&bundle, &["run"], &[]);
+        let mut child = run.stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        let stdout = child.stdout.as_mut().unwrap();
+        BufReader::new(stdout).read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n");
+        let ended = verb(&bundle, &["kill", "--all"], &[signal]);
+        assert_eq!(ended.status, 0, "{ended:?}");
+        assert_eq!(finish_child(child).status, status, "{signal}");
     }
 }

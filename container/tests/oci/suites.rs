@@ -349,21 +349,25 @@ fn a_pidfd_of_the_process_is_sent_to_whoever_wants_it() {
 #[test]
 fn descriptors_of_socket_activation_are_announced_and_a_missing_one_is_named() {
     let bundle = Bundle::new("echo $LISTEN_FDS $LISTEN_PID");
-    let run = |redirection: &str| {
+    // They are for whom the process is that they name, which a shell's command becomes.
+    let run = |listen_pid: &str, redirection: &str| {
         let command = bundle.command(&["run"]);
         let mut shell = Command::new("sh");
-        let script = format!("exec \"$@\" {redirection}");
+        let script = format!("export LISTEN_PID={listen_pid}; exec \"$@\" {redirection}");
         shell.args(["-c", &script, "sh"]).arg(command.get_program());
         shell.args(command.get_args()).arg(&bundle.id);
         shell.current_dir(bundle.path()).env("LISTEN_FDS", "1");
         finish(shell)
     };
-    assert_eq!(run("3</dev/null").stdout, "1 1\n");
-    let ended = run("3>&-");
+    assert_eq!(run("$$", "3</dev/null").stdout, "1 1\n");
+    let ended = run("$$", "3>&-");
     assert!(
         ended.stderr.contains("(preserved-fd 0) is not open"),
         "{ended:?}"
     );
+    for other in ["1", "x", ""] {
+        assert_eq!(run(other, "3>&-").stdout, "\n", "{other}");
+    }
 }
 
 #[test]
