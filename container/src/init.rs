@@ -87,8 +87,7 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     SigSet::empty().thread_set_mask()?;
     step("enter the cgroup", wiring.entry.join())?;
     sys::reset_affinity();
-    let label = plan.process.label.as_ref();
-    let label = label.map(LabelFile::open).transpose()?;
+    let labels = LabelFile::open_all(&plan.process.labels)?;
     wiring.channel.await_proceed()?;
     let state = state_for_hooks(plan, wiring.record);
     step("enter the namespaces", namespaces::enter(&plan.namespaces))?;
@@ -111,7 +110,7 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     set_sysctl(plan)?;
     masks::make_readonly(&plan.readonly_paths, &root)?;
     mounts::finish(&plan.mounts, &root)?;
-    if let Some(label) = label {
+    for label in labels {
         label.write()?;
     }
     step("make the root file system `/`", rootfs::pivot(&root))?;

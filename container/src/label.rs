@@ -19,8 +19,12 @@ pub(crate) struct LabelFile<'a> {
 }
 
 impl<'a> LabelFile<'a> {
-    /// For this process; another one, also a child, may not write to it.
-    pub(crate) fn open(label: &'a Label) -> Result<Self, LaunchError> {
+    /// For this process; another one, also a child, may not write to them.
+    pub(crate) fn open_all(labels: &'a [Label]) -> Result<Vec<Self>, LaunchError> {
+        labels.iter().map(Self::open).collect()
+    }
+
+    fn open(label: &'a Label) -> Result<Self, LaunchError> {
         let open = |path: &str| {
             let file = openat(CWD, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
             Ok::<_, io::Error>(File::from(file))

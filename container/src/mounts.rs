@@ -13,8 +13,8 @@ use rustix::fs::{
     CWD, FileType, Mode, OFlags, PROC_SUPER_MAGIC, fstat, fstatfs, mkdirat, symlinkat,
 };
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, fsconfig_create, fsconfig_reconfigure,
+    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick,
 };
 
 use crate::copy::copy_contents;
@@ -150,6 +150,12 @@ fn make_one(
         MountKind::Cgroup => make_cgroup(mount, root, cgroups),
         MountKind::Remount => {
             let target = root.find(&mount.destination)?;
+            if !mount.options.data.is_empty() {
+                reconfigure(&target, &mount.options, hint)?;
+            }
+            if let Some((propagation, recursive)) = mount.options.propagation {
+                set_propagation(target.as_fd(), propagation, recursive)?;
+            }
             set_all(target.as_fd(), mount.options.attributes, &mount.options)
         }
     }
@@ -224,12 +230,7 @@ fn new_file_system(
     let context = fsopen(name, FsOpenFlags::FSOPEN_CLOEXEC)?;
     let configure = || -> io::Result<OwnedFd> {
         fsconfig_set_string(&context, "source", source)?;
-        for (key, value) in &options.data {
-            match value {
-                Some(value) => fsconfig_set_string(&context, key, value)?,
-                None => fsconfig_set_flag(&context, key)?,
-            }
-        }
+        set_data(&context, options)?;
         // A tmpfs takes on the mode of the directory that it hides, as with the other runtimes.
         if let Some(destination) = destination
             && name == "tmpfs"
@@ -249,6 +250,27 @@ fn new_file_system(
         )?)
     };
     configure().inspect_err(|_| *hint = kernel_messages(&context))
+}
+
+/// Changes a file system that is mounted.
+fn reconfigure(mount: &OwnedFd, options: &Options, hint: &mut String) -> io::Result<()> {
+    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+    let context = fspick(mount, "", flags)?;
+    let configure = || {
+        set_data(&context, options)?;
+        Ok(fsconfig_reconfigure(&context)?)
+    };
+    configure().inspect_err(|_| *hint = kernel_messages(&context))
+}
+
+fn set_data(context: &OwnedFd, options: &Options) -> io::Result<()> {
+    for (key, value) in &options.data {
+        match value {
+            Some(value) => fsconfig_set_string(context, key, value)?,
+            None => fsconfig_set_flag(context, key)?,
+        }
+    }
+    Ok(())
 }
 
 /// What the kernel has to say about a mount that failed: lines that begin with their severity.

@@ -48,7 +48,7 @@ pub(crate) enum MountKind {
     FileSystem { name: String, source: String },
     /// The control groups, as the host has them: one tree of v2, or one of v1 per controller.
     Cgroup,
-    /// Change the attributes of what is mounted there.
+    /// Change what is mounted there.
     Remount,
 }
 
@@ -152,13 +152,8 @@ impl MountPlan {
                     .map_or_else(|| name.to_owned(), |source| source.display().to_string()),
             },
         };
-        if let (MountKind::FileSystem { name, .. }, Some(label)) = (&what, label)
-            && !UNLABELED.contains(&name.as_str())
-        {
-            options
-                .data
-                .push(("context".to_owned(), Some(label.to_owned())));
-        }
+        refuse_in_vain(&field, &what, &options)?;
+        options.data.extend(label_option(&what, label));
         let id_map = id_map(&field, mount, &options, linux)?;
         if id_map.is_some() && !(privileged && matches!(what, MountKind::Bind { .. })) {
             return Err(PlanError::value(
@@ -185,6 +180,39 @@ impl MountPlan {
             options,
             read_only_last,
         })
+    }
+}
+
+/// SELinux's label of a new file system, which is an option.
+fn label_option(what: &MountKind, label: Option<&str>) -> Option<(String, Option<String>)> {
+    let MountKind::FileSystem { name, .. } = what else {
+        return None;
+    };
+    let label = label.filter(|_| !UNLABELED.contains(&name.as_str()))?;
+    Some(("context".to_owned(), Some(label.to_owned())))
+}
+
+/// Options that could only be ignored for this kind of mount.
+fn refuse_in_vain(field: &str, what: &MountKind, options: &Options) -> Result<(), PlanError> {
+    let is_tmpfs = matches!(what, MountKind::FileSystem { name, .. } if name == "tmpfs");
+    let refused = |option: &str, allowed| {
+        let field = format!("{field}.options");
+        Err(PlanError::value(field, option, allowed))
+    };
+    if options.copy_up && !is_tmpfs {
+        return refused("tmpcopyup", "it is for a new tmpfs");
+    }
+    let allowed = match what {
+        MountKind::FileSystem { .. } => return Ok(()),
+        MountKind::Remount if options.bind.is_none() => return Ok(()),
+        MountKind::Remount | MountKind::Bind { .. } => {
+            "a bind mount has attributes of its own, and no options of its file system"
+        }
+        MountKind::Cgroup => "the control groups are mounted, and are shown with attributes only",
+    };
+    match options.for_file_system() {
+        Some(option) => refused(&option, allowed),
+        None => Ok(()),
     }
 }
 

@@ -71,16 +71,16 @@ const PROPAGATIONS: &[(&str, u64)] = &[
     ("unbindable", MS_UNBINDABLE),
 ];
 
-/// Options that the file system as a whole gets, and those that undo nothing because they are the
-/// default.
-const FILE_SYSTEM_FLAGS: &[&str] = &["sync", "dirsync", "lazytime", "mand", "silent"];
+/// Options that the file system as a whole gets, and those that need nothing done: they are the default, or
+/// about the kernel's log, which does not hear of mounts that are made by descriptor.
+const FILE_SYSTEM_FLAGS: &[&str] = &["sync", "dirsync", "lazytime", "mand"];
 const DEFAULTS: &[&str] = &[
     "defaults",
     "async",
     "nolazytime",
     "nomand",
     "loud",
-    "iversion",
+    "silent",
     "noiversion",
 ];
 
@@ -112,6 +112,15 @@ impl Options {
                 }
             }
         }
+    }
+
+    /// An option that only some file system could have, as it was given.
+    pub(crate) fn for_file_system(&self) -> Option<String> {
+        let (key, value) = self.data.first()?;
+        Some(match value {
+            Some(value) => format!("{key}={value}"),
+            None => key.clone(),
+        })
     }
 
     fn take_attribute(&mut self, option: &str) -> bool {

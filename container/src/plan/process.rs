@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::ffi::CString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
     IOPriorityClass, LinuxIOPriority, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimit,
@@ -33,7 +33,7 @@ pub(crate) struct ProcessPlan {
     /// Class and level as ioprio_set(2) takes them.
     pub(crate) io_priority: Option<i32>,
     pub(crate) scheduler: Option<SchedulerAttributes>,
-    pub(crate) label: Option<Label>,
+    pub(crate) labels: Vec<Label>,
     /// The processors that a process of `exec` may use before and after it is in its cgroup.
     pub(crate) affinity: (Option<CpuSet>, Option<CpuSet>),
 }
@@ -108,7 +108,7 @@ impl ProcessPlan {
                 .map(io_priority)
                 .transpose()?,
             scheduler: process.scheduler().as_ref().map(scheduler).transpose()?,
-            label: label(process)?,
+            labels: labels(process, Enforced::here())?,
             affinity: affinity(process)?,
         })
     }
@@ -328,33 +328,50 @@ pub(crate) fn members(list: &str, limit: usize) -> Option<Vec<usize>> {
 }
 
 pub(super) fn selinux_is_enabled() -> bool {
-    std::path::Path::new("/sys/fs/selinux/enforce").exists()
+    Path::new("/sys/fs/selinux/enforce").exists()
+}
+
+/// The systems of mandatory access control that the host has.
+#[derive(Clone, Copy)]
+struct Enforced {
+    selinux: bool,
+    apparmor: bool,
+}
+
+impl Enforced {
+    fn here() -> Self {
+        Self {
+            selinux: selinux_is_enabled(),
+            apparmor: Path::new("/sys/kernel/security/apparmor/profiles").exists(),
+        }
+    }
 }
 
 /// A label is refused where the host could not enforce it: it must not be ignored.
-fn label(process: &Process) -> Result<Option<Label>, PlanError> {
+fn labels(process: &Process, enforced: Enforced) -> Result<Vec<Label>, PlanError> {
     let given = |label: &Option<String>| label.clone().filter(|label| !label.is_empty());
+    let mut labels = Vec::new();
     if let Some(label) = given(process.selinux_label()) {
-        if !selinux_is_enabled() {
+        if !enforced.selinux {
             return Err(PlanError::value(
                 "process.selinuxLabel",
                 label,
                 "SELinux is not enabled on this host",
             ));
         }
-        return Ok(Some(Label::Selinux(label)));
+        labels.push(Label::Selinux(label));
     }
     if let Some(profile) = given(process.apparmor_profile()) {
-        if !std::path::Path::new("/sys/kernel/security/apparmor/profiles").exists() {
+        if !enforced.apparmor {
             return Err(PlanError::value(
                 "process.apparmorProfile",
                 profile,
                 "AppArmor is not enabled on this host",
             ));
         }
-        return Ok(Some(Label::AppArmor(profile)));
+        labels.push(Label::AppArmor(profile));
     }
-    Ok(None)
+    Ok(labels)
 }
 
 #[cfg(test)]
@@ -389,6 +406,25 @@ mod tests {
         ] {
             let message = plan(&format!("{{{user},{json}}}")).unwrap_err().to_string();
             assert!(message.contains(&format!("{field}: ")), "{json}: {message}");
+        }
+    }
+
+    #[test]
+    fn no_label_is_left_out_for_another() {
+        let json =
+            r#"{"user":{"uid":0,"gid":0},"cwd":"/","selinuxLabel":"a","apparmorProfile":"b"}"#;
+        let process: Process = serde_json::from_str(json).unwrap();
+        let both = || vec![Label::Selinux("a".into()), Label::AppArmor("b".into())];
+        for (selinux, apparmor, expected) in [
+            (true, true, Ok(both())),
+            (true, false, Err("process.apparmorProfile: `b`")),
+            (false, true, Err("process.selinuxLabel: `a`")),
+        ] {
+            match (labels(&process, Enforced { selinux, apparmor }), expected) {
+                (Ok(labels), Ok(expected)) => assert_eq!(labels, expected),
+                (Err(error), Err(words)) => assert!(error.to_string().contains(words), "{error}"),
+                (result, expected) => panic!("{result:?} is not {expected:?}"),
+            }
         }
     }
 

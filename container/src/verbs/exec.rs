@@ -404,15 +404,14 @@ fn enter(plan: &ExecPlan, namespaces: &NamespacePlan, wiring: Wiring) -> ! {
             sys::reset_affinity();
         }
         set_affinity(after.as_ref())?;
-        let label = plan.process.label.as_ref();
-        let label = label.map(LabelFile::open).transpose()?;
+        let labels = LabelFile::open_all(&plan.process.labels)?;
         channel.await_proceed()?;
         namespaces::enter(namespaces)?;
         setsid()?;
         if let Some(name) = &keyring {
             launch::join_keyring(name)?;
         }
-        if let Some(label) = label {
+        for label in labels {
             label.write()?;
         }
         set_streams(plan, &stdio, &channel)?;

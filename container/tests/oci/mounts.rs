@@ -138,6 +138,97 @@ fn a_mount_can_be_changed_by_a_later_one() {
 }
 
 #[test]
+fn a_mount_that_is_changed_gets_the_options_of_its_file_system_and_its_propagation() {
+    let script =
+        "grep ' /data ' /proc/self/mounts; grep -c ' /data .*shared:' /proc/self/mountinfo";
+    let bundle = Bundle::new(script).with(|config| {
+        push(
+            config,
+            json!({"destination": "/data", "type": "tmpfs", "options": ["size=1m"]}),
+        );
+        push(
+            config,
+            json!({"destination": "/data", "options": ["remount", "size=2m", "shared", "noexec"]}),
+        );
+    });
+    fs::create_dir(bundle.rootfs().join("data")).unwrap();
+    let output = bundle.output();
+    assert!(output.contains("size=2048k"), "{output}");
+    assert!(output.contains("noexec"), "{output}");
+    assert!(output.ends_with("\n1\n"), "{output}");
+}
+
+#[test]
+fn an_option_that_could_only_be_ignored_is_refused() {
+    for (mount, option) in [
+        (
+            json!({"source": "source", "options": ["bind", "size=1m"]}),
+            "size=1m",
+        ),
+        (
+            json!({"source": "source", "options": ["rbind", "sync"]}),
+            "sync",
+        ),
+        (
+            json!({"source": "source", "options": ["bind", "tmpcopyup"]}),
+            "tmpcopyup",
+        ),
+        (
+            json!({"options": ["remount", "bind", "size=1m"]}),
+            "size=1m",
+        ),
+        (json!({"options": ["remount", "tmpcopyup"]}), "tmpcopyup"),
+        (
+            json!({"type": "proc", "options": ["tmpcopyup"]}),
+            "tmpcopyup",
+        ),
+        (
+            json!({"type": "cgroup", "options": ["nsdelegate"]}),
+            "nsdelegate",
+        ),
+    ] {
+        let bundle = Bundle::new("echo ran").with(|config| {
+            let mut mount = mount.clone();
+            mount["destination"] = json!("/data");
+            push(config, mount);
+        });
+        fs::create_dir(bundle.path().join("source")).unwrap();
+        bundle.assert_refused(&format!("mounts[7].options: `{option}`"));
+    }
+    // This one is the file system's to know.
+    let bundle = Bundle::new("echo ran").with(|config| {
+        let options = json!(["iversion"]);
+        push(
+            config,
+            json!({"destination": "/data", "type": "tmpfs", "options": options}),
+        );
+    });
+    fs::create_dir(bundle.rootfs().join("data")).unwrap();
+    bundle.assert_refused("mounts[7]: cannot mount tmpfs on `/data`");
+}
+
+#[test]
+fn an_option_that_needs_nothing_done_is_taken() {
+    let bundle = Bundle::new("echo ran").with(|config| {
+        let options = json!([
+            "silent",
+            "loud",
+            "defaults",
+            "async",
+            "nomand",
+            "noiversion"
+        ]);
+        for (destination, kind) in [("/data", "tmpfs"), ("/data/proc", "proc")] {
+            push(
+                config,
+                json!({"destination": destination, "type": kind, "options": options}),
+            );
+        }
+    });
+    assert_eq!(bundle.output(), "ran\n");
+}
+
+#[test]
 fn what_the_host_mounts_later_arrives_only_where_it_is_asked_for() {
     let script = "test -e /data/below/new && echo arrived; true";
     let host = "mount --bind source source; mount --make-shared source; $CREATE; \
