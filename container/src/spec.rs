@@ -244,12 +244,17 @@ pub fn load_process(path: &Path) -> Result<Process, SpecError> {
         path: path.to_path_buf(),
         source,
     })?;
+    parse_process(&text, path)
+}
+
+/// Reads a `process` object that came from `path`.
+pub(crate) fn parse_process(text: &[u8], path: &Path) -> Result<Process, SpecError> {
     let invalid = |field: String, reason: String| SpecError::Invalid {
         path: path.to_path_buf(),
         field,
         reason,
     };
-    let process: Value = serde_json::from_slice(&text)
+    let process: Value = serde_json::from_slice(text)
         .map_err(|error| invalid("not JSON".to_owned(), error.to_string()))?;
     let mut config = serde_json::json!({"process": process});
     // What is unknown can be given to nobody; the container's own configuration was warned of.

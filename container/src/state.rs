@@ -72,6 +72,9 @@ pub struct Record {
     /// The unit of systemd whose group it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scope: Option<String>,
+    /// The container keeps its caller's session keyring, and so do further processes.
+    #[serde(default)]
+    pub no_new_keyring: bool,
     #[serde(default)]
     pub annotations: BTreeMap<String, String>,
     /// Hooks that run long after the creation: here, so that the configuration need not be read again.

@@ -80,8 +80,8 @@ impl Entry {
 }
 
 impl Cgroup {
-    /// As [`Cgroup::entry`], but into groups below, which exist: each `PATH`, or `CONTROLLER:PATH` for
-    /// the hierarchy of one controller of v1.
+    /// As [`Cgroup::entry`], but into groups below, which exist: each `PATH`, or `CONTROLLER,…:PATH` for
+    /// the hierarchies of these controllers of v1.
     ///
     /// # Errors
     ///
@@ -93,23 +93,24 @@ impl Cgroup {
                 path: given.clone(),
                 reason,
             };
-            let (controller, path) = match given.split_once(':') {
-                Some((controller, path)) => (Some(controller), path),
+            let (controllers, path) = match given.split_once(':') {
+                Some((names, path)) => (Some(names.split(',').collect::<Vec<_>>()), path),
                 None => (None, given.as_str()),
             };
             let path = path.trim_start_matches('/');
             if path.split('/').any(|part| part == "..") {
                 return Err(refused("it must not contain `..`"));
             }
-            let mut chosen = directories
-                .iter_mut()
-                .filter(|directory| controller.is_none_or(|name| directory.has(name)))
-                .peekable();
-            if chosen.peek().is_none() {
-                let name = controller.unwrap_or_default().to_owned();
+            let unknown = |name: &&&str| !directories.iter().any(|directory| directory.has(name));
+            if let Some(name) = controllers.iter().flatten().find(unknown) {
+                let name = (*name).to_owned();
                 return Err(CgroupError::Controller { name });
             }
-            for directory in chosen {
+            let is_chosen = |directory: &&mut Directory| {
+                let names = controllers.as_ref();
+                names.is_none_or(|names| names.iter().any(|name| directory.has(name)))
+            };
+            for directory in directories.iter_mut().filter(is_chosen) {
                 directory.path.push(path);
                 let found = std::fs::metadata(&directory.path);
                 found.map_err(|source| CgroupError::Join {

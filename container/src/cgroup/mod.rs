@@ -258,6 +258,14 @@ impl Cgroup {
         rules.map_or(Ok(()), |rules| self.apply_devices(&rules, false))
     }
 
+    /// Whether this host could honour `resources`, as far as that is known without writing anything.
+    pub(crate) fn check(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
+        resources::plan(&self.directories, resources)?;
+        let rules = resources.devices().as_deref().unwrap_or_default();
+        device_program::program(&devices::Rules::new(rules)?);
+        Ok(())
+    }
+
     /// Moves a process with all its threads into the group. Waits for a grace period of RCU, about
     /// ten milliseconds: a process that has not started yet enters by [`Cgroup::entry`].
     ///

@@ -58,7 +58,7 @@ pub(super) struct Run {
     /// Do not delete the container at its end
     #[arg(long)]
     keep: bool,
-    /// Accepted as runc does
+    /// Do not become the parent of processes that the container leaves without one
     #[arg(long)]
     no_subreaper: bool,
 }
@@ -114,6 +114,7 @@ impl Run {
         let mode = RunMode {
             detach: self.detach,
             keep: self.keep,
+            no_subreaper: self.no_subreaper,
         };
         let exit = verbs::run::run(self.making.options(global, !mode.detach)?, mode)?;
         Ok(exit.map_or(0, container::process::Exit::status))

@@ -52,7 +52,7 @@ pub(super) struct Exec {
     #[arg(long, value_name = "LABEL")]
     process_label: Option<String>,
     /// Run in a group below the container's
-    #[arg(long, value_name = "[CONTROLLER:]PATH")]
+    #[arg(long, value_name = "[CONTROLLER,…:]PATH")]
     cgroup: Vec<String>,
     /// Forbid the process to gain rights
     #[arg(long)]

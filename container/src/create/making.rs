@@ -54,6 +54,7 @@ impl Making {
             start_time: 0,
             cgroup: plan.cgroup.clone(),
             scope: plan.scope.as_ref().map(|scope| scope.unit.clone()),
+            no_new_keyring: options.no_new_keyring,
             annotations: map_or_empty(config.spec.annotations()),
             poststart: plan.hooks.poststart().clone().unwrap_or_default(),
             poststop: plan.hooks.poststop().clone().unwrap_or_default(),

@@ -49,7 +49,7 @@ pub struct ExecOptions {
     pub pidfd_socket: Option<PathBuf>,
     /// Wait for a paused container to be resumed, instead of refusing.
     pub ignore_paused: bool,
-    /// Groups below the container's own to run in, as `[CONTROLLER:]PATH`; in its own if empty.
+    /// Groups below the container's own to run in, as `[CONTROLLER,…:]PATH`; in its own if empty.
     pub cgroups: Vec<String>,
 }
 
@@ -152,12 +152,14 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
     match step("make the process", forked)? {
         Forked::Child => {
             drop((ours, home, init));
+            let keyring = format!("_ses.{}", options.id);
+            let keyring = (!record.no_new_keyring).then(|| CString::new(keyring).ok());
             let wiring = Wiring {
                 channel: theirs,
                 entry,
                 stdio: options.stdio,
                 descriptors: options.descriptors,
-                keyring: CString::new(format!("_ses.{}", options.id)).ok(),
+                keyring: keyring.flatten(),
             };
             enter(&plan, &namespaces, wiring)
         }

@@ -4,10 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::process::{getpid, set_child_subreaper};
 
 use crate::create::{CreateError, CreateOptions, create_started};
 use crate::footprint;
@@ -33,6 +35,9 @@ pub struct RunMode {
     pub detach: bool,
     /// Do not delete the container at its end.
     pub keep: bool,
+    /// Leave processes that lose their parent, where they are of the caller's own pid namespace, to
+    /// somebody else.
+    pub no_subreaper: bool,
 }
 
 /// Runs a container in the foreground, and deletes it. Nothing is returned for one that was detached.
@@ -45,7 +50,11 @@ pub fn run(options: CreateOptions, mode: RunMode) -> Result<Option<Exit>, RunErr
     let signals = if mode.detach {
         None
     } else {
-        Some(Signals::block().map_err(RunError::Wait)?)
+        let mut signals = Signals::block().map_err(RunError::Wait)?;
+        if !mode.no_subreaper {
+            signals.adopt_orphans().map_err(RunError::Wait)?;
+        }
+        Some(signals)
     };
     let created = create_started(options)?;
     for warning in &created.warnings {
@@ -66,7 +75,11 @@ pub fn run(options: CreateOptions, mode: RunMode) -> Result<Option<Exit>, RunErr
 
 /// The signals that are passed to the process, as a descriptor.
 #[derive(Debug)]
-pub struct Signals(SignalFd);
+pub struct Signals {
+    descriptor: SignalFd,
+    /// Whether this process is the parent of those that lose theirs.
+    adopts: bool,
+}
 
 impl Signals {
     /// From now on signals wait to be read. A child that is made starts with none blocked.
@@ -86,16 +99,25 @@ impl Signals {
             set.remove(own);
         }
         set.thread_block()?;
-        Ok(Self(SignalFd::with_flags(
-            &set,
-            SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK,
-        )?))
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        Ok(Self {
+            descriptor: SignalFd::with_flags(&set, flags)?,
+            adopts: false,
+        })
+    }
+
+    /// Makes this process the parent of those below it that lose theirs, and reaps them when they end.
+    fn adopt_orphans(&mut self) -> io::Result<()> {
+        set_child_subreaper(Some(getpid()))?;
+        self.adopts = true;
+        Ok(())
     }
 
     fn pass_to(&self, process: &Process, relay: Option<&Relay>) -> io::Result<()> {
-        while let Some(info) = self.0.read_signal()? {
+        while let Some(info) = self.descriptor.read_signal()? {
             let number = info.ssi_signo.cast_signed();
             match number {
+                libc::SIGCHLD if self.adopts => reap_others(process)?,
                 // The end of the process is seen by its descriptor. SIGURG and SIGPIPE concern this
                 // program.
                 libc::SIGCHLD | libc::SIGURG | libc::SIGPIPE => {}
@@ -105,6 +127,21 @@ impl Signals {
             }
         }
         Ok(())
+    }
+}
+
+/// Reaps children that have ended, up to `process`, which is waited for elsewhere.
+fn reap_others(process: &Process) -> io::Result<()> {
+    let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
+    loop {
+        match waitid(Id::All, ended | WaitPidFlag::WNOWAIT).map(|status| status.pid()) {
+            Ok(Some(other)) if other.as_raw() != process.pid() => {
+                waitid(Id::Pid(other), ended)?;
+            }
+            Ok(_) | Err(Errno::ECHILD) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
@@ -124,7 +161,7 @@ pub fn attend(process: &Process, signals: &Signals, console: Option<OwnedFd>) ->
     loop {
         let mut fds = vec![
             PollFd::new(process, PollFlags::IN),
-            PollFd::from_borrowed_fd(signals.0.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(signals.descriptor.as_fd(), PollFlags::IN),
         ];
         if let Some(relay) = &relay {
             fds.extend(relay.poll_fds());
@@ -135,7 +172,7 @@ pub fn attend(process: &Process, signals: &Signals, console: Option<OwnedFd>) ->
                 patience = None;
                 continue;
             }
-            Ok(_) | Err(Errno::INTR) => {}
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();

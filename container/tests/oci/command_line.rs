@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Instant;
 
@@ -432,10 +433,21 @@ fn exec_runs_in_a_group_below() {
     );
     assert_eq!(ended.status, 0, "{ended:?}");
     assert!(ended.stdout.contains(":/below"), "{ended:?}");
+    if Path::new("/sys/fs/cgroup/memory/cgroup.procs").exists() {
+        let ended = bundle.verb(
+            &["exec", "--cgroup", "memory,pids:/below"],
+            &["cat", "/proc/self/cgroup"],
+        );
+        for line in ended.stdout.lines() {
+            let chosen = line.contains(":memory:") || line.contains(":pids:");
+            assert_eq!(line.ends_with(":/below"), chosen, "{ended:?}");
+        }
+    }
     for (path, words) in [
         ("/gone", "adding pid to"),
         ("/../x", "bad sub cgroup path"),
         ("moon:/x", "unknown controller"),
+        ("pids,moon:/below", "unknown controller \"moon\""),
     ] {
         let ended = bundle.verb(&["exec", "--cgroup", path], &["true"]);
         assert!(
@@ -465,8 +477,8 @@ fn exec_detaches_and_writes_its_pid() {
 fn exec_refuses_what_it_cannot_give() {
     let bundle = running();
     for flag in ["--apparmor", "--process-label"] {
-        let enforced = std::path::Path::new("/sys/fs/selinux/enforce").exists()
-            || std::path::Path::new("/sys/kernel/security/apparmor/profiles").exists();
+        let enforced = Path::new("/sys/fs/selinux/enforce").exists()
+            || Path::new("/sys/kernel/security/apparmor/profiles").exists();
         let ended = bundle.verb(&["exec", flag, "moon"], &["true"]);
         assert!(
             enforced || ended.stderr.contains("is not enabled on this host"),

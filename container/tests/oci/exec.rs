@@ -186,3 +186,17 @@ fn socket_activation_is_not_for_it() {
     assert!(!ended.stdout.contains("zero"), "{ended:?}");
     assert!(ended.stdout.starts_with('\n'), "{ended:?}");
 }
+
+#[test]
+fn it_has_a_session_keyring_of_its_own_unless_the_container_has_none() {
+    for (option, own) in [(None, true), (Some("--no-new-keyring"), false)] {
+        let bundle = Bundle::new("exec sleep 100");
+        let name = format!("_ses.{}", bundle.id);
+        let bundle = bundle.with(|config| config["linux"]["maskedPaths"] = json!([]));
+        let create: Vec<&str> = std::iter::once("create").chain(option).collect();
+        assert_eq!(bundle.quiet(&create).status, 0);
+        let ended = bundle.verb(&["exec"], &["cat", "/proc/keys"]);
+        assert_eq!(ended.status, 0, "{ended:?}");
+        assert_eq!(ended.stdout.contains(&name), own, "{option:?}: {ended:?}");
+    }
+}

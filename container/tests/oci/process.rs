@@ -3,10 +3,11 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Stdio;
 
 use serde_json::{Value, json};
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, finish_child};
 
 #[test]
 fn arguments_and_environment_arrive_as_they_are() {
@@ -302,5 +303,37 @@ fn a_working_directory_may_be_one_that_only_the_user_may_enter() {
         bundle
             .with(|config| config["process"]["user"] = json!({"uid": 8, "gid": 8}))
             .assert_refused("cannot change to the working directory `/work`");
+    }
+}
+
+#[test]
+fn run_is_the_parent_of_orphans_of_its_own_pid_namespace_and_reaps_them() {
+    // It says who its parent is once the one that made it, whose pid it is given, has ended.
+    let orphan = "while kill -0 $0 2>/dev/null; do sleep 0.01; done; \
+                  cut -d\" \" -f4 /proc/$$/stat; echo $$ >/pid.new; exec mv /pid.new /pid";
+    let script = format!(
+        "sh -c 'sh -c \"$0\" $$ &' '{orphan}'; until test -e /pid; do sleep 0.01; done; \
+         $WAIT"
+    );
+    for (options, adopts) in [(&["run"][..], true), (&["run", "--no-subreaper"], false)] {
+        // Whoever else the parent is may leave it a zombie.
+        let end = if adopts {
+            "while test -d /proc/$(cat /pid); do sleep 0.01; done"
+        } else {
+            "true"
+        };
+        let bundle = Bundle::new(&script.replace("$WAIT", end)).with(|config| {
+            config["root"]["readonly"] = json!(false);
+            let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.retain(|namespace| namespace["type"] != "pid");
+        });
+        std::os::unix::fs::symlink("busybox", bundle.rootfs().join("bin/mv")).unwrap();
+        let mut command = bundle.command(options);
+        command.arg(&bundle.id).stdout(Stdio::piped());
+        let child = command.spawn().unwrap();
+        let run = format!("{}\n", child.id());
+        let ended = finish_child(child);
+        assert_eq!(ended.status, 0, "{ended:?}");
+        assert_eq!(ended.stdout == run, adopts, "{run}: {ended:?}");
     }
 }
