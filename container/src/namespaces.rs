@@ -1,14 +1,15 @@
 //! Makes the first process of a container in its namespaces.
 //!
 //! Whatever the namespaces are, the process becomes a direct child of the caller, so that the caller can
-//! wait for it. Where a process must first join a user namespace, or make a time namespace, which only
-//! holds for its children, a helper does so and makes the first process as its *sibling*
-//! (CLONE_PARENT).
+//! wait for it. Where a process must first join namespaces with rights that it then loses to a user
+//! namespace, or make a time namespace, which only holds for its children, a helper does so and makes
+//! the first process as its *sibling* (CLONE_PARENT).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::sched::{CloneFlags, setns, unshare};
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 use rustix::thread::{Gid, Uid, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
@@ -72,7 +73,7 @@ pub(crate) fn fork(
 pub(crate) fn enter(plan: &NamespacePlan) -> io::Result<()> {
     if !needs_helper(plan) {
         if plan.makes(Kind::USER) {
-            become_root()?;
+            become_root(&own_process()?)?;
         }
         join(plan, |kind| kind != Kind::PID)?;
     }
@@ -84,8 +85,9 @@ pub(crate) fn enter(plan: &NamespacePlan) -> io::Result<()> {
 }
 
 /// In a user namespace, the ids are the overflow ids until the mapped root is taken on; or, where nobody is
-/// mapped to root, the first that is mapped. The process has all rights there in any case.
-pub(crate) fn become_root() -> io::Result<()> {
+/// mapped to root, the first that is mapped. The process has all rights there in any case. `own` is
+/// [`own_process`].
+fn become_root(own: &OwnedFd) -> io::Result<()> {
     // Not allowed where the mapping was written by a user without rights; the groups stay then.
     let _ = set_thread_groups(&[]);
     let set_group = |gid| {
@@ -97,27 +99,37 @@ pub(crate) fn become_root() -> io::Result<()> {
         set_thread_res_uid(uid, uid, uid)
     };
     match set_group(0) {
-        Err(Errno::INVAL) => set_group(first_mapped("/proc/self/gid_map")?)?,
+        Err(Errno::INVAL) => set_group(first_mapped(own, "gid_map")?)?,
         set => set?,
     }
     match set_user(0) {
-        Err(Errno::INVAL) => set_user(first_mapped("/proc/self/uid_map")?)?,
+        Err(Errno::INVAL) => set_user(first_mapped(own, "uid_map")?)?,
         set => set?,
     }
     Ok(())
 }
 
+/// The directory of this process in the caller's /proc, which nobody in a container can have replaced.
+fn own_process() -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(openat(CWD, "/proc/self", flags, Mode::empty())?)
+}
+
 /// The first id of this process's namespace that there is.
-fn first_mapped(path: &str) -> io::Result<u32> {
-    let map = std::fs::read_to_string(path)?;
+fn first_mapped(own: &OwnedFd, file: &str) -> io::Result<u32> {
+    let file = openat(own, file, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let map = io::read_to_string(std::fs::File::from(file))?;
     let first = map.split_whitespace().next();
     first
         .and_then(|id| id.parse().ok())
         .ok_or_else(|| Errno::INVAL.into())
 }
 
+/// What is joined beside a new user namespace is its creator's, and so are the rights to join it.
 fn needs_helper(plan: &NamespacePlan) -> bool {
-    plan.joined(Kind::USER).is_some() || plan.makes(Kind::TIME)
+    plan.joined(Kind::USER).is_some()
+        || plan.makes(Kind::TIME)
+        || (plan.makes(Kind::USER) && !plan.joined.is_empty())
 }
 
 /// What clone3 makes. A cgroup namespace is made later: its root is the cgroup at that time.
@@ -132,7 +144,7 @@ fn fork_by_helper(
     theirs: &Channel,
 ) -> io::Result<Forked> {
     // The cgroup is entered by the helper, and inherited: afterwards the right to may be gone.
-    match sys::clone3(plan.new & Kind::USER.0, cgroup)? {
+    match sys::clone3(0, cgroup)? {
         Cloned::Child => {
             let made = help(plan, theirs);
             match made {
@@ -154,9 +166,7 @@ fn fork_by_helper(
             }
         }
         Cloned::Parent { pid, pidfd } => {
-            let made = write_maps(plan, pid)
-                .and_then(|()| ours.send(&Message::Proceed))
-                .and_then(|()| await_sibling(ours, &pidfd));
+            let made = attend_helper(plan, pid, &pidfd, ours);
             if made.is_err() {
                 // It may have ended already.
                 let _ = sys::pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
@@ -167,7 +177,35 @@ fn fork_by_helper(
     }
 }
 
-fn await_sibling(ours: &Channel, helper: &OwnedFd) -> io::Result<Process> {
+/// The parent's part: writes the mappings when the helper has its user namespace, and takes over the
+/// process that it makes.
+fn attend_helper(
+    plan: &NamespacePlan,
+    pid: i32,
+    pidfd: &OwnedFd,
+    ours: &Channel,
+) -> io::Result<Process> {
+    loop {
+        match hear(ours, pidfd)? {
+            Some(Message::Ready) => {
+                write_maps(plan, pid)?;
+                ours.send(&Message::Proceed)?;
+            }
+            Some(Message::Forked {
+                pid,
+                pidfd: Some(pidfd),
+            }) => return Process::from_child(pid, pidfd),
+            Some(Message::Failed(failure)) => return Err(io::Error::other(failure)),
+            _ => {
+                return Err(io::Error::other(
+                    "the helper that makes the namespaces made none",
+                ));
+            }
+        }
+    }
+}
+
+fn hear(ours: &Channel, helper: &OwnedFd) -> io::Result<Option<Message>> {
     // The parent holds a copy of the peer's end, so the end of the stream would not be seen; a helper
     // that dies without a word makes its descriptor readable.
     let mut fds = [
@@ -180,34 +218,42 @@ fn await_sibling(ours: &Channel, helper: &OwnedFd) -> io::Result<Process> {
             "the helper that makes the namespaces died",
         ));
     }
-    match ours.receive()? {
-        Some(Message::Forked {
-            pid,
-            pidfd: Some(pidfd),
-        }) => Process::from_child(pid, pidfd),
-        Some(Message::Failed(failure)) => Err(io::Error::other(failure)),
-        _ => Err(io::Error::other(
-            "the helper that makes the namespaces made none",
-        )),
-    }
+    ours.receive()
 }
 
+/// A namespace can be joined by who has rights over its owner, a user namespace. Whose the namespaces are
+/// cannot be told: they may be the caller's, as the network of another container on the host, or the
+/// container's own. So the caller's rights are tried first, and then those in the user namespace.
 fn help(plan: &NamespacePlan, theirs: &Channel) -> io::Result<Cloned> {
-    theirs.await_proceed()?;
-    if plan.makes(Kind::TIME) {
-        unshare(CloneFlags::from_bits_retain(libc::CLONE_NEWTIME))?;
-        // Before a mount namespace is joined: this /proc is the host's. And as the user who owns the
-        // files there of a process that cannot be traced: not yet as the container's root.
-        if !plan.time_offsets.is_empty() {
-            std::fs::write("/proc/self/timens_offsets", &plan.time_offsets)?;
+    let own = own_process()?;
+    let mut denied = Vec::new();
+    for (kind, file) in plan.joined.iter().filter(|(kind, _)| *kind != Kind::USER) {
+        match set_namespace(*kind, file) {
+            Err(nix::Error::EPERM) if plan.has(Kind::USER) => denied.push((*kind, file)),
+            result => result.map_err(|error| named(*kind, error))?,
         }
     }
     if plan.makes(Kind::USER) {
-        become_root()?;
+        unshare(CloneFlags::CLONE_NEWUSER)?;
+        theirs.send(&Message::Ready)?;
+        theirs.await_proceed()?;
     }
-    join(plan, |_| true)?;
-    if plan.joined(Kind::USER).is_some() {
-        become_root()?;
+    join(plan, |kind| kind == Kind::USER)?;
+    if plan.makes(Kind::TIME) {
+        unshare(CloneFlags::from_bits_retain(libc::CLONE_NEWTIME))?;
+        // As the user who owns the files of a process that cannot be traced: not yet as the container's
+        // root.
+        if !plan.time_offsets.is_empty() {
+            let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+            let file = openat(&own, "timens_offsets", flags, Mode::empty())?;
+            rustix::io::write(file, plan.time_offsets.as_bytes())?;
+        }
+    }
+    if plan.has(Kind::USER) {
+        become_root(&own)?;
+    }
+    for (kind, file) in denied {
+        set_namespace(kind, file).map_err(|error| named(kind, error))?;
     }
     let rest = made_by_clone(plan) & !(Kind::USER.0 | Kind::TIME.0);
     sys::clone3(rest | sys::CLONE_PARENT, None)
@@ -215,11 +261,19 @@ fn help(plan: &NamespacePlan, theirs: &Channel) -> io::Result<Cloned> {
 
 fn join(plan: &NamespacePlan, which: impl Fn(Kind) -> bool) -> io::Result<()> {
     for (kind, file) in plan.joined.iter().filter(|(kind, _)| which(*kind)) {
-        let flag = i32::try_from(kind.0).map_err(io::Error::other)?;
-        setns(file, CloneFlags::from_bits_retain(flag))
-            .map_err(|error| io::Error::other(format!("{}: {error}", kind.file_name())))?;
+        set_namespace(*kind, file).map_err(|error| named(*kind, error))?;
     }
     Ok(())
+}
+
+fn set_namespace(kind: Kind, file: &OwnedFd) -> nix::Result<()> {
+    let flag = i32::try_from(kind.0).map_err(|_| nix::Error::EINVAL)?;
+    setns(file, CloneFlags::from_bits_retain(flag))
+}
+
+fn named(kind: Kind, error: nix::Error) -> io::Error {
+    let error = io::Error::from(error);
+    io::Error::new(error.kind(), format!("{}: {error}", kind.file_name()))
 }
 
 /// Writes the mappings of a new user namespace from outside, where the rights are.

@@ -28,8 +28,7 @@ impl Kind {
     pub(crate) const USER: Kind = Kind(flag(CLONE_NEWUSER));
     pub(crate) const UTS: Kind = Kind(flag(CLONE_NEWUTS));
 
-    /// All kinds, in the order in which they must be joined: the user namespace gives the rights over
-    /// the others, and the mount namespace takes the host's paths away.
+    /// All kinds, in the order in which they are joined: the mount namespace takes the host's paths away.
     pub(crate) const ALL: [(Kind, &str); 8] = [
         (Kind::USER, "user"),
         (Kind::IPC, "ipc"),

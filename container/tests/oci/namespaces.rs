@@ -96,6 +96,45 @@ fn a_user_namespace_can_be_joined_and_exec_is_its_root() {
     assert_eq!(second.output(), expected);
 }
 
+/// A namespace that belongs to the host can be joined only with the host's rights, and one that belongs
+/// to the container's user namespace also with those there.
+#[test]
+fn namespaces_of_the_host_and_of_a_user_namespace_can_be_joined_together() {
+    let host = Bundle::new("exec sleep 100");
+    host.start();
+    let user = with_user_namespace(Bundle::new("exec sleep 100"));
+    user.start();
+    let (host_pid, user_pid) = (host.state()["pid"].clone(), user.state()["pid"].clone());
+    let path = |pid: &Value, name: &str| format!("/proc/{pid}/ns/{name}");
+    let script = "readlink /proc/self/ns/net; readlink /proc/self/ns/uts; id -u";
+    let shared = |bundle: Bundle| {
+        bundle.with(|config| {
+            let network = json!({"type": "network", "path": path(&host_pid, "net")});
+            add_namespace(config, network);
+            // The file system of a network belongs to who owns the network.
+            let mounts = config["mounts"].as_array_mut().unwrap();
+            mounts.retain(|mount| mount["type"] != "sysfs");
+        })
+    };
+    let expected = |uts: &Value| format!("{}{}0\n", link(&host_pid, "net"), link(uts, "uts"));
+
+    let new = shared(with_user_namespace(Bundle::new("exec sleep 100")));
+    new.start();
+    let ended = new.verb(&["exec"], &["sh", "-c", script]);
+    let own = new.state()["pid"].clone();
+    assert_eq!(ended.stdout, expected(&own), "{ended:?}");
+
+    let joined = shared(Bundle::new(script)).with(|config| {
+        for name in ["user", "uts"] {
+            let namespace = json!({"type": name, "path": path(&user_pid, name)});
+            add_namespace(config, namespace);
+        }
+        config.as_object_mut().unwrap().remove("hostname");
+    });
+    chown(joined.rootfs(), Some(MAPPED_UID), Some(MAPPED_GID)).unwrap();
+    assert_eq!(joined.output(), expected(&user_pid));
+}
+
 #[test]
 fn users_of_the_namespace_are_others_on_the_host_and_unmapped_ones_are_refused() {
     let bundle = with_user_namespace(Bundle::new("id -u; id -G; exec sleep 100")).with(|config| {
