@@ -97,8 +97,18 @@ pub struct CreateOptions {
     pub pidfd_socket: Option<PathBuf>,
     /// Keep the caller's session keyring.
     pub no_new_keyring: bool,
-    /// Have systemd manage the control group: `linux.cgroupsPath` is then SLICE:PREFIX:NAME.
-    pub systemd_cgroup: bool,
+    pub grouping: Grouping,
+}
+
+/// How a container gets its control group.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Grouping {
+    /// It is made in the file systems of control groups, at `linux.cgroupsPath`.
+    Files,
+    /// systemd makes it: `linux.cgroupsPath` is SLICE:PREFIX:NAME.
+    Systemd,
+    /// It gets none, and stays in its creator's.
+    None,
 }
 
 /// A created container.
@@ -229,7 +239,8 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
     let (ours, theirs) = step("make a socket pair", Channel::pair())?;
     // Before the fork: the child may be in a pid namespace with others at once.
     step("stop being traceable", harden())?;
-    let forked = namespaces::fork(&plan.namespaces, entry.clone_into(), &ours, &theirs);
+    let clone_into = entry.clone_into().filter(|_| !making.joins_later());
+    let forked = namespaces::fork(&plan.namespaces, clone_into, &ours, &theirs);
     match step("make the container's first process", forked)? {
         Forked::Child => {
             drop(ours);
@@ -254,6 +265,7 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
         Forked::Parent(process) => {
             drop((theirs, listener));
             making.record_process(process)?;
+            making.join_scope()?;
             if let Some(path) = &options.pidfd_socket {
                 step("send the pidfd", making.hand_over_process(path))?;
             }
@@ -290,7 +302,7 @@ fn read(options: &CreateOptions, bundle: &Path) -> Result<(Config, Plan), Create
         id: &options.id,
         bundle,
         bare: options.executable.is_some(),
-        systemd: options.systemd_cgroup,
+        grouping: options.grouping,
         check: false,
     };
     let mut plan = Plan::new(&config, &setting)?;

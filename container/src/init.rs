@@ -34,7 +34,7 @@ use crate::root::Root;
 use crate::state::{Record, Status};
 use crate::tty::{self, Terminal};
 use crate::verbs::state::oci_state;
-use crate::{devices, environment, hooks, masks, namespaces, rootfs, sys};
+use crate::{devices, environment, hooks, masks, namespaces, rights, rootfs, sys};
 
 /// What connects the first process to the outside.
 #[derive(Debug)]
@@ -97,10 +97,13 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     }
     set_names(plan)?;
 
-    let root = step("attach the root file system", rootfs::attach(&plan.rootfs))?;
+    let root = step(
+        "attach the root file system",
+        rootfs::attach(&plan.rootfs, &plan.rootfs_path),
+    )?;
     let spread = matches!(plan.root_propagation, Some((MS_SHARED, _)));
     mounts::make(&plan.mounts, &root, &wiring.cgroups, spread)?;
-    let in_user_namespace = plan.namespaces.has(Kind::USER);
+    let in_user_namespace = plan.namespaces.has(Kind::USER) || rights::in_user_namespace();
     devices::make(&plan.devices, plan.device_links, in_user_namespace, &root)?;
     // It need not exist in the image. On a read-only root it stays as it is, and the change fails.
     let _ = root.make_directory(&plan.process.cwd);

@@ -30,6 +30,7 @@ mod plan;
 pub mod process;
 mod program;
 mod relay;
+mod rights;
 mod root;
 mod rootfs;
 pub mod sealed;

@@ -1,20 +1,21 @@
 //! hostd-oci: an OCI runtime with the command line of runc.
 
-use clap::Parser;
+use container::error::chain;
 use container::log;
 
 mod cli;
 mod entry;
 
 fn main() {
-    let arguments = cli::Arguments::parse();
-    log::set(arguments.global.log());
-    let status = match cli::run(arguments) {
-        Ok(status) => status,
-        Err(error) => {
-            log::error(&format!("{error:#}"));
-            1
+    let status = match cli::parse() {
+        Ok(arguments) => {
+            log::set(arguments.global.log());
+            cli::run(arguments).unwrap_or_else(|error| {
+                log::error(&chain(error.as_ref()));
+                1
+            })
         }
+        Err(status) => status,
     };
     std::process::exit(status);
 }

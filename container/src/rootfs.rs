@@ -21,9 +21,10 @@ use crate::sys::{MountAttributes, mount_setattr};
 const RAMFS_MAGIC: i64 = 0x8584_58f6;
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
-/// Attaches the root file system in this mount namespace. It lies over the host's root, where no path
-/// of the host is needed to reach it: the container's user may not be allowed to walk there.
-pub(crate) fn attach(tree: &Tree) -> io::Result<Root> {
+/// Attaches the root file system in this mount namespace. It lies where the host has it, at `path`: there
+/// hooks that enter the namespace look for it. Where that cannot be, as the container's user may not be
+/// allowed to walk there, it lies over the host's root, which no path is needed to reach.
+pub(crate) fn attach(tree: &Tree, path: &Path) -> io::Result<Root> {
     // From here on nothing that is mounted spreads to the host.
     mount_change(
         "/",
@@ -40,7 +41,7 @@ pub(crate) fn attach(tree: &Tree) -> io::Result<Root> {
     };
     // pivot_root wants a root that is not shared.
     set_propagation(tree, MS_SLAVE, true)?;
-    attach_at(tree, CWD, Path::new("/"))?;
+    attach_at(tree, CWD, path).or_else(|_| attach_at(tree, CWD, Path::new("/")))?;
     Ok(Root::new(tree.try_clone_to_owned()?))
 }
 

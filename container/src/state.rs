@@ -408,6 +408,20 @@ impl Home {
         }
     }
 
+    /// Whether what is recorded was never created, by a creator that is dead. The process, had there been
+    /// one, ended when its end of the creator's socket closed.
+    fn was_abandoned(&self, record: &Record) -> Result<bool, StateError> {
+        if record.pid == 0 {
+            return Ok(true);
+        }
+        if !self.has(INIT_SOCKET)? {
+            return Ok(false);
+        }
+        let process = Process::find(record.pid, record.start_time)
+            .map_err(|source| self.failed("find the process of", source))?;
+        Ok(process.is_none())
+    }
+
     fn has(&self, name: &str) -> Result<bool, StateError> {
         match fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(_) => Ok(true),
@@ -442,7 +456,7 @@ impl AsFd for Home {
     }
 }
 
-/// Whether a creator died before it had recorded a process. If so, what it made is removed.
+/// Whether a creator died before the container was created. If so, what it made is removed.
 fn remove_abandoned(root: &Path, id: &str) -> Result<bool, StateError> {
     let home = match Home::open(root, id) {
         Ok(home) => home,
@@ -456,10 +470,11 @@ fn remove_abandoned(root: &Path, id: &str) -> Result<bool, StateError> {
         Err(error) => return Err(error),
     }
     match home.record() {
-        // The process, had there been one, ended when its end of the creator's socket closed.
-        Ok(record) if record.pid == 0 => {
+        Ok(record) if home.was_abandoned(&record)? => {
             if let Ok(cgroup) = Cgroup::open(&record.cgroup) {
-                // Nothing is lost if it stays: it is empty, and is found again under this name.
+                // Nothing is lost if it stays: it is empty, and is found again under this name. A hook that
+                // runs on may be in it.
+                let _ = cgroup.kill_all();
                 let _ = cgroup.remove();
             }
         }

@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use container::cgroup::Cgroup;
-use container::create::{CreateError, CreateOptions, Stdio, create, create_started};
+use container::create::{CreateError, CreateOptions, Grouping, Stdio, create, create_started};
 use container::process::Exit;
 use container::verbs::delete::{DeleteOptions, delete};
 use container::verbs::spec::spec;
@@ -97,7 +97,7 @@ impl Bare {
             config: None,
             env: Vec::new(),
             no_new_keyring: false,
-            systemd_cgroup: false,
+            grouping: Grouping::Files,
         }
     }
 

@@ -10,11 +10,12 @@ use oci_spec::runtime::LinuxResources;
 use rustix::fs::{Access, access};
 
 use super::{
-    CgroupError,
+    CgroupError, Directory,
     hierarchy::{CgroupPath, Hierarchy, Version},
-    resources::controllers_needed,
+    resources::{Need, controllers_needed},
     setting,
 };
+use crate::rights::is_host_root;
 
 /// The directories of the group that did not exist before; parents are not listed, since other
 /// groups may live in them.
@@ -22,9 +23,9 @@ use super::{
 pub(super) struct Made(Vec<PathBuf>);
 
 impl Made {
-    /// Whether no directory of the group in `hierarchies` existed before.
-    pub(super) fn is_everything_of(&self, hierarchies: &[Hierarchy]) -> bool {
-        self.0.len() == hierarchies.len()
+    /// Whether none of the group's `directories` existed before.
+    pub(super) fn is_everything_of(&self, directories: &[Directory]) -> bool {
+        self.0.len() == directories.len()
     }
 
     /// Removes the directories. Nobody has joined them, so nothing keeps them.
@@ -48,37 +49,61 @@ pub(super) fn build(
     let needed = controllers_needed(resources);
     for hierarchy in hierarchies {
         let leaf = hierarchy.root.join(path.relative());
-        let parent = leaf.parent().unwrap_or(&hierarchy.root);
         if hierarchy.version == Version::V2 {
             // Beside v1 the group only gets what v1 does not have, if it asks for it.
-            let wanted = hierarchy
-                .controllers
-                .iter()
-                .filter(|name| !hybrid || needed.contains(&name.as_str()));
+            let wanted = hierarchy.controllers.iter().filter(|name| {
+                !hybrid || needed.iter().any(|need| need.controller == name.as_str())
+            });
             let wanted: Vec<&str> = wanted.map(String::as_str).collect();
+            let parent = leaf.parent().unwrap_or(&hierarchy.root);
             enable(hierarchy, parent, &wanted, &needed)?;
         }
-        let cpuset = hierarchy.version == Version::V1 && hierarchy.has("cpuset");
-        if cpuset {
-            make_parents(&hierarchy.root, parent, |it| inherit_cpuset(it, true))?;
-        }
-        let mut existed = false;
-        match fs::create_dir(&leaf) {
-            Ok(()) => made.0.push(leaf.clone()),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                refuse_occupied(&leaf, occupant)?;
-                existed = true;
+        match make_in(hierarchy, &leaf, occupant, made) {
+            Err(CgroupError::Io { source, .. })
+                if hybrid && !is_host_root() && is_denied(&source) =>
+            {
+                // A limit that would be there is missed when it is set.
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                make_parents(&hierarchy.root, parent, |_| Ok(()))?;
-                fs::create_dir(&leaf).map_err(|source| cannot("make", &leaf, source))?;
-                made.0.push(leaf.clone());
-            }
-            Err(source) => return Err(cannot("make", &leaf, source)),
+            result => result?,
         }
-        if cpuset {
-            inherit_cpuset(&leaf, existed)?;
+    }
+    Ok(())
+}
+
+/// What a user gets who has no rights in a hierarchy.
+fn is_denied(error: &io::Error) -> bool {
+    use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+    matches!(error.kind(), PermissionDenied | ReadOnlyFilesystem)
+}
+
+/// Makes the directory of one hierarchy.
+fn make_in(
+    hierarchy: &Hierarchy,
+    leaf: &Path,
+    occupant: Option<i32>,
+    made: &mut Made,
+) -> Result<(), CgroupError> {
+    let parent = leaf.parent().unwrap_or(&hierarchy.root);
+    let cpuset = hierarchy.version == Version::V1 && hierarchy.has("cpuset");
+    if cpuset {
+        make_parents(&hierarchy.root, parent, |it| inherit_cpuset(it, true))?;
+    }
+    let mut existed = false;
+    match fs::create_dir(leaf) {
+        Ok(()) => made.0.push(leaf.to_owned()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            refuse_occupied(leaf, occupant)?;
+            existed = true;
         }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            make_parents(&hierarchy.root, parent, |_| Ok(()))?;
+            fs::create_dir(leaf).map_err(|source| cannot("make", leaf, source))?;
+            made.0.push(leaf.to_owned());
+        }
+        Err(source) => return Err(cannot("make", leaf, source)),
+    }
+    if cpuset {
+        inherit_cpuset(leaf, existed)?;
     }
     Ok(())
 }
@@ -162,7 +187,7 @@ fn enable(
     hierarchy: &Hierarchy,
     parent: &Path,
     wanted: &[&str],
-    needed: &[&str],
+    needed: &[Need],
 ) -> Result<(), CgroupError> {
     give_to_children(&hierarchy.root, wanted, needed)?;
     make_parents(&hierarchy.root, parent, |directory| {
@@ -170,7 +195,7 @@ fn enable(
     })
 }
 
-fn give_to_children(directory: &Path, wanted: &[&str], needed: &[&str]) -> Result<(), CgroupError> {
+fn give_to_children(directory: &Path, wanted: &[&str], needed: &[Need]) -> Result<(), CgroupError> {
     if wanted.is_empty() {
         return Ok(());
     }
@@ -188,9 +213,9 @@ fn give_to_children(directory: &Path, wanted: &[&str], needed: &[&str]) -> Resul
         let Err(source) = given else {
             continue;
         };
-        if !needed.contains(&name) {
+        let Some(need) = needed.iter().find(|need| need.controller == name) else {
             continue;
-        }
+        };
         let internal = source.raw_os_error() == Some(Errno::EBUSY as i32);
         let reason = if internal {
             // Documentation/admin-guide/cgroup-v2.rst, No Internal Process Constraint.
@@ -199,8 +224,11 @@ fn give_to_children(directory: &Path, wanted: &[&str], needed: &[&str]) -> Resul
         } else {
             "the kernel does not give it to the children"
         };
-        let reason = format!("{}: {reason} ({source})", directory.display());
-        return Err(CgroupError::unsupported(name.to_owned(), reason));
+        let reason = format!(
+            "it needs the {name} controller, and {}: {reason} ({source})",
+            directory.display()
+        );
+        return Err(CgroupError::unsupported(need.field.clone(), reason));
     }
     Ok(())
 }
@@ -234,7 +262,11 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("cgroup.subtree_control"), "cpu memory\n").unwrap();
         // All are there already: nothing is written.
-        give_to_children(root.path(), &["cpu", "memory"], &["cpu"]).unwrap();
+        let need = |controller: &str| Need {
+            controller: controller.to_owned(),
+            field: "cpu.cpus".to_owned(),
+        };
+        give_to_children(root.path(), &["cpu", "memory"], &[need("cpu")]).unwrap();
         let text = fs::read_to_string(root.path().join("cgroup.subtree_control")).unwrap();
         assert_eq!(text, "cpu memory\n");
         give_to_children(root.path(), &["pids"], &[]).unwrap();
@@ -244,10 +276,9 @@ mod tests {
         fs::write(root.path().join("cgroup.events"), "populated 1\n").unwrap();
         fs::write(root.path().join("cgroup.procs"), "1\n").unwrap();
         give_to_children(root.path(), &["cpuset"], &[]).unwrap();
-        let error = give_to_children(root.path(), &["cpuset"], &["cpuset"]).unwrap_err();
-        assert!(
-            error.to_string().contains("processes live in it"),
-            "{error}"
-        );
+        let error = give_to_children(root.path(), &["cpuset"], &[need("cpuset")]).unwrap_err();
+        let error = error.to_string();
+        assert!(error.starts_with("linux.resources.cpu.cpus"), "{error}");
+        assert!(error.contains("processes live in it"), "{error}");
     }
 }

@@ -24,13 +24,24 @@ use super::{Cgroup, CgroupError, Directory, hierarchy::Version};
 #[derive(Debug)]
 pub struct Entry {
     clone_into: Option<File>,
+    /// Where to go if `clone_into` lets nobody in.
+    otherwise: Option<File>,
     tasks: Vec<File>,
 }
 
 impl Entry {
     pub(super) fn open(directories: &[Directory]) -> Result<Entry, CgroupError> {
+        Entry::open_or(directories, None)
+    }
+
+    /// As [`Entry::open`], with another v2 group to go to.
+    pub(super) fn open_or(
+        directories: &[Directory],
+        beside: Option<&Path>,
+    ) -> Result<Entry, CgroupError> {
         let mut entry = Entry {
             clone_into: None,
+            otherwise: beside.and_then(|path| File::open(path).ok()),
             tasks: Vec::new(),
         };
         let error = |path: &Path, source: io::Error| CgroupError::Io {
@@ -48,7 +59,12 @@ impl Entry {
                         .push(file.map_err(|source| error(&path, source))?);
                 }
                 Version::V2 => {
-                    let file = File::open(&directory.path);
+                    let file = match File::open(&directory.path) {
+                        Err(gone) if gone.kind() == io::ErrorKind::NotFound => {
+                            entry.otherwise.take().ok_or(gone)
+                        }
+                        opened => opened,
+                    };
                     entry.clone_into = Some(file.map_err(|source| error(&directory.path, source))?);
                 }
             }
@@ -63,6 +79,14 @@ impl Entry {
     #[must_use]
     pub fn clone_into(&self) -> Option<BorrowedFd<'_>> {
         self.clone_into.as_ref().map(AsFd::as_fd)
+    }
+
+    /// The directory to try if clone3(2) says that [`Entry::clone_into`] lets nobody in (EBUSY): it has
+    /// groups below it that have controllers (Documentation/admin-guide/cgroup-v2.rst, No Internal
+    /// Process Constraint).
+    #[must_use]
+    pub fn otherwise(&self) -> Option<BorrowedFd<'_>> {
+        self.otherwise.as_ref().map(AsFd::as_fd)
     }
 
     /// Moves the calling thread, which must be its process's only one, into the v1 groups. Does
@@ -99,7 +123,7 @@ impl Cgroup {
             };
             let path = path.trim_start_matches('/');
             if path.split('/').any(|part| part == "..") {
-                return Err(refused("it must not contain `..`"));
+                return Err(refused("it is not a sub cgroup path"));
             }
             let unknown = |name: &&&str| !directories.iter().any(|directory| directory.has(name));
             if let Some(name) = controllers.iter().flatten().find(unknown) {

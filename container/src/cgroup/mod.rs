@@ -32,6 +32,7 @@ use libcgroups::common::WrappedIoError;
 use nix::unistd::Pid;
 use oci_spec::runtime::LinuxResources;
 
+pub(crate) use self::resources::first_limit;
 pub use self::{
     entry::Entry,
     shortage::MemoryWatch,
@@ -41,6 +42,7 @@ use self::{
     hierarchy::{CgroupPath, Hierarchy, Version, hierarchies},
     setting::Setting,
 };
+use crate::rights::is_host_root;
 
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
@@ -168,7 +170,16 @@ impl Cgroup {
                 directories: Vec::new(),
             });
         }
-        Ok(Cgroup::at(&CgroupPath::parse(path)?, hierarchies()?))
+        Ok(Cgroup::at(&CgroupPath::parse(path)?, hierarchies()?).within_rights())
+    }
+
+    /// A user without rights has groups only in the hierarchies that were given to the user.
+    fn within_rights(mut self) -> Cgroup {
+        if !is_host_root() {
+            self.directories
+                .retain(|it| it.version == Version::V2 || it.path.is_dir());
+        }
+        self
     }
 
     fn at(path: &CgroupPath, hierarchies: &[Hierarchy]) -> Cgroup {
@@ -203,34 +214,55 @@ impl Cgroup {
         let resources = resources.cloned().unwrap_or_default();
         let path = CgroupPath::parse(path)?;
         let hierarchies = hierarchies()?;
-        let cgroup = Cgroup::at(&path, hierarchies);
         let mut made = build::Made::default();
         let result =
             build::build(hierarchies, &path, &resources, occupant, &mut made).and_then(|()| {
-                let fresh = made.is_everything_of(hierarchies);
+                let cgroup = Cgroup::at(&path, hierarchies).within_rights();
+                let fresh = made.is_everything_of(&cgroup.directories);
                 if !fresh && cgroup.is_frozen()? {
                     let path = cgroup.freezer_path();
                     return Err(CgroupError::Frozen { path });
                 }
                 setting::apply(&resources::plan(&cgroup.directories, &resources)?)?;
                 let rules = resources.devices().as_deref().unwrap_or_default();
-                cgroup.apply_devices(&devices::Rules::new(rules)?, fresh)
+                cgroup.apply_devices(&devices::Rules::new(rules)?, fresh)?;
+                Ok(cgroup)
             });
         if result.is_err() {
             made.undo();
         }
-        result.map(|()| cgroup)
+        result
     }
 
-    /// Whether this user may make the group `path`, as far as permissions tell.
+    /// Whether this user may make the group `path`, as far as permissions tell: in the v2 hierarchy, or
+    /// where there is none in all of v1. Beside v2, those of v1 are mostly root's.
     #[must_use]
     pub fn may_make(path: &str) -> bool {
         let (Ok(path), Ok(hierarchies)) = (CgroupPath::parse(path), hierarchies()) else {
             return false;
         };
-        hierarchies
-            .iter()
-            .all(|hierarchy| build::may_make(&hierarchy.root.join(path.relative())))
+        let may = |hierarchy: &Hierarchy| build::may_make(&hierarchy.root.join(path.relative()));
+        match hierarchies.iter().find(|it| it.version == Version::V2) {
+            Some(unified) => may(unified),
+            None => hierarchies.iter().all(may),
+        }
+    }
+
+    /// Whether v2 has all controllers of this host.
+    #[must_use]
+    pub fn is_unified() -> bool {
+        hierarchies().is_ok_and(|found| found.iter().all(|it| it.version == Version::V2))
+    }
+
+    /// The path of a group `name` beside that of this process in the v2 hierarchy, if there is one: where
+    /// this user may make groups if anywhere, since a group with processes in it can give its children no
+    /// controllers.
+    #[must_use]
+    pub fn beside_own(name: &str) -> Option<String> {
+        let text = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+        let own = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+        let above = own.rsplit_once('/').map_or("", |(above, _)| above);
+        Some(format!("/{above}/{name}").replace("//", "/"))
     }
 
     /// Whether the group exists, in any hierarchy.
@@ -310,15 +342,14 @@ impl Cgroup {
         Entry::open(&self.directories)
     }
 
-    /// As [`Cgroup::entry`], but next to the process `pid` if that lives in a v2 group below. A
-    /// container that manages groups of its own has nobody in the group itself any more, and then
-    /// the kernel lets nobody in either.
+    /// As [`Cgroup::entry`], with the v2 group of the process `pid` to go to where the kernel lets nobody
+    /// into the group itself, or it is gone: a container that manages groups of its own need have nobody
+    /// in it any more.
     ///
     /// # Errors
     ///
-    /// If the group or the process does not exist.
+    /// If neither group exists, or the process does not.
     pub fn entry_beside(&self, pid: i32) -> Result<Entry, CgroupError> {
-        let mut directories = self.directories.clone();
         let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
         let text = std::fs::read_to_string(&path).map_err(|source| CgroupError::Io {
             action: "read",
@@ -326,24 +357,17 @@ impl Cgroup {
             source,
         })?;
         let inside = text.lines().find_map(|line| line.strip_prefix("0::/"));
-        let unified = directories
-            .iter_mut()
-            .find(|directory| directory.version == Version::V2);
-        if let (Some(inside), Some(unified)) = (inside, unified) {
-            let found = unified.root.join(inside);
-            // It may have left for a group outside, or see another root than we do.
-            if found.starts_with(&unified.path) {
-                unified.path = found;
-            }
-        }
-        Entry::open(&directories)
+        let beside = inside
+            .zip(self.unified())
+            .map(|(inside, unified)| unified.root.join(inside));
+        Entry::open_or(&self.directories, beside.as_deref())
     }
 
     /// A `fresh` group was made just now, and nobody has changed it.
     fn apply_devices(&self, rules: &devices::Rules, fresh: bool) -> Result<(), CgroupError> {
-        // Only root may set them. Without root's rights no device can be made that the rules would have
-        // to deny.
-        if self.directories.is_empty() || !rustix::process::geteuid().is_root() {
+        // Only the host's root may set them. Without its rights no device can be made that the rules would
+        // have to deny.
+        if self.directories.is_empty() || !is_host_root() {
             return Ok(());
         }
         if let Some(directory) = self.directory_of("devices") {

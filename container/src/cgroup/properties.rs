@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::{Cgroup, CgroupError, devices, resources, setting::Setting};
+use crate::rights::is_host_root;
 use crate::systemd::{Property, Value};
 use oci_spec::runtime::LinuxResources;
 
@@ -45,7 +46,7 @@ impl Cgroup {
         let mut properties = of_settings(&resources::plan(&self.directories, resources)?);
         // On v2 the rules are a program that is the runtime's own.
         let v1 = self.directory_of("devices").is_some();
-        if v1 && with_devices && rustix::process::geteuid().is_root() {
+        if v1 && with_devices && is_host_root() {
             let rules = resources.devices().as_deref().unwrap_or_default();
             properties.extend(devices::Rules::new(rules)?.properties()?);
         }

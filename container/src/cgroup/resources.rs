@@ -18,61 +18,102 @@ pub(super) fn plan(
     resources: &LinuxResources,
 ) -> Result<Vec<Setting>, CgroupError> {
     let mut settings = Vec::new();
-    let mut section = |controller: &str, plan: &Planner<'_>| {
-        settings.extend(plan_section(directories, controller, plan)?);
-        Ok(())
-    };
-    if let Some(memory) = resources.memory() {
-        section("memory", &|directory| memory::plan(directory, memory))?;
-    }
-    if let Some(cpu) = resources.cpu() {
-        section("cpu", &|directory| cpu::plan(directory, cpu))?;
-        section("cpuset", &|directory| Ok(cpu::plan_sets(directory, cpu)))?;
-    }
-    if let Some(pids) = resources.pids() {
-        section("pids", &|directory| Ok(plan_pids(directory, pids)))?;
-    }
-    if let Some(block) = resources.block_io() {
-        let controller = if has(directories, "blkio") {
-            "blkio"
-        } else {
-            "io"
+    for (controller, plan) in sections(resources) {
+        let controller = match controller {
+            "io" if has(directories, "blkio") => "blkio",
+            controller => controller,
         };
-        section(controller, &|directory| io::plan(directory, block))?;
-    }
-    for limit in resources.hugepage_limits().iter().flatten() {
-        section("hugetlb", &|directory| plan_hugepages(directory, limit))?;
-    }
-    for (device, limit) in resources.rdma().iter().flatten() {
-        section("rdma", &|directory| plan_rdma(directory, device, limit))?;
-    }
-    if let Some(network) = resources.network() {
-        section("net_cls", &|directory| Ok(plan_class(directory, network)))?;
-        section("net_prio", &|directory| {
-            Ok(plan_priorities(directory, network))
-        })?;
+        settings.extend(plan_section(directories, controller, &*plan)?);
     }
     settings.extend(plan_unified(directories, resources)?);
     Ok(settings)
 }
 
-/// The controllers that `resources` needs, for enabling them on v2.
-pub(super) fn controllers_needed(resources: &LinuxResources) -> Vec<&str> {
-    let mut needed = Vec::new();
-    let mut need = |asked: bool, names: &[&'static str]| {
-        if asked {
-            needed.extend_from_slice(names);
-        }
+/// What is asked of each controller, in the order in which it is set.
+fn sections(resources: &LinuxResources) -> Vec<(&'static str, Box<Planner<'_>>)> {
+    let mut sections: Vec<(&'static str, Box<Planner<'_>>)> = Vec::new();
+    if let Some(memory) = resources.memory() {
+        let plan = move |directory: &Directory| memory::plan(directory, memory);
+        sections.push(("memory", Box::new(plan)));
+    }
+    if let Some(cpu) = resources.cpu() {
+        let plan = move |directory: &Directory| cpu::plan(directory, cpu);
+        sections.push(("cpu", Box::new(plan)));
+        let plan = move |directory: &Directory| Ok(cpu::plan_sets(directory, cpu));
+        sections.push(("cpuset", Box::new(plan)));
+    }
+    if let Some(pids) = resources.pids() {
+        let plan = move |directory: &Directory| Ok(plan_pids(directory, pids));
+        sections.push(("pids", Box::new(plan)));
+    }
+    if let Some(block) = resources.block_io() {
+        let plan = move |directory: &Directory| io::plan(directory, block);
+        sections.push(("io", Box::new(plan)));
+    }
+    for limit in resources.hugepage_limits().iter().flatten() {
+        let plan = move |directory: &Directory| plan_hugepages(directory, limit);
+        sections.push(("hugetlb", Box::new(plan)));
+    }
+    for (device, limit) in resources.rdma().iter().flatten() {
+        let plan = move |directory: &Directory| plan_rdma(directory, device, limit);
+        sections.push(("rdma", Box::new(plan)));
+    }
+    if let Some(network) = resources.network() {
+        let plan = move |directory: &Directory| Ok(plan_class(directory, network));
+        sections.push(("net_cls", Box::new(plan)));
+        let plan = move |directory: &Directory| Ok(plan_priorities(directory, network));
+        sections.push(("net_prio", Box::new(plan)));
+    }
+    sections
+}
+
+/// A controller without which a field cannot be honoured.
+#[derive(Debug, Eq, PartialEq)]
+pub(super) struct Need {
+    pub(super) controller: String,
+    pub(super) field: String,
+}
+
+/// The controllers that `resources` needs, for enabling them on v2. A section that asks for nothing needs
+/// none.
+pub(super) fn controllers_needed(resources: &LinuxResources) -> Vec<Need> {
+    let nowhere = nowhere();
+    let need = |(controller, plan): (&str, Box<Planner<'_>>)| {
+        let field = match plan(&nowhere) {
+            Ok(settings) => settings.first()?.field.to_string(),
+            // What is wrong is told when it is set.
+            Err(_) => controller.to_owned(),
+        };
+        Some(Need {
+            controller: controller.to_owned(),
+            field,
+        })
     };
-    need(resources.memory().is_some(), &["memory"]);
-    need(resources.cpu().is_some(), &["cpu", "cpuset"]);
-    need(resources.pids().is_some(), &["pids"]);
-    need(resources.block_io().is_some(), &["io"]);
-    need(resources.hugepage_limits().is_some(), &["hugetlb"]);
-    need(resources.rdma().is_some(), &["rdma"]);
+    let mut needed: Vec<Need> = sections(resources).into_iter().filter_map(need).collect();
     let unified = resources.unified().iter().flatten();
-    needed.extend(unified.filter_map(|(file, _)| Some(file.split_once('.')?.0)));
+    needed.extend(unified.filter_map(|(file, _)| {
+        Some(Need {
+            controller: file.split_once('.')?.0.to_owned(),
+            field: format!("unified.{file}"),
+        })
+    }));
     needed
+}
+
+/// The first field that needs a control group.
+pub(crate) fn first_limit(resources: &LinuxResources) -> Option<String> {
+    let need = controllers_needed(resources).into_iter().next()?;
+    Some(format!("linux.resources.{}", need.field))
+}
+
+/// A directory that is not there.
+fn nowhere() -> Directory {
+    Directory {
+        version: Version::V2,
+        controllers: Vec::new(),
+        path: Path::new("/nonexistent").to_owned(),
+        root: PathBuf::new(),
+    }
 }
 
 type Planner<'a> = dyn Fn(&Directory) -> Result<Vec<Setting>, CgroupError> + 'a;
@@ -95,13 +136,7 @@ fn plan_section(
         return plan(directory);
     }
     // A section that asks for nothing can be honoured anywhere; v2 has fewer ways to say so.
-    let nowhere = Directory {
-        version: Version::V2,
-        controllers: Vec::new(),
-        path: Path::new("/nonexistent").to_owned(),
-        root: PathBuf::new(),
-    };
-    match plan(&nowhere)?.first() {
+    match plan(&nowhere())?.first() {
         None => Ok(Vec::new()),
         Some(setting) => {
             let reason = format!("no hierarchy of this host has the {controller} controller");
@@ -226,7 +261,12 @@ fn plan_unified(
             return Err(CgroupError::invalid(field, value, reason));
         };
         match unified.filter(|unified| controller == "cgroup" || unified.has(controller)) {
-            Some(unified) => settings.push(Setting::new(field, &unified.path, file, value)),
+            // One write is one line, as for the limits of several devices.
+            Some(unified) => settings.extend(
+                value
+                    .lines()
+                    .map(|line| Setting::new(field.clone(), &unified.path, file, line)),
+            ),
             None => {
                 let reason = format!(
                     "{controller} is not a controller of cgroup v2 on this host: invalid configuration"
@@ -325,6 +365,53 @@ mod tests {
             let settings = plan_pids(&directory(Version::V1, &["pids"]), &pids);
             assert_eq!(settings[0].value, value);
         }
+    }
+
+    #[test]
+    fn only_the_controllers_of_fields_that_are_given_are_needed() {
+        for (json, expected) in [
+            (r#"{"cpu":{"quota":5000}}"#, vec![("cpu", "cpu.quota")]),
+            (r#"{"cpu":{"shares":512}}"#, vec![("cpu", "cpu.shares")]),
+            (r#"{"cpu":{"cpus":"0"}}"#, vec![("cpuset", "cpu.cpus")]),
+            (
+                r#"{"cpu":{"idle":1,"mems":"0"}}"#,
+                vec![("cpu", "cpu.idle"), ("cpuset", "cpu.mems")],
+            ),
+            (
+                r#"{"memory":{"limit":1}}"#,
+                vec![("memory", "memory.limit")],
+            ),
+            (
+                r#"{"blockIO":{"weight":10}}"#,
+                vec![("io", "blockIO.weight")],
+            ),
+            (
+                r#"{"unified":{"pids.max":"1"}}"#,
+                vec![("pids", "unified.pids.max")],
+            ),
+            (
+                r#"{"cpu":{},"memory":{},"blockIO":{},"network":{}}"#,
+                vec![],
+            ),
+            ("{}", vec![]),
+        ] {
+            let resources: LinuxResources = serde_json::from_str(json).unwrap();
+            let needed = controllers_needed(&resources);
+            let needed: Vec<_> = needed
+                .iter()
+                .map(|need| (need.controller.as_str(), need.field.as_str()))
+                .collect();
+            assert_eq!(needed, expected, "{json}");
+        }
+    }
+
+    #[test]
+    fn each_line_of_a_raw_file_is_a_write_of_its_own() {
+        let json = r#"{"unified":{"io.max":"8:0 rbps=1\n8:16 wbps=2\n"}}"#;
+        let resources: LinuxResources = serde_json::from_str(json).unwrap();
+        let settings = plan(&[directory(Version::V2, &["io"])], &resources).unwrap();
+        let values: Vec<_> = settings.iter().map(|it| it.value.as_str()).collect();
+        assert_eq!(values, ["8:0 rbps=1", "8:16 wbps=2"]);
     }
 
     #[test]

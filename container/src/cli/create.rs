@@ -86,7 +86,7 @@ impl Making {
             pid_file: self.pid_file,
             pidfd_socket: self.pidfd_socket,
             no_new_keyring: self.no_new_keyring,
-            systemd_cgroup: global.manages_by_systemd(),
+            grouping: global.grouping(),
         })
     }
 }

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
-use container::create::Stdio;
-use container::log::{Format, Log};
+use container::create::{Grouping, Stdio};
+use container::log::{self, Format, Log};
 use container::verbs::run::default_root;
 
 mod create;
@@ -60,7 +60,7 @@ pub(crate) struct Global {
     /// Have systemd manage control groups: linux.cgroupsPath is SLICE:PREFIX:NAME
     #[arg(long)]
     systemd_cgroup: bool,
-    /// Accepted as crun does: `systemd`, or `cgroupfs`, which is the default
+    /// Accepted as crun does: `systemd`, `disabled`, or `cgroupfs`, which is the default
     #[arg(long, value_enum, default_value_t = CgroupManager::Cgroupfs, hide = true)]
     cgroup_manager: CgroupManager,
     /// Accepted as runc does, and not used
@@ -77,15 +77,20 @@ enum LogFormat {
     Json,
 }
 
-#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum CgroupManager {
     Cgroupfs,
     Systemd,
+    Disabled,
 }
 
 impl Global {
-    fn manages_by_systemd(&self) -> bool {
-        self.systemd_cgroup || self.cgroup_manager == CgroupManager::Systemd
+    fn grouping(&self) -> Grouping {
+        match self.cgroup_manager {
+            CgroupManager::Disabled => Grouping::None,
+            CgroupManager::Cgroupfs if !self.systemd_cgroup => Grouping::Files,
+            CgroupManager::Cgroupfs | CgroupManager::Systemd => Grouping::Systemd,
+        }
     }
 
     pub(crate) fn log(&self) -> Log {
@@ -160,6 +165,42 @@ impl Verb {
             Verb::Create(_) | Verb::Run(_) | Verb::Exec(_) | Verb::Monitor(_)
         )
     }
+}
+
+/// The command line; or the status to exit with. What is wrong with it engines look for in the file that
+/// it names, as for any other error.
+pub(crate) fn parse() -> Result<Arguments, i32> {
+    Arguments::try_parse().map_err(|error| {
+        if !error.use_stderr() {
+            // What was asked for, as the help.
+            return i32::from(error.print().is_err());
+        }
+        log::set(stated_log(std::env::args()));
+        let text = error.to_string();
+        let text = text.trim_end();
+        log::error(text.strip_prefix("error: ").unwrap_or(text));
+        1
+    })
+}
+
+/// The log that a command line names, of which nothing else need be right.
+fn stated_log(arguments: impl Iterator<Item = String>) -> Log {
+    let mut log = Log::default();
+    let mut arguments = arguments.skip(1).peekable();
+    while let Some(argument) = arguments.next_if(|argument| argument.starts_with("--")) {
+        let (name, value) = match argument.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_owned())),
+            None => (argument.as_str(), None),
+        };
+        let mut value = || value.clone().or_else(|| arguments.next());
+        match name {
+            "--log" => log.file = value().map(PathBuf::from),
+            "--log-format" if value().as_deref() == Some("json") => log.format = Format::Json,
+            "--root" | "--criu" | "--cgroup-manager" => drop(value()),
+            _ => {}
+        }
+    }
+    log
 }
 
 /// Carries out the command, and says with which status to exit.
@@ -238,5 +279,34 @@ fn stdio(console_socket: Option<PathBuf>, stays: bool) -> Stdio {
         Some(path) => Stdio::ConsoleSocket(path),
         None if stays => Stdio::Inherit,
         None => Stdio::InheritWithoutTerminal,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_is_found_on_a_command_line_that_is_wrong() {
+        let found = |words: &str| {
+            let log = stated_log(words.split(' ').map(str::to_owned));
+            (log.file, log.format)
+        };
+        let file = Some(PathBuf::from("f"));
+        for (words, expected) in [
+            (
+                "oci --log f --log-format json nonsense",
+                (file.clone(), Format::Json),
+            ),
+            (
+                "oci --debug --root r --log=f nonsense",
+                (file.clone(), Format::Text),
+            ),
+            ("oci --root --log f", (None, Format::Text)),
+            ("oci run --log f", (None, Format::Text)),
+            ("oci --log", (None, Format::Text)),
+        ] {
+            assert_eq!(found(words), expected, "{words}");
+        }
     }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use container::cgroup::Cgroup;
 use container::verbs::features::features;
 use container::verbs::spec::spec;
 
@@ -30,7 +31,14 @@ impl Spec {
             nix::unistd::getuid().as_raw(),
             nix::unistd::getgid().as_raw(),
         );
-        let text = serde_json::to_string_pretty(&spec(self.rootless.then_some(ids)))?;
+        let mut spec = spec(self.rootless.then_some(ids));
+        // On v1 it would hide which groups the container is in, and those who look there want to know.
+        if !Cgroup::is_unified()
+            && let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut()
+        {
+            namespaces.retain(|namespace| namespace["type"] != "cgroup");
+        }
+        let text = serde_json::to_string_pretty(&spec)?;
         let path = self.bundle.join("config.json");
         // What is there is somebody's work.
         OpenOptions::new()

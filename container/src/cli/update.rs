@@ -46,6 +46,7 @@ pub(super) struct Update {
     #[arg(
         long,
         value_name = "MICROSECONDS",
+        allow_hyphen_values = true,
         help = "Real-time CPU time in a period"
     )]
     cpu_rt_runtime: Option<i64>,

@@ -19,6 +19,7 @@ use crate::plan::Plan;
 use crate::plan::mounts::{MountKind, MountPlan};
 use crate::plan::namespaces::Kind;
 use crate::process::Process;
+use crate::rights::is_host_root;
 use crate::spec::Config;
 use crate::state::{Home, INIT_SOCKET, Record, Status};
 use crate::verbs::delete::run_poststop;
@@ -120,6 +121,20 @@ impl Making {
         let process = self.process.insert(process);
         let home = self.home.as_ref();
         Ok(home.map_or(Ok(()), |home| home.write_process(process))?)
+    }
+
+    /// Whether the process cannot be made in its group: systemd alone may move it there.
+    pub(super) fn joins_later(&self) -> bool {
+        self.scope.is_some() && !is_host_root()
+    }
+
+    /// Has systemd move the process into its group, if that is the way.
+    pub(super) fn join_scope(&mut self) -> Result<(), CreateError> {
+        let later = self.joins_later();
+        match &mut self.scope {
+            Some(scope) if later => scope.adopt(self.record.pid),
+            _ => Ok(()),
+        }
     }
 
     /// Sends a descriptor of the process to whoever wants to watch it.

@@ -50,6 +50,12 @@ impl Scope {
         Ok(Cgroup::create_around(path, resources.as_ref(), occupant)?)
     }
 
+    /// Moves a process of this user into the group. From a session of the user, which lies below a group
+    /// of root's, it could not move itself.
+    pub(super) fn adopt(&mut self, pid: i32) -> Result<(), CreateError> {
+        Ok(self.systemd.attach(&self.unit, pid)?)
+    }
+
     /// Now that the container's process is in the group, the stand-in leaves, and systemd hears of the
     /// limits.
     pub(super) fn settle(&mut self, cgroup: &Cgroup, plan: &Plan) -> Result<(), CreateError> {

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     cgroup::Cgroup,
-    create::{CreateOptions, Stdio, create_started},
+    create::{CreateOptions, Grouping, Stdio, create_started},
     state::Home,
     verbs::delete::DeleteOptions,
 };
@@ -148,7 +148,7 @@ fn create(spec: &MonitorSpec, descriptors: Vec<OwnedFd>) -> Result<Workload, Mon
         config: None,
         env: Vec::new(),
         no_new_keyring: false,
-        systemd_cgroup: false,
+        grouping: Grouping::Files,
     })?;
     let delete = DeleteOptions {
         root: spec.root.clone(),

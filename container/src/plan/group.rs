@@ -3,11 +3,18 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use oci_spec::runtime::{Linux, LinuxDeviceCgroup, LinuxResources};
+use oci_spec::runtime::Linux;
 
 use super::{PlanError, Setting};
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, first_limit};
+use crate::create::Grouping;
+use crate::rights::is_host_root;
 use crate::systemd::{ScopePlan, annotation};
+
+/// The words are those that users of the other runtimes look for.
+const DENIED_PATH: &str = "this user may not make control groups there: unable to apply cgroup configuration: permission denied";
+const DENIED_LIMIT: &str = "this user may not make control groups: rootless needs no limits + no cgrouppath \
+                            when no permission is granted for cgroups";
 
 /// Where the group is.
 #[derive(Debug)]
@@ -24,33 +31,36 @@ impl GroupPlan {
         annotations: Option<&HashMap<String, String>>,
         setting: &Setting<'_>,
     ) -> Result<Self, PlanError> {
-        let resources = linux.resources().as_ref();
-        let root = rustix::process::geteuid().is_root();
-        if let Some(field) = resources.and_then(device_rule).filter(|_| !root) {
-            let reason = "without the rights of root, a rule can only deny everything";
-            return Err(PlanError::invalid(field, reason));
-        }
-        if setting.systemd {
-            return Ok(Self {
-                path: String::new(),
-                scope: Some(scope(linux, annotations, setting.id)?),
-            });
-        }
-        let path = cgroup_path(linux, setting.id)?;
         let alone = |path| Self { path, scope: None };
-        if root || Cgroup::may_make(&path) {
-            return Ok(alone(path));
-        }
-        let given = linux
-            .cgroups_path()
-            .is_some()
-            .then_some("linux.cgroupsPath");
-        match given.or_else(|| resources.and_then(limit)) {
-            Some(field) => {
-                let reason = "this user may not make control groups";
-                Err(PlanError::invalid(field, reason))
+        let limit = || linux.resources().as_ref().and_then(first_limit);
+        match setting.grouping {
+            Grouping::Files => {}
+            Grouping::Systemd => {
+                let scope = Some(scope(linux, annotations, setting.id)?);
+                return Ok(Self {
+                    scope,
+                    ..alone(String::new())
+                });
             }
-            None => Ok(alone(String::new())),
+            Grouping::None => {
+                return match limit() {
+                    Some(field) => Err(PlanError::invalid(field, "control groups are disabled")),
+                    None => Ok(alone(String::new())),
+                };
+            }
+        }
+        let given = given_path(linux)?;
+        if is_host_root() {
+            return Ok(alone(given.unwrap_or_else(|| format!("/{}", setting.id))));
+        }
+        let path = given.clone().or_else(|| Cgroup::beside_own(setting.id));
+        match path.filter(|path| Cgroup::may_make(path)) {
+            Some(path) => Ok(alone(path)),
+            None if given.is_some() => Err(PlanError::invalid("linux.cgroupsPath", DENIED_PATH)),
+            None => match limit() {
+                Some(field) => Err(PlanError::invalid(field, DENIED_LIMIT)),
+                None => Ok(alone(String::new())),
+            },
         }
     }
 }
@@ -76,44 +86,15 @@ fn scope(
     Ok(scope)
 }
 
-/// The first device rule that is more than a denial of everything.
-fn device_rule(resources: &LinuxResources) -> Option<String> {
-    let denies_all = |rule: &LinuxDeviceCgroup| {
-        let (major, minor) = (rule.major().unwrap_or(-1), rule.minor().unwrap_or(-1));
-        !rule.allow() && major < 0 && minor < 0
-    };
-    let rules = resources.devices().iter().flatten();
-    let index = rules.into_iter().position(|rule| !denies_all(rule))?;
-    Some(format!("linux.resources.devices[{index}]"))
-}
-
-/// The first limit that is asked for.
-fn limit(resources: &LinuxResources) -> Option<&'static str> {
-    [
-        ("linux.resources.memory", resources.memory().is_some()),
-        ("linux.resources.cpu", resources.cpu().is_some()),
-        ("linux.resources.pids", resources.pids().is_some()),
-        ("linux.resources.blockIO", resources.block_io().is_some()),
-        (
-            "linux.resources.hugepageLimits",
-            resources.hugepage_limits().is_some(),
-        ),
-        ("linux.resources.network", resources.network().is_some()),
-        ("linux.resources.rdma", resources.rdma().is_some()),
-        ("linux.resources.unified", resources.unified().is_some()),
-    ]
-    .into_iter()
-    .find_map(|(field, given)| given.then_some(field))
-}
-
-fn cgroup_path(linux: &Linux, id: &str) -> Result<String, PlanError> {
+/// The path that is asked for, if one is.
+fn given_path(linux: &Linux) -> Result<Option<String>, PlanError> {
     let field = "linux.cgroupsPath";
     let Some(path) = linux
         .cgroups_path()
         .as_ref()
         .filter(|path| !path.as_os_str().is_empty())
     else {
-        return Ok(format!("/{id}"));
+        return Ok(None);
     };
     let path = path
         .to_str()
@@ -126,7 +107,7 @@ fn cgroup_path(linux: &Linux, id: &str) -> Result<String, PlanError> {
     if path.is_empty() {
         return Err(PlanError::value(field, given, "it must not be the root"));
     }
-    Ok(format!("/{path}"))
+    Ok(Some(format!("/{path}")))
 }
 
 #[cfg(test)]
@@ -135,28 +116,11 @@ mod tests {
 
     #[test]
     fn the_cgroup_is_never_the_root_or_outside() {
-        let path = |json: &str| cgroup_path(&serde_json::from_str(json).unwrap(), "a");
-        assert_eq!(path("{}").unwrap(), "/a");
-        assert_eq!(path(r#"{"cgroupsPath":"x/y/"}"#).unwrap(), "/x/y");
+        let path = |json: &str| given_path(&serde_json::from_str(json).unwrap());
+        assert_eq!(path("{}").unwrap(), None);
+        let given = path(r#"{"cgroupsPath":"x/y/"}"#).unwrap();
+        assert_eq!(given.as_deref(), Some("/x/y"));
         path(r#"{"cgroupsPath":"/"}"#).unwrap_err();
         path(r#"{"cgroupsPath":"/a/../../b"}"#).unwrap_err();
-    }
-
-    #[test]
-    fn a_limit_is_named_and_so_is_a_device_that_is_allowed() {
-        let resources = |json: &str| serde_json::from_str::<LinuxResources>(json).unwrap();
-        assert_eq!(
-            limit(&resources(r#"{"pids":{"limit":5}}"#)),
-            Some("linux.resources.pids")
-        );
-        assert_eq!(limit(&resources("{}")), None);
-        let denied = r#"{"devices":[{"allow":false,"access":"rwm"}]}"#;
-        assert_eq!(device_rule(&resources(denied)), None);
-        let allowed = r#"{"devices":[{"allow":false,"access":"rwm"},
-            {"allow":true,"type":"c","major":1,"minor":1,"access":"r"}]}"#;
-        assert_eq!(
-            device_rule(&resources(allowed)).as_deref(),
-            Some("linux.resources.devices[1]")
-        );
     }
 }

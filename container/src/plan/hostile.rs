@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::{Plan, Setting};
+use crate::create::Grouping;
 use crate::spec::Config;
 use crate::verbs::spec::spec;
 
@@ -106,7 +107,7 @@ fn try_plan(config: &Value) -> Result<Plan, String> {
         id: "a",
         bundle: Path::new("/"),
         bare: false,
-        systemd: false,
+        grouping: Grouping::Files,
         check: true,
     };
     Plan::new(&config, &setting).map_err(|error| error.to_string())

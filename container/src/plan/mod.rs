@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{Hooks, Linux, LinuxPersonalityDomain, LinuxResources, LinuxSeccomp, Spec};
 use rustix::thread::CapabilitySet;
 
+use crate::create::Grouping;
 use crate::seccomp::{self, Filter};
 use crate::spec::Config;
 use crate::systemd::ScopePlan;
@@ -79,8 +80,7 @@ pub(crate) struct Setting<'a> {
     /// The program comes as a descriptor: the root may be empty, and gets no device that was not
     /// asked for.
     pub(crate) bare: bool,
-    /// Control groups are managed by systemd.
-    pub(crate) systemd: bool,
+    pub(crate) grouping: Grouping,
     /// Nothing will be carried out: what is to be mounted is found, but not copied, which waits for a grace
     /// period of the kernel when the copy is closed unused.
     pub(crate) check: bool,

@@ -10,13 +10,14 @@ mod bus;
 mod scope;
 mod wire;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 pub use self::bus::SystemdError;
 use self::bus::{Bus, malformed};
 pub(crate) use self::scope::ScopePlan;
 pub(crate) use self::wire::Value;
 use self::wire::{Call, Message, Writer};
+use crate::rights;
 
 /// The name and the value of a unit's property (org.freedesktop.systemd1(5)).
 pub(crate) type Property = (&'static str, Value);
@@ -26,8 +27,28 @@ const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
 const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
 const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
 
-/// The mapping of a process that is in no user namespace but the host's.
-const HOST_UID_MAP: [&str; 3] = ["0", "0", "4294967295"];
+/// The oldest systemd that is worked with.
+const VERSION_MIN: u32 = 239;
+
+/// The version of systemd that first knows a property, or that value of it (its NEWS).
+fn since((name, value): &Property) -> u32 {
+    match (*name, value) {
+        ("CPUWeight", Value::Large(0)) => 252,
+        ("AllowedCPUs" | "AllowedMemoryNodes", _) => 244,
+        ("CPUQuotaPeriodUSec", _) => 242,
+        ("MemoryMin", _) => 240,
+        _ => VERSION_MIN,
+    }
+}
+
+/// The number in a version as `252.39-1~deb12u1` or `v254-rc1`; the oldest where there is none.
+fn version_number(text: &str) -> u32 {
+    let digits = text.trim_start_matches(|letter: char| !letter.is_ascii_digit());
+    let end = digits.find(|letter: char| !letter.is_ascii_digit());
+    digits[..end.unwrap_or(digits.len())]
+        .parse()
+        .unwrap_or(VERSION_MIN)
+}
 
 /// A connection to the manager of units: the system's for root, the user's own for others.
 #[derive(Debug)]
@@ -109,23 +130,60 @@ impl Systemd {
 
     /// The path of the unit's group below the root of all that systemd sees.
     fn control_group(&mut self, unit: &str) -> Result<String, SystemdError> {
+        let act = "say where the container's group is";
+        let interface = "org.freedesktop.systemd1.Scope";
+        self.property(act, &scope::object_path(unit), interface, "ControlGroup")
+    }
+
+    fn version(&mut self) -> Result<u32, SystemdError> {
+        let act = "say which version it is";
+        let text = self.property(act, MANAGER_PATH, MANAGER, "Version")?;
+        Ok(version_number(&text))
+    }
+
+    /// A property of an object that is a text.
+    fn property(
+        &mut self,
+        act: &'static str,
+        path: &str,
+        interface: &str,
+        name: &str,
+    ) -> Result<String, SystemdError> {
         let mut body = Writer::default();
-        body.text("org.freedesktop.systemd1.Scope");
-        body.text("ControlGroup");
+        body.text(interface);
+        body.text(name);
         let call = Call {
-            path: &scope::object_path(unit),
+            path,
             interface: "org.freedesktop.DBus.Properties",
             member: "Get",
             signature: "ss",
             body,
         };
-        let answer = self.0.call("say where the container's group is", &call)?;
-        let path = answer.body().variant_text().map(str::to_owned);
-        path.ok_or_else(|| SystemdError::Talk(malformed()))
+        let answer = self.0.call(act, &call)?;
+        let text = answer.body().variant_text().map(str::to_owned);
+        text.ok_or_else(|| SystemdError::Talk(malformed()))
     }
 
-    /// Tells limits to systemd, until the unit ends.
+    /// Moves a process into the unit's group.
+    pub(crate) fn attach(&mut self, unit: &str, pid: i32) -> Result<(), SystemdError> {
+        let mut body = Writer::default();
+        body.text(unit);
+        // Not a group below.
+        body.text("");
+        body.array(4, |it| it.number(pid.unsigned_abs()));
+        let act = "move a process into the container's scope";
+        self.manage(act, "AttachProcessesToUnit", "ssau", body)
+            .map(|_| ())
+    }
+
+    /// Tells limits to systemd, until the unit ends: those that its version knows. The others it leaves
+    /// alone.
     pub(crate) fn set(&mut self, unit: &str, properties: &[Property]) -> Result<(), SystemdError> {
+        let mut properties = properties.to_vec();
+        if properties.iter().any(|it| since(it) > VERSION_MIN) {
+            let version = self.version()?;
+            properties.retain(|property| since(property) <= version);
+        }
         if properties.is_empty() {
             return Ok(());
         }
@@ -181,7 +239,7 @@ impl Systemd {
 
 /// Where systemd listens, as systemctl knows it.
 fn socket() -> PathBuf {
-    if rustix::process::geteuid().is_root() && !in_user_namespace() {
+    if rights::is_host_root() {
         return PathBuf::from("/run/systemd/private");
     }
     let directory = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(
@@ -191,7 +249,32 @@ fn socket() -> PathBuf {
     directory.join("systemd/private")
 }
 
-fn in_user_namespace() -> bool {
-    let map = std::fs::read_to_string(Path::new("/proc/self/uid_map")).unwrap_or_default();
-    !map.is_empty() && map.split_whitespace().ne(HOST_UID_MAP)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_older_systemd_is_told_what_it_knows() {
+        for (text, number) in [
+            ("252.39-1~deb12u1", 252),
+            ("v254-rc1", 254),
+            ("239 (239-82.el8)", 239),
+            ("257", 257),
+            ("", VERSION_MIN),
+            ("?", VERSION_MIN),
+        ] {
+            assert_eq!(version_number(text), number, "{text}");
+        }
+        let known = |version: u32| {
+            let all: [Property; 5] = [
+                ("MemoryMax", Value::Large(1)),
+                ("CPUQuotaPeriodUSec", Value::Large(1)),
+                ("AllowedCPUs", Value::Bytes(vec![1])),
+                ("CPUWeight", Value::Large(0)),
+                ("CPUWeight", Value::Large(100)),
+            ];
+            all.into_iter().filter(|it| since(it) <= version).count()
+        };
+        assert_eq!([239, 242, 244, 252].map(known), [2, 3, 4, 5]);
+    }
 }

@@ -71,7 +71,7 @@ impl Writer {
         self.0.resize(self.0.len().next_multiple_of(to), 0);
     }
 
-    fn number(&mut self, value: u32) {
+    pub(super) fn number(&mut self, value: u32) {
         self.align(4);
         self.0.extend(value.to_le_bytes());
     }

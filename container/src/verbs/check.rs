@@ -7,6 +7,7 @@ use rustix::thread::CapabilitySet;
 use serde_json::Value;
 
 use crate::cgroup::{Cgroup, CgroupError};
+use crate::create::Grouping;
 use crate::plan::process::ProcessPlan;
 use crate::plan::{Plan, PlanError, Setting};
 use crate::spec::{Config, SpecError, parse_process, parse_resources};
@@ -33,7 +34,7 @@ pub fn check(text: Vec<u8>, bundle: &Path, id: &str) -> Result<Vec<String>, Chec
         id,
         bundle,
         bare: false,
-        systemd: false,
+        grouping: Grouping::Files,
         check: true,
     };
     Plan::new(&config, &setting)?;

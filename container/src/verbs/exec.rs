@@ -148,7 +148,15 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
     let (ours, theirs) = step("make a socket pair", Channel::pair())?;
     // Before the fork: the child is in the container's pid namespace at once.
     step("stop being traceable", harden())?;
-    let forked = namespaces::fork(&namespaces, entry.clone_into(), &ours, &theirs);
+    let fork = |cgroup| namespaces::fork(&namespaces, cgroup, &ours, &theirs);
+    let forked = match fork(entry.clone_into()) {
+        Err(error)
+            if error.kind() == io::ErrorKind::ResourceBusy && entry.otherwise().is_some() =>
+        {
+            fork(entry.otherwise())
+        }
+        forked => forked,
+    };
     match step("make the process", forked)? {
         Forked::Child => {
             drop((ours, home, init));

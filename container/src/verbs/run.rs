@@ -2,7 +2,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
@@ -15,6 +16,7 @@ use crate::create::{CreateError, CreateOptions, create_started};
 use crate::footprint;
 use crate::process::{Exit, Process};
 use crate::relay::Relay;
+use crate::rights::is_host_root;
 use crate::verbs::delete::{DeleteError, DeleteOptions, delete};
 
 /// Why a container could not be run to its end.
@@ -191,7 +193,16 @@ pub fn attend(process: &Process, signals: &Signals, console: Option<OwnedFd>) ->
     }
 }
 
-/// The directory of states that is used if none is given.
+/// The directory of states that is used if none is given: a user's own where this program has not the
+/// rights of the host's root, if the session has one.
 pub fn default_root() -> &'static Path {
-    Path::new("/run/hostd-oci")
+    static ROOT: OnceLock<PathBuf> = OnceLock::new();
+    ROOT.get_or_init(|| {
+        let directory =
+            std::env::var_os("XDG_RUNTIME_DIR").filter(|directory| !directory.is_empty());
+        match directory {
+            Some(directory) if !is_host_root() => Path::new(&directory).join("hostd-oci"),
+            _ => PathBuf::from("/run/hostd-oci"),
+        }
+    })
 }

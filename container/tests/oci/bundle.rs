@@ -266,7 +266,7 @@ impl Drop for Bundle {
 }
 
 /// What a refusal to map the owners of a mount says.
-pub(crate) const UNMAPPED: &str = "mounts[7]: cannot map its users and groups: Invalid argument";
+pub(crate) const UNMAPPED: &str = "mounts[7]: cannot map its users and groups: invalid argument";
 
 /// Whether this kernel can map the owners of a tmpfs: since Linux 6.3.
 pub(crate) fn tmpfs_maps_owners() -> bool {

@@ -9,7 +9,7 @@ use std::time::Instant;
 use container::cgroup::Cgroup;
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, Ended, PATIENCE, finish, finish_child};
+use crate::bundle::{Bundle, Ended, PATIENCE, finish, finish_child, is_own};
 
 fn running() -> Bundle {
     let bundle = Bundle::new("while true; do sleep 1; done");
@@ -328,7 +328,7 @@ fn what_cannot_be_done_is_refused_with_what_to_do_instead() {
         ),
         (
             &["--cgroup-manager", "moon", "run", "x"],
-            "[possible values: cgroupfs, systemd]",
+            "[possible values: cgroupfs, systemd, disabled]",
         ),
         (
             &["checkpoint", "--image-path", "/x", "x"],
@@ -353,7 +353,7 @@ fn spec_writes_a_configuration_that_runs_and_overwrites_none() {
     // The bundle has one already.
     let ended = finish(bundle.command(&["spec"]));
     assert!(
-        ended.status == 1 && ended.stderr.contains("File exists"),
+        ended.status == 1 && ended.stderr.contains("file exists"),
         "{ended:?}"
     );
     for (directory, options) in [("plain", &[][..]), ("rootless", &["--rootless"])] {
@@ -433,21 +433,28 @@ fn exec_runs_in_a_group_below() {
     );
     assert_eq!(ended.status, 0, "{ended:?}");
     assert!(ended.stdout.contains(":/below"), "{ended:?}");
-    if Path::new("/sys/fs/cgroup/memory/cgroup.procs").exists() {
-        let ended = bundle.verb(
-            &["exec", "--cgroup", "memory,pids:/below"],
-            &["cat", "/proc/self/cgroup"],
+    let controllers = cgroup.views().len() > 1;
+    if controllers {
+        let verb = [
+            "exec",
+            "--cgroup",
+            "cpu,cpuacct:below",
+            "--cgroup",
+            "pids:/",
+        ];
+        let ended = bundle.verb(&verb, &["cat", "/proc/self/cgroup"]);
+        let in_below = |line: &&str| line.ends_with(":/below");
+        let below: Vec<&str> = ended.stdout.lines().filter(in_below).collect();
+        assert!(
+            !below.is_empty() && below.iter().all(|line| line.contains("cpu")),
+            "{ended:?}"
         );
-        for line in ended.stdout.lines() {
-            let chosen = line.contains(":memory:") || line.contains(":pids:");
-            assert_eq!(line.ends_with(":/below"), chosen, "{ended:?}");
-        }
     }
     for (path, words) in [
         ("/gone", "adding pid to"),
-        ("/../x", "bad sub cgroup path"),
+        ("/../x", "is not a sub cgroup path"),
+        ("cpu,moon:/below", "unknown controller \"moon\""),
         ("moon:/x", "unknown controller"),
-        ("pids,moon:/below", "unknown controller \"moon\""),
     ] {
         let ended = bundle.verb(&["exec", "--cgroup", path], &["true"]);
         assert!(
@@ -455,6 +462,91 @@ fn exec_runs_in_a_group_below() {
             "{path}: {ended:?}"
         );
     }
+}
+
+/// A container that manages groups of its own may have nobody in the group itself, and its first process
+/// may be anywhere.
+#[test]
+fn exec_goes_to_the_containers_group_or_to_that_of_its_first_process() {
+    let bundle = Bundle::new("exec sleep 100");
+    bundle.start();
+    let cgroup = Cgroup::open(&format!("/{}", bundle.id)).unwrap();
+    let views = cgroup.views();
+    let unified = views
+        .iter()
+        .find(|(_, path)| path.join("cgroup.kill").exists());
+    let Some((_, own)) = unified.filter(|_| is_own()) else {
+        return;
+    };
+    let pid = bundle.state()["pid"].to_string();
+    let entered = || {
+        let ended = bundle.quiet_with(&["exec", "--detach"], &["sleep", "101"]);
+        assert_eq!(ended.status, 0, "{ended:?}");
+    };
+    let count = |group: &Path| {
+        let procs = fs::read_to_string(group.join("cgroup.procs")).unwrap();
+        procs.lines().filter(|line| *line != pid).count()
+    };
+    let inside = own.join("inside");
+    fs::create_dir(&inside).unwrap();
+    fs::write(inside.join("cgroup.procs"), &pid).unwrap();
+    entered();
+    assert_eq!(
+        (count(own), count(&inside)),
+        (1, 0),
+        "into the group itself"
+    );
+
+    fs::write(
+        inside.join("cgroup.procs"),
+        fs::read_to_string(own.join("cgroup.procs")).unwrap(),
+    )
+    .unwrap();
+    let controllers = fs::read_to_string(own.join("cgroup.controllers")).unwrap();
+    let controller = controllers.split_whitespace().next().unwrap();
+    fs::write(own.join("cgroup.subtree_control"), format!("+{controller}")).unwrap();
+    entered();
+    assert_eq!(count(&inside), 2, "the group itself lets nobody in");
+
+    let outside = own.with_file_name(format!("{}-outside", bundle.id));
+    fs::create_dir(&outside).unwrap();
+    for pid in fs::read_to_string(inside.join("cgroup.procs"))
+        .unwrap()
+        .lines()
+    {
+        fs::write(outside.join("cgroup.procs"), pid).unwrap();
+    }
+    fs::remove_dir(&inside).unwrap();
+    fs::remove_dir(own).unwrap();
+    entered();
+    let found = count(&outside);
+    assert_eq!(bundle.verb(&["delete", "--force"], &[]).status, 0);
+    fs::write(outside.join("cgroup.kill"), "1").unwrap();
+    while fs::remove_dir(&outside).is_err() {
+        std::thread::yield_now();
+    }
+    assert_eq!(found, 3, "the group itself is gone");
+}
+
+#[test]
+fn a_wrong_command_line_is_an_error_as_any_other() {
+    let bundle = Bundle::new("true");
+    let log = bundle.path().join("log");
+    let global = ["--log", log.to_str().unwrap(), "--log-format", "json"];
+    let mut command = bundle.command(&global);
+    let ended = finish({
+        command.args(["run", "--no-such-option", "a"]);
+        command
+    });
+    assert_eq!(ended.status, 1, "{ended:?}");
+    let text = fs::read_to_string(log).unwrap();
+    let line: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    assert_eq!(line["level"], "error");
+    assert!(
+        line["msg"].as_str().unwrap().contains("--no-such-option"),
+        "{line}"
+    );
+    assert_eq!(bundle.verb(&["run", "--help"], &[]).status, 0);
 }
 
 #[test]

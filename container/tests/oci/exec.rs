@@ -96,7 +96,7 @@ fn what_cannot_be_run_is_told() {
     let bundle = running();
     for (program, words) in [
         ("nope", "executable file `nope` not found in $PATH"),
-        ("/bin", "cannot exec `/bin`: Permission denied"),
+        ("/bin", "cannot exec `/bin`: permission denied"),
     ] {
         let ended = bundle.verb(&["exec"], &[program]);
         assert_eq!(ended.status, 255, "{ended:?}");

@@ -18,6 +18,29 @@ fn with_hooks(script: &str, hooks: Value) -> Bundle {
     })
 }
 
+/// As hooks that give a container devices and libraries do.
+#[test]
+fn a_hook_that_enters_the_mounts_finds_the_root_where_the_host_has_it() {
+    let bundle = Bundle::new("cat /etc/given");
+    fs::create_dir(bundle.rootfs().join("etc")).unwrap();
+    fs::write(bundle.rootfs().join("etc/given"), "nothing\n").unwrap();
+    let given = bundle.path().join("given");
+    fs::write(&given, "something\n").unwrap();
+    let script = format!(
+        r#"pid=$(grep -o '"pid": *[0-9]*' | grep -o '[0-9]*$' | head -n1)
+        nsenter -t $pid -m mount --bind {} {}/etc/given"#,
+        given.display(),
+        bundle.rootfs().display()
+    );
+    let bundle = bundle.with(|config| {
+        let hook = json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/sbin:/usr/bin:/bin"]});
+        config["hooks"] = json!({"createRuntime": [hook]});
+    });
+    assert_eq!(bundle.output(), "something\n");
+    let text = fs::read_to_string(bundle.rootfs().join("etc/given")).unwrap();
+    assert_eq!(text, "nothing\n");
+}
+
 #[test]
 fn hooks_of_one_kind_run_in_their_order() {
     let bundle = Bundle::new("true");

@@ -232,7 +232,7 @@ fn a_bind_mount_has_its_options_and_its_source_is_needed() {
         .with(mounts("/nowhere", json!(["bind"])))
         .refusal();
     assert!(
-        message.contains("mounts[7].source: cannot open /nowhere: No such file"),
+        message.contains("mounts[7].source: cannot open /nowhere: no such file"),
         "{message}"
     );
 }

@@ -103,14 +103,14 @@ fn a_program_that_is_not_there_is_told_in_the_words_that_engines_look_for() {
     for (program, words) in [
         (
             "nope",
-            "executable file `nope` not found in $PATH: No such file or directory",
+            "executable file `nope` not found in $PATH: no such file or directory",
         ),
         (
             "/bin/nope",
-            "cannot exec `/bin/nope`: No such file or directory",
+            "cannot exec `/bin/nope`: no such file or directory",
         ),
-        ("/bin", "cannot exec `/bin`: Permission denied"),
-        ("/plain", "cannot exec `/plain`: Permission denied"),
+        ("/bin", "cannot exec `/bin`: permission denied"),
+        ("/plain", "cannot exec `/plain`: permission denied"),
     ] {
         let bundle = Bundle::new("").with(|config| config["process"]["args"] = json!([program]));
         fs::write(bundle.rootfs().join("plain"), "text").unwrap();
@@ -143,7 +143,7 @@ fn what_the_kernel_cannot_execute_is_told_by_start() {
     assert!(
         ended
             .stderr
-            .contains("cannot exec `/garbage`: Exec format error"),
+            .contains("cannot exec `/garbage`: exec format error"),
         "{ended:?}"
     );
     bundle.wait_for_status("stopped");
@@ -247,6 +247,34 @@ fn a_creator_that_is_killed_leaves_nothing_that_runs_or_blocks_the_id() {
         bundle.assert_nothing_is_left();
     }
     bundle.start();
+}
+
+#[test]
+fn what_a_creator_left_that_was_killed_is_in_nobodys_way() {
+    let bundle = Bundle::new("sleep 100");
+    let (mark, pid) = (bundle.path().join("mark"), bundle.path().join("pid"));
+    // The first process is recorded, and its creator waits for this hook; the second time it does not.
+    let hook = format!(
+        "[ ! -e {mark} ] || exit 0; touch {mark}; while [ -d /proc/$PPID ]; do sleep 0.01; done",
+        mark = mark.display()
+    );
+    let bundle = bundle.with(|config| {
+        let hook = json!({"path": "/bin/sh", "args": ["sh", "-c", hook]});
+        config["hooks"] = json!({"createRuntime": [hook]});
+    });
+    let mut command = bundle.command(&["create"]);
+    command.args(["--pid-file", pid.to_str().unwrap(), &bundle.id]);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut creator = command.spawn().unwrap();
+    while !mark.exists() {
+        std::thread::yield_now();
+    }
+    assert_eq!(bundle.state()["status"], "creating");
+    creator.kill().unwrap();
+    creator.wait().unwrap();
+    bundle.wait_for_status("stopped");
+    bundle.start();
+    assert_eq!(bundle.state()["status"], "running");
 }
 
 #[test]

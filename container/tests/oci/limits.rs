@@ -176,7 +176,8 @@ fn every_limit_is_set_or_refused_by_its_name() {
         };
         let ended = bundle.quiet(&["create"]);
         assert_eq!(ended.status, 0, "{field}: {ended:?}");
-        let content = fs::read_to_string(&file).unwrap();
+        let content = fs::read_to_string(&file);
+        let content = content.unwrap_or_else(|error| panic!("{field}: {error}"));
         assert!(content.starts_with(text), "{field}: {content}");
     }
 }

@@ -348,5 +348,5 @@ fn a_file_system_that_the_kernel_does_not_have_is_refused() {
         );
     });
     fs::create_dir(bundle.rootfs().join("data")).unwrap();
-    bundle.assert_refused("mounts[7]: cannot mount moonfs on `/data`: No such device");
+    bundle.assert_refused("mounts[7]: cannot mount moonfs on `/data`: no such device");
 }

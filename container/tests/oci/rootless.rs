@@ -137,3 +137,84 @@ fn without_a_group_a_signal_for_all_reaches_the_pid_namespace() {
         assert_eq!(finish_child(child).status, status, "{signal}");
     }
 }
+
+/// The command that makes its user root in a user and a mount namespace, as rootless engines do.
+fn within_user_namespace(command: &Command) -> Command {
+    let mut within = Command::new("unshare");
+    within.args(["--user", "--map-root-user", "--mount", "--"]);
+    within.arg(command.get_program()).args(command.get_args());
+    within.current_dir(command.get_current_dir().unwrap());
+    within.stdin(Stdio::null()).uid(NOBODY).gid(NOBODY);
+    within
+}
+
+/// In a user namespace the user is root, and may still no more than before.
+#[test]
+fn root_in_a_user_namespace_runs_containers_without_a_group_and_without_device_rules() {
+    let bundle = bundle("id -u; echo lost >/dev/null; ls /proc/1/exe >/dev/null && echo ran");
+    let path = bundle.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let linux = config["linux"].as_object_mut().unwrap();
+    linux.remove("uidMappings");
+    linux.remove("gidMappings");
+    let namespaces = linux["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "user");
+    config["linux"]["resources"] = json!({"devices": [
+        {"allow": false, "access": "rwm"},
+        {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"}
+    ]});
+    fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
+    let ended = finish(within_user_namespace(&command(&bundle, &["run"], &[])));
+    assert_eq!(ended.stdout, "0\nran\n", "{ended:?}");
+
+    config["linux"]["resources"] = json!({"pids": {"limit": 9}});
+    fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
+    let ended = finish(within_user_namespace(&command(&bundle, &["run"], &[])));
+    let words = "linux.resources.pids.limit: this user may not make control groups";
+    assert!(
+        ended.status == 1 && ended.stderr.contains(words),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn the_states_of_a_user_are_where_the_session_has_its_files() {
+    let bundle = bundle("exec sleep 100");
+    let session = bundle.path().join("session");
+    fs::create_dir(&session).unwrap();
+    std::os::unix::fs::chown(&session, Some(NOBODY), Some(NOBODY)).unwrap();
+    let verb = |verb: &[&str]| {
+        let mut command = Command::new(bundle.path().join("runtime"));
+        command.args(verb).arg(&bundle.id);
+        command.env("XDG_RUNTIME_DIR", &session);
+        command.current_dir(bundle.path());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        command.uid(NOBODY).gid(NOBODY);
+        command.status().unwrap().success()
+    };
+    assert!(verb(&["create"]));
+    let state = session.join("hostd-oci").join(&bundle.id);
+    assert!(state.join("state.json").exists());
+    assert!(verb(&["delete", "--force"]));
+    assert!(!state.exists());
+}
+
+#[test]
+fn without_control_groups_no_limit_is_taken() {
+    let bundle = bundle("cat /proc/self/cgroup");
+    let verb = ["--cgroup-manager", "disabled", "run"];
+    let ended = finish(command(&bundle, &verb, &[]));
+    assert_eq!(ended.status, 0, "{ended:?}");
+    let path = bundle.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["linux"]["resources"] = json!({"pids": {"limit": 9}});
+    fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
+    let ended = finish(command(&bundle, &verb, &[]));
+    assert!(
+        ended.stderr.contains("control groups are disabled"),
+        "{ended:?}"
+    );
+}

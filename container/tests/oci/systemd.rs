@@ -208,6 +208,6 @@ fn without_systemd_the_request_is_refused_by_name() {
     let ended =
         bundle.script("mount -t tmpfs tmpfs /run; $R --systemd-cgroup run $ID || echo refused");
     assert_eq!(ended.stdout, "refused\n", "{ended:?}");
-    let words = "cannot connect to systemd at /run/systemd/private: No such file";
+    let words = "cannot connect to systemd at /run/systemd/private: no such file";
     assert!(ended.stderr.contains(words), "{ended:?}");
 }
