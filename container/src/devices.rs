@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, Uid, chmodat, chownat, major, minor, mknodat, statat,
-    symlinkat,
+    AtFlags, CWD, FileType, Gid, Mode, Uid, chmodat, chownat, major, makedev, minor, mknodat,
+    statat, symlinkat,
 };
 use rustix::io::Errno;
 
@@ -44,7 +44,11 @@ pub(crate) fn make(
         let path = path.display().to_string();
         move |source| DeviceError { path, source }
     };
-    for device in devices {
+    // A node would be that of another instance of the file system: the link is to the right one.
+    let is_linked = |device: &&DevicePlan| {
+        links && device.path == Path::new("/dev/ptmx") && device.number == makedev(5, 2)
+    };
+    for device in devices.iter().filter(|device| !is_linked(device)) {
         let made = if in_user_namespace {
             bind(device, root)
         } else {

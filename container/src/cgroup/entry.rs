@@ -113,17 +113,14 @@ impl Cgroup {
     pub fn entry_below(&self, paths: &[String]) -> Result<Entry, CgroupError> {
         let mut directories = self.directories.clone();
         for given in paths {
-            let refused = |reason| CgroupError::Below {
-                path: given.clone(),
-                reason,
-            };
             let (controllers, path) = match given.split_once(':') {
                 Some((names, path)) => (Some(names.split(',').collect::<Vec<_>>()), path),
                 None => (None, given.as_str()),
             };
             let path = path.trim_start_matches('/');
             if path.split('/').any(|part| part == "..") {
-                return Err(refused("it is not a sub cgroup path"));
+                let path = given.clone();
+                return Err(CgroupError::Below { path });
             }
             let unknown = |name: &&&str| !directories.iter().any(|directory| directory.has(name));
             if let Some(name) = controllers.iter().flatten().find(unknown) {
@@ -136,11 +133,9 @@ impl Cgroup {
             };
             for directory in directories.iter_mut().filter(is_chosen) {
                 directory.path.push(path);
-                let found = std::fs::metadata(&directory.path);
-                found.map_err(|source| CgroupError::Join {
-                    path: directory.path.clone(),
-                    source,
-                })?;
+                let path = directory.path.join("cgroup.procs");
+                let found = std::fs::metadata(&path);
+                found.map_err(|source| CgroupError::Join { path, source })?;
             }
         }
         Entry::open(&directories)

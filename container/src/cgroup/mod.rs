@@ -48,11 +48,11 @@ use crate::rights::is_host_root;
 pub enum CgroupError {
     #[error("linux.cgroupsPath {path:?} cannot be used: {reason}")]
     Path { path: String, reason: &'static str },
-    #[error("bad sub cgroup path {path:?}: {reason}")]
-    Below { path: String, reason: &'static str },
+    #[error("bad sub cgroup path: {path} is not a sub cgroup path")]
+    Below { path: String },
     #[error("unknown controller {name:?}")]
     Controller { name: String },
-    #[error("cannot join the container's groups: adding pid to {path:?}")]
+    #[error("cannot join the container's groups: adding pid to {}", path.display())]
     Join {
         path: PathBuf,
         #[source]

@@ -18,6 +18,7 @@ use crate::environment;
 use crate::handshake::{Channel, Failure, Message};
 use crate::label::LabelFile;
 use crate::launch;
+use crate::log;
 use crate::namespaces::{self, Forked};
 use crate::notify;
 use crate::plan::memory::{self, MemoryPolicy};
@@ -102,8 +103,6 @@ pub enum ExecError {
     Spec(#[from] SpecError),
     #[error(transparent)]
     Plan(#[from] PlanError),
-    #[error("there is no capability `{name}`")]
-    Capability { name: String },
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     /// The process says why it gave up.
@@ -208,7 +207,8 @@ fn plan(what: &What, spec: &Spec, namespaces: &NamespacePlan) -> Result<ExecPlan
     if let What::Changed(changes) = what {
         for name in &changes.capabilities {
             if !process.capabilities.add(name) {
-                return Err(ExecError::Capability { name: name.clone() });
+                // As where a configuration has it.
+                log::warn(&format!("capability `{name}` is unknown: it is left out"));
             }
         }
     }

@@ -451,8 +451,8 @@ fn exec_runs_in_a_group_below() {
         );
     }
     for (path, words) in [
-        ("/gone", "adding pid to"),
-        ("/../x", "is not a sub cgroup path"),
+        ("/gone", "/gone/cgroup.procs: no such file"),
+        ("/../x", "/../x is not a sub cgroup path"),
         ("cpu,moon:/below", "unknown controller \"moon\""),
         ("moon:/x", "unknown controller"),
     ] {
@@ -577,11 +577,6 @@ fn exec_refuses_what_it_cannot_give() {
             "{ended:?}"
         );
     }
-    let ended = bundle.verb(&["exec", "--cap", "CAP_MOON"], &["true"]);
-    assert!(
-        ended.stderr.contains("there is no capability `CAP_MOON`"),
-        "{ended:?}"
-    );
 }
 
 #[test]

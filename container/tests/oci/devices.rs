@@ -14,6 +14,15 @@ fn with_devices(script: &str, devices: Value) -> Bundle {
 }
 
 #[test]
+fn the_multiplexer_of_terminals_is_the_containers_also_if_it_is_asked_for() {
+    let bundle = Bundle::new("readlink /dev/ptmx").with(|config| {
+        config["linux"]["devices"] =
+            json!([{"path": "/dev/ptmx", "type": "c", "major": 5, "minor": 2}]);
+    });
+    assert_eq!(bundle.output(), "pts/ptmx\n");
+}
+
+#[test]
 fn a_node_of_every_kind_has_its_number_mode_and_owner_wherever_it_is() {
     let devices = json!([
         {"path": "/dev/c", "type": "c", "major": 10, "minor": 229, "fileMode": 0o640, "uid": 5, "gid": 6},
