@@ -17,6 +17,7 @@ use rustix::thread::{Gid, Uid, set_thread_groups, set_thread_res_gid, set_thread
 use crate::handshake::{Channel, Message, Reason};
 use crate::plan::namespaces::{Kind, NamespacePlan};
 use crate::process::Process;
+use crate::rights::is_host_root;
 use crate::sys::{self, Cloned};
 
 /// Which side of a [`fork`] this is.
@@ -125,11 +126,13 @@ fn first_mapped(own: &OwnedFd, file: &str) -> io::Result<u32> {
         .ok_or_else(|| Errno::INVAL.into())
 }
 
-/// What is joined beside a new user namespace is its creator's, and so are the rights to join it.
+/// What is joined beside a new user namespace is its creator's, and so are the rights to join it. And a pid
+/// namespace that is joined without the rights of the host's root cannot be left again.
 fn needs_helper(plan: &NamespacePlan) -> bool {
     plan.joined(Kind::USER).is_some()
         || plan.makes(Kind::TIME)
         || (plan.makes(Kind::USER) && !plan.joined.is_empty())
+        || (plan.joined(Kind::PID).is_some() && !is_host_root())
 }
 
 /// What clone3 makes. A cgroup namespace is made later: its root is the cgroup at that time.

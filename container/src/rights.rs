@@ -6,10 +6,11 @@ use std::sync::OnceLock;
 /// The mapping of a process that is in no user namespace but the host's.
 const HOST_UID_MAP: [&str; 3] = ["0", "0", "4294967295"];
 
-/// Whether this program is root, and no user namespace is between it and the host: what a container's
-/// root may not do, as making groups wherever it likes, is not tried elsewhere.
+/// Whether this program was root when it first asked, and no user namespace was between it and the host:
+/// what a container's root may not do, as making groups wherever it likes, is not tried elsewhere.
 pub(crate) fn is_host_root() -> bool {
-    rustix::process::geteuid().is_root() && !in_user_namespace()
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| rustix::process::geteuid().is_root() && !in_user_namespace())
 }
 
 /// Whether this program runs in a user namespace that is not the host's.

@@ -138,14 +138,22 @@ fn without_a_group_a_signal_for_all_reaches_the_pid_namespace() {
     }
 }
 
-/// The command that makes its user root in a user and a mount namespace, as rootless engines do.
-fn within_user_namespace(command: &Command) -> Command {
-    let mut within = Command::new("unshare");
-    within.args(["--user", "--map-root-user", "--mount", "--"]);
-    within.arg(command.get_program()).args(command.get_args());
-    within.current_dir(command.get_current_dir().unwrap());
-    within.stdin(Stdio::null()).uid(NOBODY).gid(NOBODY);
-    within
+/// A shell of the bundle's user who is root in a user and a mount namespace, as rootless engines are. `$R`
+/// is the runtime, `$ID` the container.
+fn within_user_namespace(bundle: &Bundle, script: &str) -> Ended {
+    let mut shell = Command::new("unshare");
+    shell
+        .args(["--user", "--map-root-user", "--mount", "sh", "-euc", script])
+        .env(
+            "R",
+            format!("./runtime --root {}", bundle.states().display()),
+        )
+        .env("ID", &bundle.id)
+        .current_dir(bundle.path())
+        .stdin(Stdio::null())
+        .uid(NOBODY)
+        .gid(NOBODY);
+    finish(shell)
 }
 
 /// In a user namespace the user is root, and may still no more than before.
@@ -164,12 +172,17 @@ fn root_in_a_user_namespace_runs_containers_without_a_group_and_without_device_r
         {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"}
     ]});
     fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
-    let ended = finish(within_user_namespace(&command(&bundle, &["run"], &[])));
-    assert_eq!(ended.stdout, "0\nran\n", "{ended:?}");
+    let script = "$R run $ID
+        sed -i 's/\"id -u;/\"sleep 100;/' config.json
+        $R run --detach $ID >/dev/null 2>&1
+        $R exec $ID echo inside
+        $R delete --force $ID";
+    let ended = within_user_namespace(&bundle, script);
+    assert_eq!(ended.stdout, "0\nran\ninside\n", "{ended:?}");
 
     config["linux"]["resources"] = json!({"pids": {"limit": 9}});
     fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
-    let ended = finish(within_user_namespace(&command(&bundle, &["run"], &[])));
+    let ended = within_user_namespace(&bundle, "$R run $ID");
     let words = "linux.resources.pids.limit: this user may not make control groups";
     assert!(
         ended.status == 1 && ended.stderr.contains(words),
