@@ -13,7 +13,7 @@ use std::{
     fs,
     io::Read,
     os::{
-        fd::AsRawFd,
+        fd::{AsRawFd, BorrowedFd},
         unix::process::{CommandExt, ExitStatusExt},
     },
     path::Path,
@@ -343,19 +343,20 @@ fn the_way_in_leads_next_to_a_process_in_a_group_below() {
     wait_for_line(&mut child);
     fs::create_dir(unified.join("below")).unwrap();
     fs::write(unified.join("below/cgroup.procs"), child.id().to_string()).unwrap();
-    let target = |entry: &Entry| {
-        let fd = entry.clone_into().unwrap().as_raw_fd();
-        fs::read_link(format!("/proc/self/fd/{fd}")).unwrap()
+    let target = |directory: Option<BorrowedFd<'_>>| {
+        let fd = directory?.as_raw_fd();
+        Some(fs::read_link(format!("/proc/self/fd/{fd}")).unwrap())
     };
+    let ways = |entry: &Entry| (target(entry.clone_into()), target(entry.otherwise()));
+    let own = Some(unified.clone());
     let pid = i32::try_from(child.id()).unwrap();
-    assert_eq!(target(&group.cgroup.entry().unwrap()), *unified);
-    assert_eq!(
-        target(&group.cgroup.entry_beside(pid).unwrap()),
-        unified.join("below")
-    );
+    let entry = group.cgroup.entry().unwrap();
+    assert_eq!(ways(&entry), (own.clone(), None));
+    let entry = group.cgroup.entry_beside(pid).unwrap();
+    assert_eq!(ways(&entry), (own.clone(), Some(unified.join("below"))));
     // A process elsewhere does not lead out of the group.
     let elsewhere = group.cgroup.entry_beside(Pid::this().as_raw()).unwrap();
-    assert_eq!(target(&elsewhere), *unified);
+    assert_eq!(ways(&elsewhere), (own, None));
     group.cgroup.kill_all().unwrap();
     child.wait().unwrap();
 }

@@ -344,7 +344,7 @@ impl Cgroup {
 
     /// As [`Cgroup::entry`], with the v2 group of the process `pid` to go to where the kernel lets nobody
     /// into the group itself, or it is gone: a container that manages groups of its own need have nobody
-    /// in it any more.
+    /// in it any more. One that is elsewhere leads there only if the group is gone.
     ///
     /// # Errors
     ///
@@ -357,9 +357,11 @@ impl Cgroup {
             source,
         })?;
         let inside = text.lines().find_map(|line| line.strip_prefix("0::/"));
-        let beside = inside
-            .zip(self.unified())
-            .map(|(inside, unified)| unified.root.join(inside));
+        let beside = inside.zip(self.unified()).and_then(|(inside, unified)| {
+            let beside = unified.root.join(inside);
+            let own = &unified.path;
+            (beside.starts_with(own) || !own.exists()).then_some(beside)
+        });
         Entry::open_or(&self.directories, beside.as_deref())
     }
 

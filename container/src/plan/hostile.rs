@@ -66,7 +66,8 @@ fn rich() -> Value {
         json!({"poststop": [{"path": "/x", "args": ["x"], "env": ["A=b"], "timeout": 1}]});
     let mounts = config["mounts"].as_array_mut().unwrap();
     mounts.drain(2..6);
-    mounts.push(json!({"destination": "/x", "source": "/", "options": ["rbind", "ro", "a=b"]}));
+    mounts.push(json!({"destination": "/x", "source": "/", "options": ["rbind", "ro"]}));
+    mounts.push(json!({"destination": "/y", "type": "tmpfs", "options": ["size=1k"]}));
     let linux = &mut config["linux"];
     linux["namespaces"]
         .as_array_mut()

@@ -45,7 +45,7 @@ pub(crate) const CASES: &[Case] = &[
         "podman_program_not_there",
         "$RUN busybox /nope",
         127,
-        "No such file",
+        "no such file",
     ),
     (
         "podman_program_not_executable",

@@ -275,7 +275,7 @@ fn what_the_user_may_not_execute_does_not_hide_what_comes_later_in_the_path() {
     let message = bundle
         .with(|config| config["process"]["env"] = json!(["PATH=/closed:/rootly"]))
         .refusal();
-    assert!(message.contains("Permission denied"), "{message}");
+    assert!(message.contains("permission denied"), "{message}");
 }
 
 /// Root in a user namespace has no rights over what is nobody's there.
