@@ -2,14 +2,17 @@
 //! words: behaviour that users of runc and crun rely on.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::process::Command;
 
 use container::cgroup::Cgroup;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, finish, finish_child};
+use crate::bundle::{Bundle, PATIENCE, finish, finish_child};
 use crate::lifecycle::receive_descriptor;
 
 fn sleeping() -> Bundle {
@@ -265,12 +268,14 @@ fn a_cgroup_that_is_in_use_or_frozen_is_refused() {
 
 #[test]
 fn sigkill_ends_all_processes_if_the_pid_namespace_is_not_the_containers_own() {
-    let alive = |pid: &Value| {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        !matches!(
-            status_line(&status, "State:").chars().next(),
-            None | Some('Z' | 'X')
-        )
+    let open = |pid: &Value| {
+        let pid = i32::try_from(pid.as_i64().unwrap()).unwrap();
+        pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap()
+    };
+    let ends = |process: &OwnedFd| {
+        let patience = Timespec::try_from(PATIENCE).unwrap();
+        let mut process = [PollFd::new(process, PollFlags::IN)];
+        poll(&mut process, Some(&patience)).unwrap() == 1
     };
     for init_is_gone in [false, true] {
         let bundle = sleeping().with(|config| {
@@ -283,6 +288,7 @@ fn sigkill_ends_all_processes_if_the_pid_namespace_is_not_the_containers_own() {
         let pids = bundle.verb(&["ps", "--format", "json"], &[]).stdout;
         let pids: Vec<Value> = serde_json::from_str(&pids).unwrap();
         assert_eq!(pids.len(), 2);
+        let processes: Vec<OwnedFd> = pids.iter().map(open).collect();
         if init_is_gone {
             let init = bundle.state()["pid"].to_string();
             assert!(
@@ -296,7 +302,7 @@ fn sigkill_ends_all_processes_if_the_pid_namespace_is_not_the_containers_own() {
         }
         assert_eq!(bundle.verb(&["kill"], &["KILL"]).status, 0);
         bundle.wait_for_status("stopped");
-        assert!(!pids.iter().any(alive));
+        assert!(processes.iter().all(ends));
         let message = bundle.verb(&["kill"], &["KILL"]).stderr;
         assert!(message.contains("container not running"), "{message}");
     }
