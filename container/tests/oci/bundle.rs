@@ -217,13 +217,9 @@ impl Bundle {
             .args(arguments)
             .stdout(Stdio::null())
             .stderr(fs::File::create(&errors).unwrap());
-        let status = command.status().unwrap().code().unwrap();
+        let ended = finish_child(command.spawn().unwrap());
         let stderr = fs::read_to_string(errors).unwrap();
-        Ended {
-            status,
-            stdout: String::new(),
-            stderr,
-        }
+        Ended { stderr, ..ended }
     }
 
     /// The container's state.

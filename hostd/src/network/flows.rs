@@ -67,12 +67,13 @@ pub(super) async fn forget(stale: Vec<Flows>) {
     if stale.is_empty() {
         return;
     }
-    let walk = connect().map(|socket| {
-        let flows = stale.clone();
-        task::spawn_blocking(move || flows.into_iter().try_for_each(|flows| walk(&socket, flows)))
-    });
-    let forgotten = match walk {
-        Ok(walk) => walk.await.unwrap_or_else(|error| Err(error.into())),
+    let forgotten = match connect() {
+        Ok(socket) => {
+            let flows = stale.clone();
+            let walks = move || flows.into_iter().try_for_each(|flows| walk(&socket, flows));
+            let walked = task::spawn_blocking(walks).await;
+            walked.unwrap_or_else(|error| Err(error.into()))
+        }
         Err(error) => Err(error),
     };
     if let Err(error) = forgotten {

@@ -238,16 +238,16 @@ impl Network {
     }
 
     async fn dismiss(&self, name: &str) -> Result<(), NetworkError> {
-        let mut firewall = self.firewall.lock().await;
-        let Some(guest) = firewall.guests().get(name).cloned() else {
+        let guest = self.firewall.lock().await.guests().get(name).cloned();
+        let Some(guest) = guest else {
             return Ok(());
         };
-        // What the instance began can be forgotten meanwhile, since nothing of it runs any more.
+        // What the instance began can be forgotten meanwhile, since nothing of it runs any more. Others
+        // need not wait for that.
         let (dismissed, ()) = tokio::join!(
-            firewall.dismiss(name),
+            async { self.firewall.lock().await.dismiss(name).await },
             flows::forget(vec![Flows::From(guest.address)])
         );
-        drop(firewall);
         // Only from now on nobody is led to it. Where no port was published nobody ever was.
         if !guest.ports.is_empty() {
             flows::forget(vec![Flows::LedTo(guest.address)]).await;

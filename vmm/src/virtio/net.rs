@@ -20,7 +20,7 @@ use vm_memory::GuestMemoryMmap;
 
 use self::handle::{Counters, count};
 pub use self::handle::{NetHandle, NetStats};
-use self::offer::{config_space, features, offloads};
+use self::offer::{config_space, features, offloads, set_offloads};
 use self::throttle::{Lane, Throttle};
 use super::chain::{Chain, IoList, give_back_together, take_all};
 use super::state::{DeviceState, StateError};
@@ -351,12 +351,7 @@ impl VirtioDevice for Net {
         } else {
             SMALL_FRAME_BYTES
         };
-        self.tap
-            .set_offloads(offloads)
-            .map_err(|source| DeviceError::Host {
-                action: "set a tap's offloads",
-                source,
-            })
+        set_offloads(&self.tap, offloads)
     }
 
     fn process(

@@ -6,6 +6,9 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
 };
 
+use crate::virtio::DeviceError;
+use crate::virtio::tap::Tap;
+
 /// Which offload of the tap each accepted feature turns on.
 const OFFLOADS: [(u32, u32); 4] = [
     (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
@@ -39,6 +42,15 @@ pub(super) fn features(mtu: Option<u16>) -> u64 {
 pub(super) fn config_space(mac: [u8; 6], mtu: Option<u16>) -> Vec<u8> {
     let mtu = mtu.unwrap_or(0).to_le_bytes();
     [&mac[..], &[0; 4], &mtu].concat()
+}
+
+/// Has the tap leave to the guest what it may.
+pub(super) fn set_offloads(tap: &Tap, offloads: u32) -> Result<(), DeviceError> {
+    tap.set_offloads(offloads)
+        .map_err(|source| DeviceError::Host {
+            action: "set a tap's offloads",
+            source,
+        })
 }
 
 /// What the tap may leave to a guest that accepted these features: what the specification says

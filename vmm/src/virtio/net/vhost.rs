@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::backend::Backend;
 pub use self::backend::VhostError;
-use super::offer::{config_space, features, offloads};
+use super::offer::{config_space, features, offloads, set_offloads};
 use super::state::NetState;
 use super::{ID, QUEUE_SIZE};
 use crate::events::event;
@@ -151,12 +151,7 @@ impl VirtioDevice for VhostNet {
 
     fn activate(&mut self, features: u64) -> Result<(), DeviceError> {
         self.features = features;
-        self.tap
-            .set_offloads(offloads(features))
-            .map_err(|source| DeviceError::Host {
-                action: "set a tap's offloads",
-                source,
-            })
+        set_offloads(&self.tap, offloads(features))
     }
 
     /// Has the kernel serve the queue, and look at it.

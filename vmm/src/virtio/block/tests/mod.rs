@@ -88,6 +88,15 @@ impl Bench {
         }
     }
 
+    /// The same, with nothing but limits.
+    fn limited(kind: Kind, limits: DiskLimits) -> Bench {
+        let options = BlockOptions {
+            limits,
+            ..BlockOptions::default()
+        };
+        Bench::new(kind, options)
+    }
+
     /// Makes a request available: a header, then buffers, then the status, whose buffer is returned.
     fn offer(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> Buffer {
         let header = self.driver.readable(&header(kind, sector));
@@ -487,11 +496,7 @@ fn flushes_count_as_operations_that_write() {
             write_iops: Some(1),
             ..DiskLimits::default()
         };
-        let options = BlockOptions {
-            limits,
-            ..BlockOptions::default()
-        };
-        let mut bench = Bench::new(kind, options);
+        let mut bench = Bench::limited(kind, limits);
         for _ in 0..50 {
             bench.offer(FLUSH, 0, &[]);
         }
@@ -512,11 +517,7 @@ fn a_limit_on_one_direction_does_not_hold_up_the_other_and_can_be_lifted_while_r
             write_bps: Some(1),
             ..DiskLimits::default()
         };
-        let options = BlockOptions {
-            limits,
-            ..BlockOptions::default()
-        };
-        let mut bench = Bench::new(kind, options);
+        let mut bench = Bench::limited(kind, limits);
         let handle = bench.block.handle();
         let data = bench.driver.readable(&[9; 512]);
         assert_eq!(bench.request(WRITE, 0, &[data]), (OK, 1));
@@ -543,11 +544,7 @@ fn after_a_reset_no_request_touches_memory_and_the_next_driver_is_served() {
             read_iops: Some(20),
             ..DiskLimits::default()
         };
-        let options = BlockOptions {
-            limits,
-            ..BlockOptions::default()
-        };
-        let mut bench = Bench::new(kind, options);
+        let mut bench = Bench::limited(kind, limits);
         for _ in 0..60 {
             let data = bench.driver.writable(512);
             bench.offer(READ, 1, &[data]);

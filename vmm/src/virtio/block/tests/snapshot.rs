@@ -9,11 +9,7 @@ fn all_requests_have_ended_when_a_disk_is_saved_even_those_that_waited_for_a_lim
             write_iops: Some(1),
             ..DiskLimits::default()
         };
-        let options = BlockOptions {
-            limits,
-            ..BlockOptions::default()
-        };
-        let mut bench = Bench::new(kind, options);
+        let mut bench = Bench::limited(kind, limits);
         let statuses: Vec<Buffer> = (0..8)
             .map(|sector| {
                 let data = bench.driver.readable(&[0xaa; 512]);
