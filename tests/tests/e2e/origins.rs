@@ -38,9 +38,11 @@ pub(crate) const TESTS: &[(&str, KindTest)] = &[
     }),
 ];
 
-/// Counts in its memory, tells the count to whoever looks, and says what it is told to.
-const WORKLOAD: &str = "trap 'echo bye; exit 5' TERM; n=0; echo ready; while :; do n=$((n+1)); echo $n >/count; \
-    if [ -e /say ]; then cat /say; rm /say; fi; sleep 0.1; done";
+/// Counts in its memory, tells the count to whoever looks, and says what it is told to. It waits without
+/// a child: it would end if it came to need one while another has used the limit of processes up.
+const WORKLOAD: &str = "trap 'echo bye; exit 5' TERM; mkfifo /never; exec 3<>/never; n=0; echo ready; \
+    while :; do n=$((n+1)); echo $n >/count; if [ -e /say ]; then cat /say; rm /say; fi; \
+    read -r -t 0.1 never <&3; done";
 
 /// So far has a workload come that began before the snapshot and not after it.
 const COUNT: u64 = 20;
