@@ -31,6 +31,7 @@ use crate::plan::namespaces::Kind;
 use crate::plan::{Inherited, Plan};
 use crate::program::Program;
 use crate::root::Root;
+use crate::rootfs::Scaffold;
 use crate::state::{Record, Status};
 use crate::tty::{self, Terminal};
 use crate::verbs::state::oci_state;
@@ -91,6 +92,8 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     wiring.channel.await_proceed()?;
     let state = state_for_hooks(plan, wiring.record);
     step("enter the namespaces", namespaces::enter(&plan.namespaces))?;
+    let scaffold = plan.namespaces.shares_mounts().then(Scaffold::enter);
+    let scaffold = step("make a place to mount in", scaffold.transpose())?;
     step("start a session", setsid())?;
     if let Some(name) = &wiring.keyring {
         launch::join_keyring(name)?;
@@ -116,7 +119,11 @@ fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     for label in labels {
         label.write()?;
     }
-    step("make the root file system `/`", rootfs::pivot(&root))?;
+    let replaced = match scaffold {
+        Some(scaffold) => scaffold.leave(&root),
+        None => rootfs::pivot(&root).map(|()| root),
+    };
+    let root = step("make the root file system `/`", replaced)?;
     step("finish the root file system", rootfs::finish(plan, &root))?;
     drop(root);
 

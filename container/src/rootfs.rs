@@ -1,11 +1,12 @@
 //! The container's root: attached, later made `/`, with the host's tree taken away.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use libc::{MOUNT_ATTR_RDONLY, MS_SLAVE};
-use rustix::fs::{CWD, statfs};
+use nix::sched::{CloneFlags, setns, unshare};
+use rustix::fs::{CWD, Mode, OFlags, open, statfs};
 use rustix::mount::{
     MountPropagationFlags, MoveMountFlags, UnmountFlags, mount_change, move_mount, unmount,
 };
@@ -13,7 +14,6 @@ use rustix::process::{chdir, chroot, fchdir, pivot_root};
 
 use crate::plan::Plan;
 use crate::plan::mounts::{Tree, clone_tree};
-use crate::plan::options::mount_flags;
 use crate::root::Root;
 use crate::sys::{MountAttributes, mount_setattr};
 
@@ -79,6 +79,42 @@ pub(crate) fn pivot(root: &Root) -> io::Result<()> {
     Ok(())
 }
 
+/// A mount namespace that stands only while the root of a container is made that has none of its own.
+///
+/// In the caller's namespace the whole host would see what is mounted for the container, others could reach
+/// into it meanwhile, and it would stay there if the runtime died. So the root is made where only this
+/// process is, and a copy of it taken along, which is attached nowhere: who has it as its root sees it, and
+/// it goes with the last of them. Nothing more can be mounted on it, and no path leads out of it, not
+/// by chroot(2) either.
+#[derive(Debug)]
+pub(crate) struct Scaffold {
+    /// The caller's.
+    outside: OwnedFd,
+}
+
+impl Scaffold {
+    pub(crate) fn enter() -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let outside = open("/proc/self/ns/mnt", flags, Mode::empty())?;
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        Ok(Self { outside })
+    }
+
+    /// Goes back to the caller's namespace, with a copy of `root` as the root of this process.
+    pub(crate) fn leave(self, root: &Root) -> io::Result<Root> {
+        let copy = clone_tree(root, Path::new(""), true)?;
+        setns(self.outside, CloneFlags::CLONE_NEWNS)?;
+        change_root(&copy)?;
+        Ok(Root::new(copy))
+    }
+}
+
+/// Makes a directory `/` for this process alone.
+pub(crate) fn change_root(directory: impl AsFd) -> io::Result<()> {
+    fchdir(directory)?;
+    Ok(chroot(".")?)
+}
+
 /// The root of an initramfs cannot be pivoted from, since nothing lies below it. All of it is copied,
 /// put over it, and used in its place. The original stays below, where no path leads to.
 fn leave_initramfs() -> io::Result<()> {
@@ -88,8 +124,7 @@ fn leave_initramfs() -> io::Result<()> {
     let copy = clone_tree(CWD, Path::new("/"), true)?;
     set_propagation(copy.as_fd(), MS_SLAVE, true)?;
     attach_at(copy.as_fd(), CWD, Path::new("/"))?;
-    fchdir(&copy)?;
-    Ok(chroot(".")?)
+    change_root(&copy)
 }
 
 /// Whether `/` is the one mount of the namespace that lies on no other.
@@ -109,9 +144,8 @@ fn is_lowest_mount() -> io::Result<bool> {
 
 /// The last changes of the root, after which nothing more is made in it.
 pub(crate) fn finish(plan: &Plan, root: &Root) -> io::Result<()> {
-    if let Some(propagation) = plan.root_propagation {
-        let flags = u32::try_from(mount_flags(propagation)).map_err(io::Error::other)?;
-        mount_change("/", MountPropagationFlags::from_bits_retain(flags))?;
+    if let Some((propagation, recursive)) = plan.root_propagation {
+        set_propagation(root.as_fd(), propagation, recursive)?;
     }
     if plan.readonly_root {
         let attributes = MountAttributes {

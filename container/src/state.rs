@@ -72,6 +72,9 @@ pub struct Record {
     /// The unit of systemd whose group it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scope: Option<String>,
+    /// The container has its caller's mount namespace, which says nothing of its root.
+    #[serde(default)]
+    pub shares_mounts: bool,
     /// The container keeps its caller's session keyring, and so do further processes.
     #[serde(default)]
     pub no_new_keyring: bool,

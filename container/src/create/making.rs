@@ -55,6 +55,7 @@ impl Making {
             start_time: 0,
             cgroup: plan.cgroup.clone(),
             scope: plan.scope.as_ref().map(|scope| scope.unit.clone()),
+            shares_mounts: plan.namespaces.shares_mounts(),
             no_new_keyring: options.no_new_keyring,
             annotations: map_or_empty(config.spec.annotations()),
             poststart: plan.hooks.poststart().clone().unwrap_or_default(),

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use libc::MS_UNBINDABLE;
 use oci_spec::runtime::{Hooks, Linux, LinuxPersonalityDomain, LinuxResources, LinuxSeccomp, Spec};
 use rustix::thread::CapabilitySet;
 
@@ -146,6 +147,9 @@ impl Plan {
         let mounts = mounts
             .map(|(index, mount)| MountPlan::new(index, mount, &surroundings))
             .collect::<Result<Vec<_>, _>>()?;
+        if namespaces.shares_mounts() {
+            refuse_unbindable(&mounts)?;
+        }
         let device_defaults = has_device_defaults(&mounts, setting.bare);
         let group = GroupPlan::new(linux, spec.annotations().as_ref(), setting)?;
         Ok(Self {
@@ -202,6 +206,19 @@ fn has_device_defaults(mounts: &[MountPlan], bare: bool) -> bool {
         Some(mount) => !matches!(mount.what, mounts::MountKind::Bind { .. }),
         None => !bare,
     }
+}
+
+/// The root of a container that shares its caller's mount namespace is a copy.
+fn refuse_unbindable(mounts: &[MountPlan]) -> Result<(), PlanError> {
+    let unbindable = |mount: &MountPlan| {
+        let propagation = mount.options.propagation;
+        propagation.is_some_and(|(bit, _)| bit == MS_UNBINDABLE)
+    };
+    mounts.iter().position(unbindable).map_or(Ok(()), |index| {
+        let field = format!("mounts[{index}].options");
+        let allowed = "it needs a mount namespace of the container's own";
+        Err(PlanError::value(field, "unbindable", allowed))
+    })
 }
 
 fn root_propagation(linux: &Linux) -> Result<Option<(u64, bool)>, PlanError> {

@@ -100,13 +100,13 @@ impl NamespacePlan {
         plan.joined.sort_by_key(|(kind, _)| position(*kind));
         plan.set_maps(linux)?;
         plan.set_time_offsets(linux)?;
-        if !plan.has(Kind::MOUNT) {
+        if plan.shares_mounts() && plan.has(Kind::USER) {
             let given = linux.namespaces().iter().flatten();
             let given: Vec<_> = given.map(|namespace| namespace.typ().to_string()).collect();
             return Err(PlanError::value(
                 "linux.namespaces",
                 given.join(", "),
-                "a mount namespace is needed: the root of the host would be changed",
+                "a user namespace needs a mount namespace beside it, to make the root in",
             ));
         }
         Ok(plan)
@@ -115,6 +115,11 @@ impl NamespacePlan {
     /// Whether the container has one of this kind that is not the caller's.
     pub(crate) fn has(&self, kind: Kind) -> bool {
         self.makes(kind) || self.joined(kind).is_some()
+    }
+
+    /// Whether the container has no mount namespace but the caller's.
+    pub(crate) fn shares_mounts(&self) -> bool {
+        !self.has(Kind::MOUNT)
     }
 
     pub(crate) fn makes(&self, kind: Kind) -> bool {
@@ -260,8 +265,9 @@ mod tests {
     fn what_is_wrong_is_named() {
         for (json, message) in [
             (
-                r#"{"namespaces":[{"type":"pid"}]}"#,
-                "a mount namespace is needed",
+                r#"{"namespaces":[{"type":"user"}],"uidMappings":[{"hostID":1,"containerID":0,"size":1}],
+                    "gidMappings":[{"hostID":1,"containerID":0,"size":1}]}"#,
+                "needs a mount namespace",
             ),
             (
                 r#"{"namespaces":[{"type":"uts"},{"type":"uts"}]}"#,

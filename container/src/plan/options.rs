@@ -4,8 +4,7 @@
 use libc::{
     MOUNT_ATTR__ATIME, MOUNT_ATTR_NOATIME, MOUNT_ATTR_NODEV, MOUNT_ATTR_NODIRATIME,
     MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NOSYMFOLLOW, MOUNT_ATTR_RDONLY,
-    MOUNT_ATTR_RELATIME, MOUNT_ATTR_STRICTATIME, MS_PRIVATE, MS_REC, MS_SHARED, MS_SLAVE,
-    MS_UNBINDABLE,
+    MOUNT_ATTR_RELATIME, MOUNT_ATTR_STRICTATIME, MS_PRIVATE, MS_SHARED, MS_SLAVE, MS_UNBINDABLE,
 };
 
 use crate::sys::MountAttributes;
@@ -164,11 +163,6 @@ pub(crate) fn parse_propagation(option: &str) -> Option<(u64, bool)> {
         return Some((*bit, false));
     }
     find(option.strip_prefix('r')?).map(|(_, bit)| (*bit, true))
-}
-
-/// The propagation as mount(2) wants it.
-pub(crate) fn mount_flags((bit, recursive): (u64, bool)) -> u64 {
-    bit | if recursive { MS_REC } else { 0 }
 }
 
 /// A later option wins over an earlier one.

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::signal::SigSet;
 use oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec, Spec};
-use rustix::fs::{CWD, Mode, OFlags, fstat, openat};
 use rustix::process::setsid;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
@@ -22,7 +21,7 @@ use crate::log;
 use crate::namespaces::{self, Forked};
 use crate::notify;
 use crate::plan::memory::{self, MemoryPolicy};
-use crate::plan::namespaces::{Kind, NamespacePlan};
+use crate::plan::namespaces::NamespacePlan;
 use crate::plan::process::ProcessPlan;
 use crate::plan::{PlanError, capability};
 use crate::process::Process;
@@ -33,6 +32,7 @@ use crate::spec::{Config, SpecError, load_process};
 use crate::state::{Home, Record, StateError, Status};
 use crate::sys;
 use crate::tty::{self, Terminal};
+use crate::verbs::inside::Inside;
 use crate::verbs::start::{StartError, await_exec};
 
 /// What to run, and where.
@@ -135,8 +135,11 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
     let record = home.record()?;
     let init = find_init(&home, &record, options.ignore_paused)?;
     let config = Config::load_file(&home.config_path())?;
-    let namespaces = step("open the container's namespaces", open_namespaces(&init))?;
-    let plan = plan(&options.what, &config.spec, &namespaces)?;
+    let inside = step(
+        "open the container's namespaces",
+        Inside::open(&init, &record),
+    )?;
+    let plan = plan(&options.what, &config.spec, inside.namespaces())?;
     let console_socket = connect_console(plan.process.terminal.is_some(), &options.stdio)?;
     let cgroup = Cgroup::open(&record.cgroup)?;
     let entry = if options.cgroups.is_empty() {
@@ -147,7 +150,7 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
     let (ours, theirs) = step("make a socket pair", Channel::pair())?;
     // Before the fork: the child is in the container's pid namespace at once.
     step("stop being traceable", harden())?;
-    let fork = |cgroup| namespaces::fork(&namespaces, cgroup, &ours, &theirs);
+    let fork = |cgroup| namespaces::fork(inside.namespaces(), cgroup, &ours, &theirs);
     let forked = match fork(entry.clone_into()) {
         Err(error)
             if error.kind() == io::ErrorKind::ResourceBusy && entry.otherwise().is_some() =>
@@ -164,11 +167,12 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
             let wiring = Wiring {
                 channel: theirs,
                 entry,
+                inside,
                 stdio: options.stdio,
                 descriptors: options.descriptors,
                 keyring: keyring.flatten(),
             };
-            enter(&plan, &namespaces, wiring)
+            enter(&plan, wiring)
         }
         Forked::Parent(process) => {
             drop(theirs);
@@ -286,29 +290,6 @@ fn find_init(home: &Home, record: &Record, ignore_paused: bool) -> Result<Proces
     process.filter(|_| can).ok_or_else(refused)
 }
 
-/// The namespaces of the first process that are not the caller's too.
-fn open_namespaces(init: &Process) -> io::Result<NamespacePlan> {
-    let mut plan = NamespacePlan::default();
-    for (kind, name) in Kind::ALL {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let open = |pid: &str| openat(CWD, format!("/proc/{pid}/ns/{name}"), flags, Mode::empty());
-        let (own, theirs) = match (open("self"), open(&init.pid().to_string())) {
-            // The kernel does not have this kind.
-            (Err(rustix::io::Errno::NOENT), _) => continue,
-            (own, theirs) => (own?, theirs?),
-        };
-        let (mine, other) = (fstat(&own)?, fstat(&theirs)?);
-        if mine.st_ino != other.st_ino {
-            plan.joined.push((kind, theirs));
-        }
-    }
-    // Only now is it certain that the pid was still the right process's all the time.
-    if init.ended_within(0)? {
-        return Err(rustix::io::Errno::SRCH.into());
-    }
-    Ok(plan)
-}
-
 /// The process from the creator's side; killed if it comes to nothing.
 struct Child(Option<Process>);
 
@@ -386,6 +367,7 @@ impl Drop for Child {
 struct Wiring {
     channel: Channel,
     entry: Entry,
+    inside: Inside,
     stdio: Stdio,
     descriptors: Vec<OwnedFd>,
     keyring: Option<CString>,
@@ -394,10 +376,11 @@ struct Wiring {
 type Error = Box<dyn std::error::Error>;
 
 /// The process's side: enters the container and becomes the program. Never returns.
-fn enter(plan: &ExecPlan, namespaces: &NamespacePlan, wiring: Wiring) -> ! {
+fn enter(plan: &ExecPlan, wiring: Wiring) -> ! {
     let Wiring {
         channel,
         entry,
+        inside,
         stdio,
         descriptors,
         keyring,
@@ -416,7 +399,7 @@ fn enter(plan: &ExecPlan, namespaces: &NamespacePlan, wiring: Wiring) -> ! {
         set_affinity(after.as_ref())?;
         let labels = LabelFile::open_all(&plan.process.labels)?;
         channel.await_proceed()?;
-        namespaces::enter(namespaces)?;
+        inside.enter()?;
         setsid()?;
         if let Some(name) = &keyring {
             launch::join_keyring(name)?;

@@ -8,6 +8,7 @@ pub mod delete;
 pub mod events;
 pub mod exec;
 pub mod features;
+pub(crate) mod inside;
 pub mod kill;
 pub mod list;
 pub mod pause;

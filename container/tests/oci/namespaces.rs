@@ -202,3 +202,83 @@ fn names_need_a_namespace_for_names() {
         bundle.assert_refused(&format!("{field}: `name`: it needs a uts namespace"));
     }
 }
+
+/// "If a namespace type is not specified in the namespaces array, the container MUST inherit the runtime
+/// namespace of that type."
+fn without_namespaces(script: &str) -> Bundle {
+    Bundle::new(script).with(|config| {
+        config["linux"]["namespaces"] = json!([]);
+        config["linux"]["maskedPaths"] = json!([]);
+        config["linux"]["readonlyPaths"] = json!([]);
+        config.as_object_mut().unwrap().remove("hostname");
+    })
+}
+
+const KINDS: &str =
+    "for kind in cgroup ipc mnt net pid user uts; do readlink /proc/self/ns/$kind; done";
+
+#[test]
+fn a_container_without_namespaces_has_its_callers_and_a_root_of_its_own() {
+    let bundle = without_namespaces("exec sleep 100");
+    let ended = bundle.script(&format!(
+        r#"{KINDS} >expected
+        cat /proc/self/mountinfo >before
+        $CREATE >/dev/null 2>errors </dev/null || {{ cat errors >&2; exit 1; }}
+        $R start $ID
+        $R exec $ID sh -c '{KINDS}' >found
+        cat /proc/self/mountinfo >after
+        cmp expected found
+        cmp before after"#,
+    ));
+    assert_eq!(ended.status, 0, "{ended:?}");
+    // From another mount namespace than the one that it was made in.
+    let ended = bundle.verb(
+        &["exec"],
+        &["sh", "-c", "ls -d /bin /usr; pwd; ls /dev/pts"],
+    );
+    assert!(ended.stdout.starts_with("/bin\n/\n"), "{ended:?}");
+    assert!(ended.stderr.contains("/usr"), "{ended:?}");
+    assert_eq!(bundle.verb(&["delete", "--force"], &[]).status, 0);
+    bundle.assert_nothing_is_left();
+}
+
+#[test]
+fn the_root_of_a_container_with_its_callers_mounts_is_as_it_was_asked_for() {
+    let script = "touch /made 2>/dev/null || echo read-only; cat /proc/version; \
+        touch /tmp/there && ls /tmp; mount -t tmpfs tmpfs /tmp 2>/dev/null || echo 'no more mounts'";
+    let bundle = without_namespaces(script).with(|config| {
+        config["root"]["readonly"] = json!(true);
+        config["linux"]["rootfsPropagation"] = json!("rprivate");
+        config["linux"]["maskedPaths"] = json!(["/proc/version"]);
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"}));
+        let capabilities = &mut config["process"]["capabilities"];
+        for set in ["bounding", "effective", "permitted"] {
+            capabilities[set] = json!(["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE"]);
+        }
+    });
+    fs::create_dir(bundle.rootfs().join("tmp")).unwrap();
+    assert_eq!(bundle.output(), "read-only\nthere\nno more mounts\n");
+    assert_eq!(
+        fs::read_dir(bundle.rootfs().join("tmp")).unwrap().count(),
+        0
+    );
+}
+
+#[test]
+fn what_needs_a_mount_namespace_is_refused_without_one() {
+    let bundle = without_namespaces("echo ran").with(|config| {
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.truncate(1);
+        mounts.push(
+            json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs",
+            "options": ["unbindable"]}),
+        );
+    });
+    bundle.assert_refused("mounts[1].options");
+    let bundle = with_user_namespace(Bundle::new("echo ran")).with(|config| {
+        let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.retain(|namespace| namespace["type"] != "mount");
+    });
+    bundle.assert_refused("a user namespace needs a mount namespace");
+}
