@@ -31,6 +31,7 @@ use crate::network_devices::NetworkDeviceError;
 use crate::plan::mounts::{MountKind, clone_tree};
 use crate::plan::{Inherited, Plan, PlanError, Setting};
 use crate::process::Process;
+use crate::readiness::{Proxy, ReadinessError, ServiceManager};
 use crate::spec::{Config, SpecError};
 use crate::state::{Home, StateError};
 use crate::systemd::SystemdError;
@@ -98,6 +99,8 @@ pub struct CreateOptions {
     /// Keep the caller's session keyring.
     pub no_new_keyring: bool,
     pub grouping: Grouping,
+    /// Who is told when the program says that it is ready.
+    pub service_manager: Option<ServiceManager>,
 }
 
 /// How a container gets its control group.
@@ -121,6 +124,8 @@ pub struct Created {
     pub console: Option<OwnedFd>,
     /// What the specification wants reported, but not refused.
     pub warnings: Vec<String>,
+    /// Hears whether it is ready, if it was started for a service manager.
+    pub(crate) proxy: Option<Proxy>,
 }
 
 /// Why a container was not created. Nothing of it is left.
@@ -136,6 +141,8 @@ pub enum CreateError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Systemd(#[from] SystemdError),
+    #[error(transparent)]
+    Readiness(#[from] ReadinessError),
     #[error(transparent)]
     IdMap(#[from] IdMapError),
     #[error(transparent)]
@@ -187,30 +194,40 @@ pub fn create(options: CreateOptions) -> Result<Created, CreateError> {
 /// As [`create`]; also why the program could not be executed, and again nothing is left.
 pub fn create_started(options: CreateOptions) -> Result<Created, CreateError> {
     let (root, id) = (options.root.clone(), options.id.clone());
+    let manager = options.service_manager.clone();
     let (created, channel) = make(options, Starter::Creator)?;
-    let started = step("start the program", channel.send(&Message::Proceed))
-        .and_then(|()| Ok(await_start(&root, &id, &channel)?));
-    if let Err(error) = started {
-        // What is reported is the first error; the second could only be that something is left.
-        let _ = delete(&DeleteOptions {
-            root,
-            id,
-            force: true,
-        });
-        let _ = created.process.wait();
-        return Err(error);
+    match await_start(&root, &id, manager.as_ref(), &channel) {
+        Ok(proxy) => Ok(Created { proxy, ..created }),
+        Err(error) => {
+            // What is reported is the first error; the second could only be that something is left.
+            let _ = delete(&DeleteOptions {
+                root,
+                id,
+                force: true,
+            });
+            let _ = created.process.wait();
+            Err(error)
+        }
     }
-    Ok(created)
 }
 
-fn await_start(root: &Path, id: &str, channel: &Channel) -> Result<(), StartError> {
+/// Has the program executed. Returns what hears whether it is ready, if somebody wants to know.
+fn await_start(
+    root: &Path,
+    id: &str,
+    manager: Option<&ServiceManager>,
+    channel: &Channel,
+) -> Result<Option<Proxy>, CreateError> {
     let home = Home::open(root, id)?;
+    let proxy = Proxy::listen(&home, manager)?;
+    step("start the program", channel.send(&Message::Proceed))?;
     let record = home.record()?;
     await_exec(channel, |listener| {
         hand_over_listener(&home, &record, &listener)
     })?;
     home.mark_started()?;
-    run_poststart(&home, &record)
+    run_poststart(&home, &record)?;
+    Ok(proxy)
 }
 
 /// Who tells the first process to execute its program.
@@ -225,13 +242,16 @@ enum Starter {
 fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), CreateError> {
     check_single_thread()?;
     let bundle = step("find the bundle", options.bundle.canonicalize())?;
-    let (config, plan) = read(&options, &bundle)?;
+    let (config, mut plan) = read(&options, &bundle)?;
     // What reads and checks a configuration is half of the program, and done.
     footprint::forget_code();
     idmap::apply(&plan.mounts)?;
     let console_socket = connect_console(plan.process.terminal.is_some(), &options.stdio)?;
 
     let mut making = Making::claim(&options, bundle, &config, &plan)?;
+    if options.service_manager.is_some() {
+        making.prepare_readiness(&mut plan)?;
+    }
     let cgroup = making.make_cgroup(&plan)?;
     let entry = cgroup.entry()?;
     let listener = making.listen(starter)?;
@@ -286,6 +306,7 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
                     process,
                     console,
                     warnings: config.warnings,
+                    proxy: None,
                 },
                 ours,
             ))

@@ -29,6 +29,7 @@ mod notify;
 mod plan;
 pub mod process;
 mod program;
+pub mod readiness;
 mod relay;
 mod rights;
 mod root;

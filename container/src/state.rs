@@ -11,6 +11,7 @@
 //! | `process` | a symbolic link to `PID:START TIME`, once there is a process |
 //! | `init.sock` | the process is being set up, or its creator is about to start it |
 //! | `start.sock` | the process is set up and waits on this socket for `start` |
+//! | `notify/` | what the container sees, to say that it is ready; with the socket of who started it |
 //!
 //! The directory's lock (`flock`) is held while the container is made or deleted; the kernel drops it
 //! when the holder dies, so a half-made container can be told from one that is being made. The
@@ -44,6 +45,9 @@ pub(crate) const START_SOCKET: &str = "start.sock";
 
 /// A link, since that is made with its text in one step.
 const PROCESS: &str = "process";
+/// What the container sees of the directory, if it may say that it is ready.
+pub(crate) const NOTIFY_DIRECTORY: &str = "notify";
+
 const RECORD: &str = "state.json";
 /// The record until it is complete.
 const RECORD_NEW: &str = ".state.json.new";
@@ -124,6 +128,8 @@ pub enum StateError {
     NotFound { id: String },
     #[error("container `{id}` is being created or deleted by another process")]
     Busy { id: String },
+    #[error("container `{id}` is being started by another process")]
+    Starting { id: String },
     #[error("cannot {act} {}", path.display())]
     Io {
         act: &'static str,
@@ -243,6 +249,21 @@ impl Home {
         }
     }
 
+    /// Takes the lock of a starter that stays to listen, or says that another one has it. `delete` does not
+    /// wait for it.
+    pub(crate) fn lock_start(&self) -> Result<OwnedFd, StateError> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let record = fs::openat(&self.directory, RECORD, flags, Mode::empty())
+            .map_err(|error| self.failed("open", error.into()))?;
+        match fs::flock(&record, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(record),
+            Err(Errno::WOULDBLOCK) => Err(StateError::Starting {
+                id: self.id.clone(),
+            }),
+            Err(error) => Err(self.failed("lock", error.into())),
+        }
+    }
+
     /// Whether no other process holds the lock.
     fn is_unlocked(&self) -> Result<bool, StateError> {
         match fs::flock(&self.directory, FlockOperation::NonBlockingLockShared) {
@@ -319,6 +340,10 @@ impl Home {
         let parsed = text.to_str().ok().and_then(parse);
         let malformed = || self.failed("read", io::ErrorKind::InvalidData.into());
         parsed.map(Some).ok_or_else(malformed)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Where the configuration was copied to.
@@ -425,7 +450,7 @@ impl Home {
         Ok(process.is_none())
     }
 
-    fn has(&self, name: &str) -> Result<bool, StateError> {
+    pub(crate) fn has(&self, name: &str) -> Result<bool, StateError> {
         match fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(_) => Ok(true),
             Err(Errno::NOENT) => Ok(false),

@@ -98,6 +98,7 @@ impl Bare {
             env: Vec::new(),
             no_new_keyring: false,
             grouping: Grouping::Files,
+            service_manager: None,
         }
     }
 
@@ -191,7 +192,7 @@ fn a_created_container_is_a_child_and_can_be_deleted() {
     assert_eq!(state_of()["status"], "created");
     // From another thread, as a daemon would: nothing is forked.
     thread::scope(|scope| {
-        scope.spawn(|| start(&bare.states(), &bare.id).unwrap());
+        scope.spawn(|| start(&bare.states(), &bare.id, None).unwrap());
     });
     assert_eq!(created.process.wait().unwrap(), Exit::Code(3));
     assert_eq!(state_of()["status"], "stopped");

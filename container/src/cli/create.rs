@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use container::create::{self, CreateOptions};
 use container::log;
+use container::readiness::ServiceManager;
 use container::verbs;
 use container::verbs::run::RunMode;
 
@@ -87,6 +88,7 @@ impl Making {
             pidfd_socket: self.pidfd_socket,
             no_new_keyring: self.no_new_keyring,
             grouping: global.grouping(),
+            service_manager: ServiceManager::from_environment()?,
         })
     }
 }
@@ -104,7 +106,8 @@ impl Create {
 
 impl Start {
     pub(super) fn run(self, global: &Global) -> Result<i32> {
-        verbs::start::start(&global.root, &self.id)?;
+        let service_manager = ServiceManager::from_environment()?;
+        verbs::start::start(&global.root, &self.id, service_manager.as_ref())?;
         Ok(0)
     }
 }

@@ -91,7 +91,7 @@ impl Exec {
         };
         match signals {
             Some(signals) => {
-                let exit = attend(&executed.process, &signals, executed.console)
+                let exit = attend(&executed.process, &signals, executed.console, None)
                     .context("cannot wait for the process")?;
                 Ok(exit.status())
             }

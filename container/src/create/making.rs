@@ -24,7 +24,7 @@ use crate::spec::Config;
 use crate::state::{Home, INIT_SOCKET, Record, Status};
 use crate::verbs::delete::run_poststop;
 use crate::verbs::state::oci_state;
-use crate::{hooks, launch, tty};
+use crate::{hooks, launch, readiness, tty};
 
 /// What has been made so far, and is unmade when dropped.
 pub(super) struct Making {
@@ -79,6 +79,12 @@ impl Making {
         self.home
             .as_ref()
             .expect("it is taken only by the methods that consume the value")
+    }
+
+    /// Lets the container say that it is ready.
+    pub(super) fn prepare_readiness(&self, plan: &mut Plan) -> Result<(), CreateError> {
+        let (mounts, process) = (&mut plan.mounts, &mut plan.process);
+        Ok(readiness::prepare(self.home(), mounts, process)?)
     }
 
     pub(super) fn make_cgroup(&mut self, plan: &Plan) -> Result<Cgroup, CreateError> {

@@ -149,6 +149,7 @@ fn create(spec: &MonitorSpec, descriptors: Vec<OwnedFd>) -> Result<Workload, Mon
         env: Vec::new(),
         no_new_keyring: false,
         grouping: Grouping::Files,
+        service_manager: None,
     })?;
     let delete = DeleteOptions {
         root: spec.root.clone(),

@@ -15,6 +15,7 @@ use rustix::process::{getpid, set_child_subreaper};
 use crate::create::{CreateError, CreateOptions, create_started};
 use crate::footprint;
 use crate::process::{Exit, Process};
+use crate::readiness::{self, Proxy};
 use crate::relay::Relay;
 use crate::rights::is_host_root;
 use crate::verbs::delete::{DeleteError, DeleteOptions, delete};
@@ -63,9 +64,13 @@ pub fn run(options: CreateOptions, mode: RunMode) -> Result<Option<Exit>, RunErr
         crate::log::warn(warning);
     }
     let Some(signals) = signals else {
+        if let Some(proxy) = created.proxy {
+            let told = proxy.conduct(&created.process);
+            told.unwrap_or_else(|error| readiness::warn(&error));
+        }
         return Ok(None);
     };
-    let exit = attend(&created.process, &signals, created.console);
+    let exit = attend(&created.process, &signals, created.console, created.proxy);
     if !mode.keep {
         let force = exit.is_err();
         for warning in delete(&DeleteOptions { root, id, force })? {
@@ -150,11 +155,16 @@ fn reap_others(process: &Process) -> io::Result<()> {
 /// A process that runs for longer is waited for with as little memory as that takes.
 const SHORT_RUN_SECONDS: i64 = 1;
 
-/// Waits for a child to end, passing signals and the terminal's bytes meanwhile.
+/// Waits for a child to end, passing signals, the terminal's bytes, and word that it is ready, meanwhile.
 ///
 /// # Errors
 /// When it cannot be waited for; it may still run then.
-pub fn attend(process: &Process, signals: &Signals, console: Option<OwnedFd>) -> io::Result<Exit> {
+pub fn attend(
+    process: &Process,
+    signals: &Signals,
+    console: Option<OwnedFd>,
+    mut proxy: Option<Proxy>,
+) -> io::Result<Exit> {
     let mut relay = console.map(Relay::new).transpose()?;
     let mut patience = Some(Timespec {
         tv_sec: SHORT_RUN_SECONDS,
@@ -165,6 +175,9 @@ pub fn attend(process: &Process, signals: &Signals, console: Option<OwnedFd>) ->
             PollFd::new(process, PollFlags::IN),
             PollFd::from_borrowed_fd(signals.descriptor.as_fd(), PollFlags::IN),
         ];
+        if let Some(proxy) = &proxy {
+            fds.push(PollFd::new(proxy.socket(), PollFlags::IN));
+        }
         if let Some(relay) = &relay {
             fds.extend(relay.poll_fds());
         }
@@ -181,12 +194,20 @@ pub fn attend(process: &Process, signals: &Signals, console: Option<OwnedFd>) ->
         if ready[1] {
             signals.pass_to(process, relay.as_ref())?;
         }
+        // Also what it sent before it ended.
+        if let Some(Err(error)) = proxy.as_mut().map(Proxy::turn) {
+            readiness::warn(&error);
+            proxy = None;
+        }
         if let Some(relay) = &mut relay {
             relay.turn()?;
         }
         if ready[0] {
             if let Some(relay) = &mut relay {
                 relay.drain();
+            }
+            if let Some(Err(error)) = proxy.map(Proxy::finish) {
+                readiness::warn(&error);
             }
             return process.wait();
         }

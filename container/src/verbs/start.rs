@@ -7,6 +7,7 @@ use std::path::Path;
 use crate::handshake::{self, Channel, Failure, Message};
 use crate::hooks::{self, HookError, Surroundings};
 use crate::notify;
+use crate::readiness::{self, Proxy, ReadinessError, ServiceManager};
 use crate::spec::Config;
 use crate::state::{Home, Record, START_SOCKET, StateError, Status};
 use crate::verbs::state::oci_state;
@@ -27,6 +28,8 @@ pub enum StartError {
     Died,
     #[error(transparent)]
     Hook(#[from] HookError),
+    #[error(transparent)]
+    Readiness(#[from] ReadinessError),
     #[error("cannot {step}")]
     Step {
         step: &'static str,
@@ -34,20 +37,26 @@ pub enum StartError {
     },
 }
 
-/// Starts the program of the created container `id`, and returns when it was executed.
+/// Starts the program of the created container `id`, and returns when it was executed; with a service
+/// manager, if the container was created with one, when it is ready or has ended.
 ///
 /// # Errors
 /// Those of [`StartError`]. If the program could not be executed the container is then stopped.
-pub fn start(root: &Path, id: &str) -> Result<(), StartError> {
+pub fn start(
+    root: &Path,
+    id: &str,
+    service_manager: Option<&ServiceManager>,
+) -> Result<(), StartError> {
     let home = Home::open(root, id)?;
     let record = home.record()?;
-    let (status, _) = home.observe(&record)?;
+    let (status, process) = home.observe(&record)?;
     if status != Status::Created {
         return Err(StartError::Status {
             id: id.to_owned(),
             status,
         });
     }
+    let proxy = Proxy::listen(&home, service_manager)?;
     let raced = || StartError::Raced { id: id.to_owned() };
     let channel = match handshake::connect(&home.socket_path(START_SOCKET)) {
         Ok(channel) => channel,
@@ -75,7 +84,13 @@ pub fn start(root: &Path, id: &str) -> Result<(), StartError> {
         Err(error) => return Err(error),
     }
     home.mark_started()?;
-    run_poststart(&home, &record)
+    run_poststart(&home, &record)?;
+    if let (Some(proxy), Some(process)) = (proxy, &process) {
+        proxy
+            .conduct(process)
+            .unwrap_or_else(|error| readiness::warn(&error));
+    }
+    Ok(())
 }
 
 /// Waits until a process has executed its program. `agent` takes the listener of its seccomp filter, if

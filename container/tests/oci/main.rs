@@ -16,6 +16,7 @@ mod namespaces;
 mod network_devices;
 mod process;
 mod races;
+mod readiness;
 mod rootless;
 mod seccomp;
 mod suites;

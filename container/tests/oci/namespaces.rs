@@ -11,7 +11,7 @@ const MAPPED_UID: u32 = 100_000;
 const MAPPED_GID: u32 = 200_000;
 
 /// Gives the container a user namespace, and its root file system to the user that is root there.
-fn with_user_namespace(bundle: Bundle) -> Bundle {
+pub(crate) fn with_user_namespace(bundle: Bundle) -> Bundle {
     chown(bundle.rootfs(), Some(MAPPED_UID), Some(MAPPED_GID)).unwrap();
     bundle.with(|config| {
         add_namespace(config, json!({"type": "user"}));

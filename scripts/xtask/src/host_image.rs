@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 
 use crate::kernel::{Kernel, Series};
 use crate::step::{command, run, step};
-use crate::{binaries, fixtures, guest, paths};
+use crate::{binaries, debian, fixtures, guest, paths};
 
 /// What is unpacked into the image, and why.
 const PACKAGES: &[&str] = &[
@@ -120,7 +120,7 @@ pub(crate) fn build() -> Result<HostImage> {
     fs::create_dir_all(&dir)?;
     let lock = File::create(dir.join("lock"))?;
     lock.lock().context("Cannot wait for another build")?;
-    let base = base_archive(&dir)?;
+    let base = debian::unpacked(&dir, "base", PACKAGES)?;
     let initramfs = dir.join("initramfs.cpio");
     step("Assemble the host image", || {
         let root = dir.join("root");
@@ -154,32 +154,8 @@ pub(crate) fn build() -> Result<HostImage> {
     })
 }
 
-/// The unpacked packages as a tar, made again when the list of packages changes.
-fn base_archive(dir: &Path) -> Result<PathBuf> {
-    let archive = dir.join("base.tar");
-    let recipe = dir.join("base.recipe");
-    let wanted = PACKAGES.join("\n");
-    if archive.exists() && fs::read_to_string(&recipe).is_ok_and(|made| made == wanted) {
-        return Ok(archive);
-    }
-    step("Unpack Debian packages for the host image", || {
-        let partial = dir.join("base.partial.tar");
-        let include = format!("--include={}", PACKAGES.join(","));
-        let arguments = ["--variant=extract", "--quiet", &include, "bookworm"];
-        run(command("mmdebstrap", arguments).arg(&partial))?;
-        fs::rename(&partial, &archive)?;
-        fs::write(&recipe, wanted).context("Cannot write the recipe")
-    })?;
-    Ok(archive)
-}
-
 fn unpack_base(archive: &Path, root: &Path) -> Result<()> {
-    fs::create_dir_all(root)?;
-    // The kernel makes the device nodes; leaving them out is what lets anyone unpack the archive.
-    run(command("tar", ["--exclude=./dev/*", "-xf"])
-        .arg(archive)
-        .arg("-C")
-        .arg(root))?;
+    debian::extract(archive, root)?;
     for path in PRUNED {
         let path = root.join(path);
         if path.is_dir() {

@@ -2,6 +2,7 @@
 
 mod bench;
 mod binaries;
+mod debian;
 mod demo;
 mod fixtures;
 mod fuzz;

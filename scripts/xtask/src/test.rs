@@ -1,6 +1,7 @@
 //! `scripts/test`: every check and every test, each once.
 
 mod simulated;
+mod systemd;
 
 use std::fs;
 use std::path::PathBuf;

@@ -7,7 +7,7 @@ use std::process::ExitStatus;
 
 use anyhow::{Context, Result, bail};
 
-use super::programs;
+use super::{programs, systemd};
 use crate::host_image;
 use crate::sim_host::{self, Machine, Options};
 use crate::step::step;
@@ -27,6 +27,8 @@ struct Share {
     /// The first word of each line that its programs print.
     label: &'static str,
     programs: &'static [Program],
+    /// Whether some of them start a systemd.
+    with_systemd: bool,
 }
 
 static SHARES: [Share; 2] = [
@@ -36,6 +38,7 @@ static SHARES: [Share; 2] = [
             name: "e2e",
             words: &["env", "HOSTD_E2E_HOST=installed", "HOSTD_E2E_KINDS=vm"],
         }],
+        with_systemd: false,
     },
     Share {
         label: "container",
@@ -66,6 +69,7 @@ static SHARES: [Share; 2] = [
                 ],
             },
         ],
+        with_systemd: true,
     },
 ];
 
@@ -85,7 +89,11 @@ pub(super) fn run(filter: &[String]) -> Result<()> {
             .zip(programs(&names)?)
             .collect::<Vec<_>>())
     })?;
+    let systemd = systemd::archive()?;
     let hosts = boot()?;
+    for (_, host) in hosts.iter().filter(|(share, _)| share.with_systemd) {
+        systemd::install(host, &systemd)?;
+    }
     std::thread::scope(|scope| {
         let shares: Vec<_> = hosts
             .iter()

@@ -1,0 +1,98 @@
+//! systemd for a simulated host: the program and what it needs, as an archive to unpack there.
+//!
+//! Not a part of the host image: hostd needs no systemd, and the image is held in memory. Only the tests of
+//! hostd-oci start one, in namespaces of its own.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::sim_host::Machine;
+use crate::step::{command, run, step};
+use crate::{debian, paths};
+
+const PACKAGES: &[&str] = &[
+    "mount",      // umount --recursive.
+    "systemd",    // It and systemctl.
+    "util-linux", // unshare and nsenter: busybox's know no control groups.
+];
+
+/// What the tests run, as the packages have it. No unit of the packages is wanted: the tests have their own.
+const PROGRAMS: &[&str] = &[
+    "bin/mount",
+    "bin/systemctl",
+    "bin/umount",
+    "lib/systemd/systemd",
+    "usr/bin/nsenter",
+    "usr/bin/unshare",
+];
+
+/// Where the packages have libraries, for their own loader.
+const LIBRARIES: [&str; 3] = [
+    "lib/x86_64-linux-gnu",
+    "usr/lib/x86_64-linux-gnu",
+    "lib/x86_64-linux-gnu/systemd",
+];
+
+const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
+
+/// A compressed tar of programs and libraries, from packages that are fetched once.
+pub(super) fn archive() -> Result<PathBuf> {
+    let dir = paths::build().join("systemd");
+    let packages = debian::unpacked(&dir, "packages", PACKAGES)?;
+    let archive = dir.join("systemd.tar.gz");
+    step("Archive systemd for the simulated host", || {
+        let work = tempfile::tempdir_in(&dir)?;
+        let root = work.path().join("root");
+        debian::extract(&packages, &root)?;
+        let files = files(&root)?;
+        let partial = work.path().join("systemd.tar.gz");
+        // In a Debian that is installed, /lib is /usr/lib.
+        let arguments = ["--dereference", "--transform=s,^lib/,usr/&,", "-czf"];
+        run(command("tar", arguments)
+            .arg(&partial)
+            .arg("-C")
+            .arg(&root)
+            .args(files))?;
+        fs::rename(&partial, &archive).context("Cannot move the archive in place")
+    })?;
+    Ok(archive)
+}
+
+/// Unpacks the archive in a host.
+pub(super) fn install(host: &Machine, archive: &Path) -> Result<()> {
+    const PLACE: &str = "/tmp/systemd.tar.gz";
+    step("Unpack systemd in the simulated host", || {
+        host.push(archive, PLACE)?;
+        let script = format!("tar -xzf {PLACE} -C / && rm {PLACE}");
+        run(&mut host.command(&["sh".to_owned(), "-c".to_owned(), script], false)).map(|_| ())
+    })
+}
+
+/// The programs and the libraries that they are loaded with, by their names below the root.
+fn files(root: &Path) -> Result<BTreeSet<String>> {
+    let mut files: BTreeSet<String> = PROGRAMS.iter().map(|name| (*name).to_owned()).collect();
+    let loader = root.join(LOADER);
+    let path = LIBRARIES.map(|library| root.join(library).display().to_string());
+    for program in PROGRAMS {
+        let listing = run(command(
+            &loader.display().to_string(),
+            ["--library-path", &path.join(":"), "--list"],
+        )
+        .arg(root.join(program)))?;
+        // As `libc.so.6 => /ROOT/lib/x86_64-linux-gnu/libc.so.6 (0x…)`.
+        for line in listing.lines() {
+            let Some((name, found)) = line.split_once(" => ") else {
+                continue;
+            };
+            let found = found.split(" (").next().unwrap_or_default();
+            let Ok(library) = Path::new(found).strip_prefix(root) else {
+                bail!("{program} needs {}, which no package has", name.trim());
+            };
+            files.insert(library.display().to_string());
+        }
+    }
+    Ok(files)
+}
