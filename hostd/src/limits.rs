@@ -57,6 +57,8 @@ pub struct Rules {
     pub disk_size: bool,
     /// Whether a snapshot can hold the memory of an instance.
     pub memory_snapshots: bool,
+    /// Why an instance has no console that clients can be at, if it has none.
+    pub no_console: Option<&'static str>,
     /// When a change of the field at this JSON pointer takes effect on a running instance, or why
     /// it cannot be changed. The limits are the instance's before and after the change.
     pub effect: fn(pointer: &str, before: &Limits, after: &Limits) -> Result<Effect, &'static str>,
@@ -367,6 +369,7 @@ mod tests {
             mounts: true,
             disk_size: true,
             memory_snapshots: true,
+            no_console: None,
             effect: |_, _, _| Ok(Effect::Live),
         }
     }

@@ -1,5 +1,7 @@
 //! The stats of the instances as Prometheus text (exposition format 0.0.4).
 
+mod machines;
+
 use std::fmt::Write;
 
 use futures::stream::{self, StreamExt};
@@ -53,6 +55,18 @@ const METRICS: &[Metric] = &[
         |stats| stats.disk_write_bytes,
     ),
     (
+        "disk_read_operations_total",
+        "counter",
+        "Operations that read from disk",
+        |stats| stats.disk_read_ops,
+    ),
+    (
+        "disk_write_operations_total",
+        "counter",
+        "Operations that wrote to disk",
+        |stats| stats.disk_write_ops,
+    ),
+    (
         "network_ingress_bytes_total",
         "counter",
         "Bytes towards the instance",
@@ -63,6 +77,30 @@ const METRICS: &[Metric] = &[
         "counter",
         "Bytes from the instance",
         |stats| stats.network_egress_bytes,
+    ),
+    (
+        "network_ingress_packets_total",
+        "counter",
+        "Packets towards the instance",
+        |stats| stats.network_ingress_packets,
+    ),
+    (
+        "network_egress_packets_total",
+        "counter",
+        "Packets from the instance",
+        |stats| stats.network_egress_packets,
+    ),
+    (
+        "network_ingress_dropped_total",
+        "counter",
+        "Packets towards the instance that were dropped",
+        |stats| stats.network_ingress_dropped,
+    ),
+    (
+        "network_egress_dropped_total",
+        "counter",
+        "Packets from the instance that were dropped",
+        |stats| stats.network_egress_dropped,
     ),
 ];
 
@@ -83,14 +121,21 @@ pub async fn render(instances: &Instances) -> String {
     .collect()
     .await;
     let mut text = states(&all);
+    let told = || {
+        let told = asked.iter();
+        told.filter_map(|(name, stats)| Some((name, stats.as_ref()?)))
+    };
     for (metric, kind, help, read) in METRICS {
         head(&mut text, metric, kind, help);
-        for (name, stats) in &asked {
-            if let Some(stats) = stats {
-                line(
-                    &mut text,
-                    &format!("hostd_instance_{metric}{{name=\"{name}\"}} {}", read(stats)),
-                );
+        for (name, stats) in told() {
+            sample(&mut text, metric, name, "", read(stats));
+        }
+    }
+    for (metric, kind, help, read) in machines::METRICS {
+        head(&mut text, metric, kind, help);
+        for (name, stats) in told() {
+            for (labels, value) in stats.vm.as_ref().map(read).unwrap_or_default() {
+                sample(&mut text, metric, name, &labels, value);
             }
         }
     }
@@ -117,6 +162,14 @@ fn states(all: &[Instance]) -> String {
         );
     }
     text
+}
+
+/// `labels` are those beside the instance's name, each with a comma before it.
+fn sample(text: &mut String, metric: &str, name: &str, labels: &str, value: u64) {
+    line(
+        text,
+        &format!("hostd_instance_{metric}{{name=\"{name}\"{labels}}} {value}"),
+    );
 }
 
 fn head(text: &mut String, metric: &str, kind: &str, help: &str) {

@@ -368,6 +368,7 @@ mod tests {
             mounts: true,
             disk_size: true,
             memory_snapshots: true,
+            no_console: None,
             effect: |_, _, _| Ok(Effect::Live),
         };
         let host = Capacity {

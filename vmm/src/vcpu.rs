@@ -13,7 +13,7 @@ use std::time::Duration;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::Bus;
-use crate::control::{ExitReason, ExitStatus};
+use crate::control::{ExitReason, ExitStatus, VcpuExits};
 use crate::exit::ExitSwitch;
 use crate::kvm;
 
@@ -124,8 +124,39 @@ pub struct Vcpus {
     gate: Arc<Gate>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     fds: Vec<Arc<Mutex<VcpuFd>>>,
-    exits: Vec<Arc<AtomicU64>>,
+    exits: Vec<Arc<Exits>>,
     schedules: Vec<Arc<OnceLock<File>>>,
+}
+
+/// How often a processor came out of guest mode, by what for. They wrap at 2^64.
+#[derive(Debug, Default)]
+struct Exits {
+    port_reads: AtomicU64,
+    port_writes: AtomicU64,
+    memory_reads: AtomicU64,
+    memory_writes: AtomicU64,
+    interruptions: AtomicU64,
+    others: AtomicU64,
+}
+
+impl Exits {
+    /// As they are now.
+    fn stats(&self) -> VcpuExits {
+        let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        VcpuExits {
+            port_reads: value(&self.port_reads),
+            port_writes: value(&self.port_writes),
+            memory_reads: value(&self.memory_reads),
+            memory_writes: value(&self.memory_writes),
+            interruptions: value(&self.interruptions),
+            others: value(&self.others),
+        }
+    }
+}
+
+/// One more, before it is dealt with: whoever sees what became of it finds it counted.
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 /// How long a processor has run, and how long it could have and the host's processors did something
@@ -134,6 +165,25 @@ pub struct Vcpus {
 pub struct VcpuTimes {
     pub ran: Duration,
     pub waited: Duration,
+}
+
+impl VcpuTimes {
+    /// From what `/proc/PID/task/TID/schedstat` says of a processor's thread: how long it ran, how long it
+    /// waited, how often it came to run. `None` if the kernel does not count, which it says by zeroes.
+    pub fn parse(schedstat: &str) -> Option<VcpuTimes> {
+        let mut numbers = schedstat.split_ascii_whitespace().map(str::parse);
+        let mut next = || numbers.next()?.ok();
+        let (ran, waited, turns) = (next()?, next()?, next()?);
+        (turns > 0).then_some(VcpuTimes {
+            ran: Duration::from_nanos(ran),
+            waited: Duration::from_nanos(waited),
+        })
+    }
+}
+
+/// What the thread of the processor with this number is called.
+pub fn thread_name(id: u8) -> String {
+    format!("vcpu{id}")
 }
 
 /// Threads for processors that are still to be made: others make those while they start.
@@ -150,8 +200,7 @@ struct VcpuThread {
     thread: JoinHandle<()>,
 }
 
-/// What the kernel tells the thread that opens it of itself: how long it ran, how long it waited for a
-/// processor of the host's, both in nanoseconds.
+/// What the kernel tells the thread that opens it of itself.
 const SCHEDULE: &str = "/proc/thread-self/schedstat";
 
 impl VcpuThreads {
@@ -163,7 +212,7 @@ impl VcpuThreads {
             let (enter, schedule) = (enter.clone(), Arc::<OnceLock<File>>::default());
             let ours = schedule.clone();
             let thread = thread::Builder::new()
-                .name(format!("vcpu{id}"))
+                .name(thread_name(id))
                 .spawn(move || {
                     // Before the thread may open nothing any more. In an empty root there is none.
                     if let Ok(file) = File::open(SCHEDULE) {
@@ -260,12 +309,9 @@ impl Vcpus {
         fds.map(|(id, fd)| look(id, &lock(fd))).collect()
     }
 
-    /// For each, how often it came out of guest mode.
-    pub fn exits(&self) -> Vec<u64> {
-        self.exits
-            .iter()
-            .map(|exits| exits.load(Ordering::Relaxed))
-            .collect()
+    /// For each, how often it came out of guest mode, by what for.
+    pub fn exits(&self) -> Vec<VcpuExits> {
+        self.exits.iter().map(|exits| exits.stats()).collect()
     }
 
     /// For each, where its time went, if the kernel tells.
@@ -304,13 +350,7 @@ impl Drop for Vcpus {
 fn times(schedule: &File) -> Option<VcpuTimes> {
     let mut text = [0; 80];
     let count = schedule.read_at(&mut text, 0).ok()?;
-    let text = str::from_utf8(&text[..count]).ok()?;
-    let mut numbers = text.split_ascii_whitespace();
-    let mut next = || numbers.next()?.parse().ok().map(Duration::from_nanos);
-    Some(VcpuTimes {
-        ran: next()?,
-        waited: next()?,
-    })
+    VcpuTimes::parse(str::from_utf8(&text[..count]).ok()?)
 }
 
 /// A processor is its thread's as long as it runs, and anybody's while that is parked.
@@ -324,7 +364,7 @@ struct Vcpu {
     buses: Arc<Buses>,
     exit: ExitSwitch,
     gate: Arc<Gate>,
-    exits: Arc<AtomicU64>,
+    exits: Arc<Exits>,
 }
 
 impl Vcpu {
@@ -369,12 +409,24 @@ impl Vcpu {
 
     /// Runs guest code until it needs something of us.
     fn run_once(&self, fd: &mut VcpuFd) -> Result<State, VcpuError> {
-        self.exits.fetch_add(1, Ordering::Relaxed);
+        let exits = &self.exits;
         match fd.run() {
-            Ok(VcpuExit::IoIn(port, data)) => self.buses.ports.read(port.into(), data),
-            Ok(VcpuExit::IoOut(port, data)) => self.buses.ports.write(port.into(), data),
-            Ok(VcpuExit::MmioRead(address, data)) => self.buses.memory.read(address, data),
-            Ok(VcpuExit::MmioWrite(address, data)) => self.buses.memory.write(address, data),
+            Ok(VcpuExit::IoIn(port, data)) => {
+                count(&exits.port_reads);
+                self.buses.ports.read(port.into(), data);
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                count(&exits.port_writes);
+                self.buses.ports.write(port.into(), data);
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                count(&exits.memory_reads);
+                self.buses.memory.read(address, data);
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                count(&exits.memory_writes);
+                self.buses.memory.write(address, data);
+            }
             // The guest's processor has nowhere to go: a real one would reset.
             Ok(VcpuExit::Shutdown) => {
                 self.exit.end(ExitStatus {
@@ -401,10 +453,11 @@ impl Vcpu {
             Err(error) if error.errno() == libc::EINTR => {
                 // Cleared before the order is read: whoever gives one interrupts after.
                 fd.set_kvm_immediate_exit(0);
+                count(&exits.interruptions);
                 return Ok(self.gate.order().into());
             }
             // A processor that is still switched off was woken.
-            Err(error) if error.errno() == libc::EAGAIN => {}
+            Err(error) if error.errno() == libc::EAGAIN => count(&exits.others),
             Err(source) => {
                 return Err(VcpuError::Run {
                     id: self.id,

@@ -234,6 +234,14 @@ fn from_driver(error: &DriverError) -> ApiError {
         DriverError::Paused => {
             ApiError::new(StatusCode::CONFLICT, "paused", detail).hint("resume it first")
         }
+        DriverError::NoConsole(_) => ApiError::new(StatusCode::CONFLICT, "no_console", detail)
+            .hint("use `hostctl exec -t` for a terminal in it"),
+        DriverError::ConsoleTaken => ApiError::new(StatusCode::CONFLICT, "console_taken", detail)
+            .hint("look on without typing: hostctl console --no-stdin")
+            .retryable(),
+        DriverError::ConsolesFull { .. } => {
+            ApiError::new(StatusCode::CONFLICT, "consoles_full", detail).retryable()
+        }
         DriverError::Memory { .. } => ApiError::new(StatusCode::CONFLICT, "guest_memory", detail)
             .hint("ask for a size nearer to what it had, or set it before the next start"),
         DriverError::Io { .. } | DriverError::Helper { .. } => {

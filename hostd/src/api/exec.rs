@@ -1,4 +1,4 @@
-//! `/v1/instances/{name}/exec` and `/attach`: talking to processes in an instance.
+//! `/v1/instances/{name}/exec`, `/attach` and `/console`: talking to what runs in an instance.
 //!
 //! | call | what follows |
 //! |---|---|
@@ -7,6 +7,8 @@
 //! | `GET …/exec` with a WebSocket upgrade | the client's first message is the [`ExecRequest`], then frames |
 //! | `POST …/attach` | the workload's frames from now on, a line each |
 //! | `GET …/attach?stdin=true` with a WebSocket upgrade | frames, as soon as it runs |
+//! | `POST …/console` | what a VM writes to its console as frames, a line each |
+//! | `GET …/console?stdin=true` with a WebSocket upgrade | frames |
 //!
 //! Frames are those of `agent::protocol::Frame`.
 
@@ -78,7 +80,10 @@ pub(super) async fn exec(
     }
 }
 
-/// Runs a process in a running instance, over a WebSocket.
+/// Runs a process in a running instance, over a WebSocket: the first message is the request.
+#[utoipa::path(get, path = "/v1/instances/{name}/exec", params(("name" = String, Path)),
+    responses((status = 101, description = "frames as text messages, both ways"),
+        (status = "4XX", body = Problem)))]
 pub(super) async fn exec_socket(
     State(context): State<Context>,
     Path(name): Path<String>,
@@ -143,6 +148,10 @@ pub(super) async fn attach(
 }
 
 /// Joins a workload's streams, over a WebSocket: at once if it runs, or else as soon as it does.
+#[utoipa::path(get, path = "/v1/instances/{name}/attach",
+    params(("name" = String, Path), AttachQuery),
+    responses((status = 101, description = "frames as text messages, both ways"),
+        (status = "4XX", body = Problem)))]
 pub(super) async fn attach_socket(
     State(context): State<Context>,
     Path(name): Path<String>,
@@ -167,6 +176,49 @@ pub(super) async fn attach_socket(
             }
         }),
     )
+}
+
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ConsoleQuery {
+    /// Lets this client type; one at a time may.
+    #[serde(default)]
+    stdin: bool,
+}
+
+/// Follows what a VM writes to its console, beginning with the last of what it has written.
+#[utoipa::path(post, path = "/v1/instances/{name}/console", params(("name" = String, Path)),
+    responses((status = 200, content_type = "application/x-ndjson"),
+        (status = "4XX", body = Problem)))]
+pub(super) async fn console(
+    State(context): State<Context>,
+    Path(name): Path<String>,
+) -> Result<Response, ApiError> {
+    let session = context.instances.console(&name, false).await?;
+    Ok(stream::lines(
+        Timed::new(session, None),
+        context.stopping.clone(),
+    ))
+}
+
+/// Goes to a VM's console, over a WebSocket. The session ends with the machine, or when it is sent a
+/// signal.
+#[utoipa::path(get, path = "/v1/instances/{name}/console",
+    params(("name" = String, Path), ConsoleQuery),
+    responses((status = 101, description = "frames as text messages, both ways"),
+        (status = "4XX", body = Problem)))]
+pub(super) async fn console_socket(
+    State(context): State<Context>,
+    Path(name): Path<String>,
+    Query(query): Query<ConsoleQuery>,
+    upgrade: WebSocketUpgrade,
+) -> Result<Response, ApiError> {
+    // Before the upgrade, so that a refusal is a problem like any other.
+    let session = context.instances.console(&name, query.stdin).await?;
+    Ok(stream::bounded(upgrade).on_upgrade(async move |socket| {
+        let timed = Timed::new(session, None);
+        stream::socket(socket, Vec::new(), timed, context.stopping.clone()).await;
+    }))
 }
 
 fn check(request: &ExecRequest) -> Result<(), FieldError> {

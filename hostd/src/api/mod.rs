@@ -109,6 +109,10 @@ pub fn router(context: Context) -> Router {
             "/v1/instances/{name}/attach",
             get(exec::attach_socket).post(exec::attach),
         )
+        .route(
+            "/v1/instances/{name}/console",
+            get(exec::console_socket).post(exec::console),
+        )
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))

@@ -44,7 +44,11 @@ use super::{events, exec, host, images, instances, logs, snapshots, verbs};
         verbs::wait,
         logs::read,
         exec::exec,
+        exec::exec_socket,
         exec::attach,
+        exec::attach_socket,
+        exec::console,
+        exec::console_socket,
     )
 )]
 struct Description;

@@ -5,6 +5,7 @@
 
 mod images;
 mod snapshots;
+mod stats;
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -15,6 +16,10 @@ use utoipa::ToSchema;
 
 pub use self::images::{Image, ImportRequest, PullRequest, TransferEvent};
 pub use self::snapshots::{RestoreRequest, Snapshot, SnapshotRequest};
+pub use self::stats::{
+    BalloonStats, DeviceStats, DiskStats, GuestMemoryStats, MemStats, NetStats, RngStats, Stats,
+    VcpuExits, VcpuStats, VmMemoryStats, VmStats, VsockStats,
+};
 
 /// What stands between the workload and the host.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize, ToSchema)]
@@ -337,28 +342,6 @@ pub struct PatchResult {
     /// By JSON pointer of the field, e.g. `/limits/memory/max`.
     pub plan: BTreeMap<String, Effect>,
     pub instance: Instance,
-}
-
-/// `GET /v1/instances/{name}/stats`. For a VM, `cpu` and `memory` are those of its whole VMM as the
-/// host sees them; `pids` is counted by the guest's agent.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize, ToSchema)]
-pub struct Stats {
-    pub cpu_usage_us: u64,
-    pub cpu_throttled_us: u64,
-    pub memory_bytes: u64,
-    pub memory_peak_bytes: u64,
-    pub memory_limit_bytes: Option<u64>,
-    pub oom_kills: u64,
-    pub pids: u64,
-    pub pids_limit: Option<u64>,
-    pub disk_read_bytes: u64,
-    pub disk_write_bytes: u64,
-    pub disk_read_ops: u64,
-    pub disk_write_ops: u64,
-    pub network_ingress_bytes: u64,
-    pub network_egress_bytes: u64,
-    pub network_ingress_packets: u64,
-    pub network_egress_packets: u64,
 }
 
 /// `POST /v1/instances/{name}/exec`.

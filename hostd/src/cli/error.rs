@@ -58,8 +58,9 @@ pub(super) enum CliError {
     #[error("{message}")]
     Command { code: u8, message: String },
 
+    /// `again` is the verb that joins it once more.
     #[error("the connection to hostd was lost; `{name}` goes on without it")]
-    Lost { name: String },
+    Lost { name: String, again: &'static str },
 
     #[error("`{name}` ended and left no exit status")]
     NoExit { name: String },
@@ -110,7 +111,9 @@ impl CliError {
                 Some("Start hostd, or say where it listens with --socket or HOSTD_SOCKET.".into())
             }
             CliError::Usage { hint, .. } => Some((*hint).into()),
-            CliError::Lost { name } => Some(format!("Join it again with `hostctl attach {name}`.")),
+            CliError::Lost { name, again } => {
+                Some(format!("Join it again with `hostctl {again} {name}`."))
+            }
             _ => None,
         }
     }

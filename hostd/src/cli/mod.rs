@@ -27,8 +27,8 @@ use tokio::runtime;
 use self::client::Client;
 use self::error::CliError;
 use self::verbs::{
-    attach, copy, create, doctor, events, exec, image, info, inspect, kill, list, logs, pause,
-    remove, restart, resume, run, snapshot, start, stats, stop, update, version, wait,
+    attach, console, copy, create, doctor, events, exec, image, info, inspect, kill, list, logs,
+    pause, remove, restart, resume, run, snapshot, start, stats, stop, update, version, wait,
 };
 
 /// The exit status where the command line is wrong.
@@ -88,6 +88,7 @@ enum Verb {
     Logs(logs::Arguments),
     Exec(exec::Arguments),
     Attach(attach::Arguments),
+    Console(console::Arguments),
     Wait(wait::Arguments),
     Stats(stats::Arguments),
     Update(update::Arguments),
@@ -166,6 +167,7 @@ async fn dispatch(line: CommandLine) -> Result<ExitCode, CliError> {
         Verb::Logs(arguments) => logs::run(context, arguments).await,
         Verb::Exec(arguments) => exec::run(context, arguments).await,
         Verb::Attach(arguments) => attach::run(context, arguments).await,
+        Verb::Console(arguments) => console::run(context, arguments).await,
         Verb::Wait(arguments) => wait::run(context, arguments).await,
         Verb::Stats(arguments) => stats::run(context, arguments).await,
         Verb::Update(arguments) => update::run(context, arguments).await,

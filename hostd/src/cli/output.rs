@@ -11,6 +11,9 @@ use crate::api::types::{FindingLevel, InstanceState};
 /// Between two columns.
 const GAP: usize = 3;
 
+/// How a cell shows that has nothing.
+const EMPTY: &str = "-";
+
 /// Writes a line to standard output.
 pub(super) fn line(text: &str) -> Result<(), CliError> {
     writeln!(io::stdout().lock(), "{text}").map_err(CliError::Output)
@@ -51,16 +54,28 @@ impl Table {
         }
     }
 
-    /// Adds a row. An empty cell shows as `-`, so that columns can be told apart, also by programs.
+    /// Adds a row. An empty cell shows as [`EMPTY`], so that columns can be told apart, also by programs.
     pub(super) fn row<const N: usize>(&mut self, cells: [String; N]) {
         let shown = |cell: String| {
             if cell.is_empty() {
-                "-".to_owned()
+                EMPTY.to_owned()
             } else {
                 cell
             }
         };
         self.rows.push(cells.map(shown).to_vec());
+    }
+
+    /// Leaves a column out in which no row has anything.
+    pub(super) fn hide_if_empty(&mut self, column: usize) {
+        let cells = self.rows.iter().skip(1).map(|row| row.get(column));
+        if cells.flatten().all(|cell| cell == EMPTY) {
+            for row in &mut self.rows {
+                if column < row.len() {
+                    row.remove(column);
+                }
+            }
+        }
     }
 
     pub(super) fn render(&self) -> String {
@@ -143,6 +158,18 @@ mod tests {
              web           running   busybox\n\
              a-long-name   -         x"
         );
+    }
+
+    #[test]
+    fn a_column_in_which_nobody_has_anything_is_left_out() {
+        let mut table = Table::new(["NAME", "STEAL", "PIDS"]);
+        table.row(["web".into(), String::new(), "1".into()]);
+        let mut other = table.clone();
+        other.row(["box".into(), "0%".into(), "2".into()]);
+        table.hide_if_empty(1);
+        other.hide_if_empty(1);
+        assert_eq!(table.render(), "NAME   PIDS\nweb    1");
+        assert!(other.render().starts_with("NAME   STEAL   PIDS\nweb    -"));
     }
 
     #[test]

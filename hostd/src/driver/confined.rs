@@ -315,6 +315,9 @@ impl Engine {
             network_egress_bytes: passed.egress_bytes,
             network_ingress_packets: passed.ingress_packets,
             network_egress_packets: passed.egress_packets,
+            network_ingress_dropped: passed.ingress_dropped,
+            network_egress_dropped: passed.egress_dropped,
+            vm: None,
         })
     }
 

@@ -28,7 +28,9 @@ use super::{
     Channel, Control, Driver, DriverError, Ended, Extent, Recovered, Running, SESSION_FRAMES_MAX,
     Session,
 };
-use crate::api::types::{Effect, ExecRequest, Exit, Limits, Stats};
+use crate::api::types::{
+    DeviceStats, DiskStats, Effect, ExecRequest, Exit, Isolation, Limits, Stats, VcpuStats, VmStats,
+};
 use crate::limits::Rules;
 use crate::store::Record;
 
@@ -40,11 +42,18 @@ pub const RULES: Rules = Rules {
     mounts: true,
     disk_size: true,
     memory_snapshots: true,
+    no_console: None,
     effect: |pointer, _, _| match pointer {
         "/limits/disk/size" => Err("the disk's size is fixed at creation"),
         "/limits/memory/max" => Ok(Effect::AtRestart),
         _ => Ok(Effect::Live),
     },
+};
+
+/// The same for a kind without a console.
+pub const RULES_WITHOUT_CONSOLE: Rules = Rules {
+    no_console: Some("it has no console"),
+    ..RULES
 };
 
 /// The host that fake instances run on; clones are the same host, so that it outlives any hostd.
@@ -265,7 +274,7 @@ impl Driver for FakeHost {
         future::ready(found.map(|()| {
             let request = match channel {
                 Channel::Exec(request) => *request,
-                Channel::Attach { .. } => ExecRequest {
+                Channel::Attach { .. } | Channel::Console { .. } => ExecRequest {
                     command: vec!["cat".to_owned()],
                     ..ExecRequest::default()
                 },
@@ -280,6 +289,7 @@ impl Driver for FakeHost {
         let stats = live(&mut state, &record.instance.name).map(|instance| Stats {
             pids: 1,
             memory_limit_bytes: instance.limits.memory.max,
+            vm: (record.instance.spec.isolation == Isolation::Vm).then(vm_stats),
             ..Stats::default()
         });
         future::ready(stats).boxed()
@@ -297,6 +307,27 @@ impl Driver for FakeHost {
             state.files.forget(&record.instance.name);
         }
         future::ready(Ok(())).boxed()
+    }
+}
+
+/// What a machine of two processors and two disks could have done.
+fn vm_stats() -> VmStats {
+    let vcpu = VcpuStats {
+        run_us: Some(5),
+        steal_us: None,
+        ..VcpuStats::default()
+    };
+    let disk = |read_ops| DeviceStats {
+        disk: Some(DiskStats {
+            read_ops,
+            ..DiskStats::default()
+        }),
+        ..DeviceStats::default()
+    };
+    VmStats {
+        vcpus: vec![vcpu; 2],
+        devices: [("disk0".to_owned(), disk(1)), ("disk1".to_owned(), disk(2))].into(),
+        ..VmStats::default()
     }
 }
 

@@ -12,6 +12,7 @@ mod monitor;
 mod mounts;
 mod session;
 mod snapshots;
+mod stdin;
 pub mod vm;
 mod workload;
 
@@ -182,6 +183,9 @@ pub enum Channel {
     Exec(Box<ExecRequest>),
     /// The workload's own streams from now on; with `stdin` also its input.
     Attach { stdin: bool },
+    /// The console of the instance's machine; with `input` also its keyboard. The session ends with
+    /// the machine, or when it is sent a signal.
+    Console { input: bool },
 }
 
 /// Frames in both directions; the last one received is [`Frame::Exit`] or [`Frame::Error`].
@@ -228,6 +232,12 @@ pub enum DriverError {
     /// It would have to do something for what was asked.
     #[error("it is paused")]
     Paused,
+    #[error("{0}")]
+    NoConsole(&'static str),
+    #[error("somebody else types at the console")]
+    ConsoleTaken,
+    #[error("the console has as many clients as it can have, {most}")]
+    ConsolesFull { most: usize },
     /// A guest has not come to the size that it was asked to have; it is asked to go back.
     #[error("the guest was to have {wanted_mib} MiB of memory and is at {has_mib} MiB")]
     Memory { wanted_mib: u64, has_mib: u64 },

@@ -297,6 +297,23 @@ impl Instances {
         Ok(driver.open(&record, channel).await.map_err(Arc::new)?)
     }
 
+    /// Goes to the console of an instance's machine, also of one that is only just starting, or is paused.
+    ///
+    /// # Errors
+    /// There is no such instance, its kind has no console, it does not run, or its driver fails.
+    pub async fn console(&self, name: &str, input: bool) -> Result<Session, InstanceError> {
+        let record = self.find(name)?.record();
+        let kind = self.shared.kinds.of(record.instance.spec.isolation);
+        if let Some(why) = kind.rules.no_console {
+            return Err(Arc::new(DriverError::NoConsole(why)).into());
+        }
+        if record.instance.pid.is_none() {
+            return Err(InstanceError::NotRunning(record.instance.state));
+        }
+        let channel = Channel::Console { input };
+        Ok(kind.driver.open(&record, channel).await.map_err(Arc::new)?)
+    }
+
     /// Joins an instance's streams, now or as soon as it runs. The workload of a start that comes
     /// after this call is held until the client is there, so that it misses nothing.
     ///

@@ -109,6 +109,9 @@ pub struct NetworkStats {
     pub ingress_packets: u64,
     pub egress_bytes: u64,
     pub egress_packets: u64,
+    /// Packets that the interface could not take.
+    pub ingress_dropped: u64,
+    pub egress_dropped: u64,
 }
 
 /// What [`Network::reconcile`] found.
@@ -274,6 +277,8 @@ impl Network {
                     ingress_packets: counters.tx_packets,
                     egress_bytes: counters.rx_bytes,
                     egress_packets: counters.rx_packets,
+                    ingress_dropped: counters.tx_dropped,
+                    egress_dropped: counters.rx_dropped,
                 });
             }
         }

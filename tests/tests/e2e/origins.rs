@@ -1,10 +1,11 @@
 //! Whatever an instance has come from, it behaves the same: one that was booted, paused and resumed,
 //! restored, or cloned; VMs go on from memory. One table of origins, and for each the same checks.
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::process::Stdio;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde_json::Value;
 use tests::{Host, Kind};
 
 use crate::KindTest;
@@ -127,6 +128,7 @@ fn try_out(host: &Host, kind: Kind, origin: &str, make: Origin) {
     works(host, &name);
     is_itself(host, &name);
     speaks(host, &name);
+    has_its_counters_and_console(host, kind, &name);
     is_limited(host, &name);
     ends(host, &name);
     host.hostctl(&["rm", "--force", &name]).ok();
@@ -140,10 +142,14 @@ fn works(host: &Host, name: &str) {
     host.hostctl(&["resume", name]).ok();
     let before = count(host, name);
     while count(host, name) <= before {}
-    let stats = ["stats", "--no-stream", "--json", name];
-    let stats = host.hostctl(&stats).json();
-    let stats = if stats.is_array() { &stats[0] } else { &stats };
+    let stats = stats(host, name);
     assert!(stats["pids"].as_u64() > Some(0), "{stats}");
+}
+
+fn stats(host: &Host, name: &str) -> Value {
+    let stats = host.hostctl(&["stats", "--no-stream", "--json", name]);
+    let mut stats = stats.json();
+    stats.get_mut(0).map_or(Value::Null, Value::take)
 }
 
 /// It has the name, address and time that are its own.
@@ -184,6 +190,44 @@ fn speaks(host: &Host, name: &str) {
 
     shell(host, name, "echo heard >/said; mv /said /say");
     await_log(host, name, "heard");
+}
+
+/// What only a VM has: what its processors and devices have done, and a console.
+fn has_its_counters_and_console(host: &Host, kind: Kind, name: &str) {
+    let stats = stats(host, name);
+    if kind == Kind::Container {
+        assert_eq!(stats["vm"], Value::Null, "{stats}");
+        let refused = host.hostctl(&["console", name]);
+        assert!(refused.stderr.contains("exec -t"), "{refused:?}");
+        return;
+    }
+    let vm = &stats["vm"];
+    for counted in [
+        "/vcpus/0/run_us",
+        "/vcpus/0/exits/mmio_writes",
+        "/devices/net0/net/egress_packets",
+        "/devices/vsock/vsock/ingress_packets",
+        "/balloon/guest/total_bytes",
+    ] {
+        let value = vm.pointer(counted).and_then(Value::as_u64);
+        assert!(value > Some(0), "{counted}: {vm:#}");
+    }
+    let typed = "exec 3<>/dev/ttyS0; echo opened >&3; read -r line <&3; echo heard $line >&3";
+    let mut guest = host.hostctl_command(&["exec", name, "sh", "-c", typed]);
+    let mut guest = guest.spawn().expect("hostctl runs");
+    let mut console = host.hostctl_command(&["console", name]);
+    console.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut console = console.spawn().expect("hostctl runs");
+    let mut keys = console.stdin.take().expect("the stream is piped");
+    let screen = console.stdout.take().expect("the stream is piped");
+    let mut screen = BufReader::new(screen).lines().map_while(Result::ok);
+    let mut shows = |what: &str| screen.any(|line| line.contains(what));
+    assert!(shows("opened"), "the console has ended");
+    keys.write_all(b"typed\n").expect("hostctl reads");
+    assert!(shows("heard typed"), "the console has ended");
+    console.kill().expect("hostctl runs");
+    console.wait().expect("hostctl ends");
+    assert!(guest.wait().expect("hostctl ends").success());
 }
 
 /// Its limits hold, and can be others while it runs.

@@ -10,8 +10,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::console::Console;
 use super::memory::MemoryControls;
 use super::{
-    BalloonStats, DiskStats, ExitReason, ExitStatus, MachineState, NetStats, Request, Response,
-    Stats, VcpuTimes,
+    BalloonStats, DiskStats, ExitReason, ExitStatus, MachineState, MemStats, NetStats, Request,
+    Response, Stats, VcpuExits, VcpuTimes,
 };
 use crate::devices::guest_status::Readiness;
 use crate::exit::ExitSwitch;
@@ -90,7 +90,7 @@ impl Controls {
                 done
             }
             Request::Stats {} => Response::Stats {
-                stats: self.stats(),
+                stats: Box::new(self.stats()),
             },
             Request::SetDiskLimits { disk, limits } => self.set_disk_limits(*disk, *limits),
             Request::SetNetLimits { net, limits } => self.set_net_limits(*net, *limits),
@@ -223,8 +223,10 @@ impl Controls {
     fn stats(&self) -> Stats {
         let inventory = lock(&self.inventory);
         let entries = inventory.entries().iter();
+        let exits = self.vcpus.exits();
         Stats {
-            vcpu_exits: self.vcpus.exits(),
+            vcpu_exits: exits.iter().map(VcpuExits::sum).collect(),
+            vcpu_exit_reasons: exits,
             vcpu_times: self.vcpus.times().map(vcpu_times),
             vsock: entries.clone().find_map(|entry| match &entry.handle {
                 Handle::Vsock(counters) => Some(counters.stats()),
@@ -239,6 +241,7 @@ impl Controls {
             nets: inventory.nets().map(net_stats).collect(),
             memory: self.memory.stats(),
             balloon: self.memory.balloon.as_ref().map(BalloonStats::of),
+            mem: self.memory.mem.as_ref().map(MemStats::of),
         }
     }
 }

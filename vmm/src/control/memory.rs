@@ -19,6 +19,29 @@ pub struct MemoryStats {
     pub most_bytes: u64,
 }
 
+/// The memory that a guest can plug in beside what it had from the start (virtio-mem).
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemStats {
+    /// What there is to plug in.
+    pub size_bytes: u64,
+    /// What the guest was asked to have plugged in.
+    pub requested_bytes: u64,
+    /// What it has plugged in.
+    pub plugged_bytes: u64,
+}
+
+impl MemStats {
+    /// As it is now.
+    pub(super) fn of(mem: &MemHandle) -> MemStats {
+        MemStats {
+            size_bytes: mem.most(),
+            requested_bytes: mem.requested(),
+            plugged_bytes: mem.plugged(),
+        }
+    }
+}
+
 /// How much memory the guest has given back.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]

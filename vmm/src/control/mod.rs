@@ -12,7 +12,7 @@ pub mod server;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::memory::{BalloonStats, GuestMemory, MemoryStats};
+pub use self::memory::{BalloonStats, GuestMemory, MemStats, MemoryStats};
 use crate::plan::BACKING_FILES_MAX;
 use crate::snapshot::file::Kind;
 use crate::spec::{Disk, DiskLimits, Net, NetLimits};
@@ -29,6 +29,9 @@ pub const DESCRIPTORS_MAX: usize = 1 + BACKING_FILES_MAX;
 
 /// The most clients at a time; one more is closed at once.
 pub const CLIENTS_MAX: usize = 16;
+
+/// How the message of a refusal begins that will not be one once somebody else is done.
+pub const BUSY: &str = "busy";
 
 /// One line to the machine.
 ///
@@ -130,7 +133,7 @@ pub enum Response {
     /// What the machine has done so far.
     Stats {
         /// Counters since the start.
-        stats: Stats,
+        stats: Box<Stats>,
     },
     /// A snapshot is in its files. Whoever opened them makes it durable (fsync).
     Snapshot {
@@ -182,6 +185,9 @@ pub enum MachineState {
 pub struct Stats {
     /// For each virtual processor: how often it left guest mode for this process.
     pub vcpu_exits: Vec<u64>,
+    /// The same by what for.
+    #[serde(default)]
+    pub vcpu_exit_reasons: Vec<VcpuExits>,
     /// For each virtual processor: where its time went. Absent if the kernel did not tell, as in a root
     /// without `/proc`.
     #[serde(default)]
@@ -198,9 +204,41 @@ pub struct Stats {
     #[serde(default)]
     pub balloon: Option<BalloonStats>,
     #[serde(default)]
+    pub mem: Option<MemStats>,
+    #[serde(default)]
     pub vsock: Option<VsockStats>,
     #[serde(default)]
     pub rng: Option<RngStats>,
+}
+
+/// How often a virtual processor left guest mode, by what for.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct VcpuExits {
+    pub port_reads: u64,
+    pub port_writes: u64,
+    /// Of registers of devices.
+    pub memory_reads: u64,
+    pub memory_writes: u64,
+    /// By the machine itself, to pause it.
+    pub interruptions: u64,
+    /// A processor that was switched off was woken.
+    pub others: u64,
+}
+
+impl VcpuExits {
+    /// All of them.
+    pub fn sum(&self) -> u64 {
+        let all = [
+            self.port_reads,
+            self.port_writes,
+            self.memory_reads,
+            self.memory_writes,
+            self.interruptions,
+            self.others,
+        ];
+        all.into_iter().fold(0, u64::wrapping_add)
+    }
 }
 
 /// Where a virtual processor's time went.

@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::json;
 use tempfile::tempfile;
-use vmm::control::{MachineState, Request, Response, RngStats, Stats, VsockStats};
+use vmm::control::{MachineState, MemStats, Request, Response, RngStats, Stats, VsockStats};
 use vmm::guest_status;
 use vmm::snapshot::file::Kind;
 use vmm::spec::DiskLimits;
@@ -19,7 +19,7 @@ fn stats(client: &mut Client) -> Stats {
     let Response::Stats { stats } = answer else {
         panic!("not statistics: {answer:?}");
     };
-    stats
+    *stats
 }
 
 fn refusal(client: &mut Client, request: &Request) -> String {
@@ -140,6 +140,15 @@ fn memory_that_is_not_in_whole_blocks_is_refused() {
     let message = refusal(&mut client, &Request::Memory { size_mib: 35 });
     assert!(message.contains("`size_mib` is 35"), "{message}");
     assert_eq!(stats(&mut client).memory.requested_bytes, 32 << 20);
+    // Whole ones are asked for, of a guest that has no driver for them.
+    let more = Request::Memory { size_mib: 36 };
+    assert_eq!(client.ask(&more), Response::Done {});
+    let mem = MemStats {
+        size_bytes: 32 << 20,
+        requested_bytes: 4 << 20,
+        plugged_bytes: 0,
+    };
+    assert_eq!(stats(&mut client).mem, Some(mem));
     // A balloon has no blocks.
     let less = Request::Memory { size_mib: 31 };
     assert_eq!(client.ask(&less), Response::Done {});
@@ -189,6 +198,11 @@ fn statistics_tell_where_a_processors_time_went_and_what_devices_have_done() {
     let mut later = later.skip_while(|later| later[0].run_ns == first[0].run_ns);
     assert!(later.next().unwrap()[0].wait_ns >= first[0].wait_ns);
     let stats = stats(&mut client);
+    // It told by a register of ports that it was ready.
+    let exits = stats.vcpu_exit_reasons[0];
+    assert!(exits.port_writes > 0, "{exits:?}");
+    assert_eq!(exits.sum(), stats.vcpu_exits[0]);
+    assert_eq!(stats.vcpu_exit_reasons.len(), 2);
     assert_eq!(stats.vsock, Some(VsockStats::default()));
     assert_eq!(stats.rng, Some(RngStats::default()));
 }

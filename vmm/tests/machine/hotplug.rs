@@ -75,7 +75,7 @@ fn stats(client: &mut Client) -> Stats {
     let Response::Stats { stats } = client.ask(&Request::Stats {}) else {
         panic!("no statistics");
     };
-    stats
+    *stats
 }
 
 fn names(client: &mut Client) -> Vec<String> {

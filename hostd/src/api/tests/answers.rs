@@ -241,7 +241,33 @@ async fn metrics_and_stats_tell_of_what_runs() {
         text.contains("hostd_instance_pids{name=\"a\"} 1\n"),
         "{text}"
     );
+    assert!(
+        !text.contains("vcpu=") && !text.contains("device="),
+        "{text}"
+    );
     assert_eq!(daemon.get("/v1/host").await.1["instances"], 1);
+
+    // What both have, both have in the same place; the rest is a machine's.
+    let spec = json!({"name": "b", "image": "busybox", "command": ["serve"], "isolation": "vm"});
+    daemon.ask("POST", "/v1/instances?start=true", &spec).await;
+    let container = daemon.get("/v1/instances/a/stats").await.1;
+    let mut vm = daemon.get("/v1/instances/b/stats").await.1;
+    let own = vm.as_object_mut().unwrap().remove("vm").unwrap();
+    assert_eq!(container, vm);
+    assert_eq!(own["vcpus"][1]["run_us"], 5);
+    assert_eq!(own["devices"]["disk1"]["disk"]["read_ops"], 2);
+    let (_, text) = daemon
+        .exchange("GET", "/v1/metrics", String::new(), &[])
+        .await;
+    for sample in [
+        "hostd_instance_vcpu_run_microseconds_total{name=\"b\",vcpu=\"1\"} 5\n",
+        "hostd_instance_device_read_operations_total{name=\"b\",device=\"disk1\"} 2\n",
+        "hostd_instance_guest_memory_bytes{name=\"b\"} 0\n",
+    ] {
+        assert!(text.contains(sample), "{sample}{text}");
+    }
+    // It is not known how long they waited, and nothing is made up.
+    assert!(!text.contains("vcpu_steal_microseconds_total{"), "{text}");
 }
 
 /// The committed description is that of the code: `UPDATE_GOLDEN=1` writes it anew.

@@ -70,7 +70,10 @@ impl Daemon {
             driver: Arc::new(fake.clone()),
         };
         let kinds = Kinds {
-            container: kind.clone(),
+            container: Kind {
+                rules: &fake::RULES_WITHOUT_CONSOLE,
+                ..kind.clone()
+            },
             vm: kind,
         };
         let capacity = Capacity {

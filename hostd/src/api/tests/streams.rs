@@ -175,3 +175,63 @@ async fn a_client_may_attach_before_the_start() {
     let heard = socket.next().await.unwrap().unwrap().into_text().unwrap();
     assert_eq!(heard.as_str(), r#"{"stdout":"aGk="}"#);
 }
+
+/// Goes to the console of an instance, over a WebSocket.
+async fn console(
+    daemon: &Daemon,
+    name: &str,
+) -> Result<tokio_tungstenite::WebSocketStream<UnixStream>, Value> {
+    let stream = UnixStream::connect(daemon.dir.path().join("socket"))
+        .await
+        .unwrap();
+    let url = format!("ws://host/v1/instances/{name}/console?stdin=true");
+    match tokio_tungstenite::client_async(url, stream).await {
+        Ok((socket, _)) => Ok(socket),
+        Err(tokio_tungstenite::tungstenite::Error::Http(response)) => {
+            Err(serde_json::from_slice(response.body().as_deref().unwrap()).unwrap())
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[tokio::test]
+async fn a_console_is_a_machines_that_runs_also_for_a_hostd_that_came_later() {
+    use futures::{SinkExt, StreamExt};
+    use tokio_tungstenite::tungstenite::Message;
+
+    let daemon = Daemon::new().await;
+    daemon.run("a", "serve").await;
+    let refused = console(&daemon, "a").await.unwrap_err();
+    assert_eq!(refused["code"], "no_console");
+    assert!(refused["hint"].as_str().unwrap().contains("exec -t"));
+    let refused = console(&daemon, "none").await.unwrap_err();
+    assert_eq!(refused["code"], "not_found");
+
+    let spec = json!({"name": "b", "image": "busybox", "command": ["serve"], "isolation": "vm"});
+    daemon.ask("POST", "/v1/instances", &spec).await;
+    let refused = console(&daemon, "b").await.unwrap_err();
+    assert_eq!(
+        (&refused["code"], &refused["status"]),
+        (&json!("not_running"), &json!(409))
+    );
+    let (status, refused) = daemon.post("/v1/instances/b/console").await;
+    assert_eq!((status, &refused["code"]), (409, &json!("not_running")));
+
+    daemon.post("/v1/instances/b/start").await;
+    let daemon = daemon.restart().await;
+    let mut socket = console(&daemon, "b").await.unwrap();
+    // Also while its processors are held.
+    daemon.post("/v1/instances/b/pause").await;
+    let mut other = console(&daemon, "b").await.unwrap();
+    for socket in [&mut socket, &mut other] {
+        let typed = json!({"stdin": "aGk="}).to_string();
+        socket.send(Message::text(typed)).await.unwrap();
+        let heard = socket.next().await.unwrap().unwrap().into_text().unwrap();
+        assert_eq!(heard.as_str(), r#"{"stdout":"aGk="}"#);
+    }
+    let signal = json!({"signal": 15}).to_string();
+    socket.send(Message::text(signal)).await.unwrap();
+    let heard = socket.next().await.unwrap().unwrap().into_text().unwrap();
+    assert!(heard.contains(r#""signal":15"#), "{heard}");
+    assert_eq!(daemon.state("b").await, "paused");
+}

@@ -38,16 +38,24 @@ pub(in crate::cli) async fn run(
     let socket = context.client.converse(&attach_path(name, stdin)).await?;
     let input = if stdin { Input::Ours } else { Input::NotOurs };
     let ending = converse(socket, input, found.spec.tty, signals).await?;
-    finish(name, &ending)
+    finish("attach", name, &ending)
 }
 
 pub(super) fn attach_path(name: &str, stdin: bool) -> String {
-    let stdin = stdin.then(|| "true".to_owned());
-    with_query(&format!("{}/attach", instance(name)), &[("stdin", stdin)])
+    with_stdin(&format!("{}/attach", instance(name)), stdin)
 }
 
-/// What a conversation's end means for our own.
-pub(super) fn finish(name: &str, ending: &Ending) -> Result<ExitCode, CliError> {
+/// The path of a conversation that is to have our input, or not.
+pub(super) fn with_stdin(path: &str, stdin: bool) -> String {
+    with_query(path, &[("stdin", stdin.then(|| "true".to_owned()))])
+}
+
+/// What a conversation's end means for our own; `again` is the verb that goes on with it.
+pub(super) fn finish(
+    again: &'static str,
+    name: &str,
+    ending: &Ending,
+) -> Result<ExitCode, CliError> {
     match ending {
         Ending::Exit(exit) => {
             if exit.oom {
@@ -68,6 +76,9 @@ pub(super) fn finish(name: &str, ending: &Ending) -> Result<ExitCode, CliError> 
             output::remark(&format!("\nleft `{name}`; it goes on"));
             Ok(ExitCode::SUCCESS)
         }
-        Ending::Lost => Err(CliError::Lost { name: name.into() }),
+        Ending::Lost => Err(CliError::Lost {
+            name: name.into(),
+            again,
+        }),
     }
 }

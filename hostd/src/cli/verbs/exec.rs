@@ -82,5 +82,5 @@ pub(in crate::cli) async fn run(
         Input::Empty
     };
     let ending = converse(socket, input, tty, signals).await?;
-    finish(&name, &ending)
+    finish("attach", &name, &ending)
 }

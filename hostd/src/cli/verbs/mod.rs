@@ -1,6 +1,7 @@
 //! The verbs, one file each, and what several of them share.
 
 pub(super) mod attach;
+pub(super) mod console;
 pub(super) mod copy;
 pub(super) mod create;
 pub(super) mod doctor;

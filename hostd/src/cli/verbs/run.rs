@@ -76,7 +76,7 @@ pub(in crate::cli) async fn run(
     let joined = start_attached(context, name, input == Input::Ours);
     let socket = or_remove(context, &created, joined).await?;
     let ending = converse(socket, input, spec.tty, signals).await?;
-    finish(name, &ending)
+    finish("attach", name, &ending)
 }
 
 async fn start(context: &Context, name: &str) -> Result<Instance, CliError> {

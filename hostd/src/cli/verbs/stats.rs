@@ -21,7 +21,11 @@ const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Show what instances use, of what they may
 #[derive(Args, Debug)]
-#[command(after_help = "Examples:\n  hostctl stats\n  hostctl stats --no-stream --json web")]
+#[command(
+    after_help = "STEAL is how long a VM's processors waited for the host's, EXITS/S how often they needed \
+                        their VMM. --json has all counters, also those of a VM's devices.\n\n\
+                        Examples:\n  hostctl stats\n  hostctl stats --no-stream --json web"
+)]
 pub(in crate::cli) struct Arguments {
     /// Look once
     #[arg(long)]
@@ -100,10 +104,16 @@ async fn look(context: &Context, names: &[String]) -> Result<Vec<Named>, CliErro
     Ok(all)
 }
 
+/// Columns of what only VMs have.
+const STEAL: usize = 2;
+const EXITS: usize = 3;
+
 fn table(before: &[Named], now: &[Named], elapsed: Duration) -> Table {
     let headings = [
         "NAME",
         "CPU",
+        "STEAL",
+        "EXITS/S",
         "MEMORY",
         "PIDS",
         "NET IN / OUT",
@@ -115,9 +125,12 @@ fn table(before: &[Named], now: &[Named], elapsed: Duration) -> Table {
         .map(|named| (named.name.as_str(), &named.stats))
         .collect();
     for Named { name, stats } in now {
-        let used = earlier
-            .get(name.as_str())
-            .map(|before| stats.cpu_usage_us.saturating_sub(before.cpu_usage_us));
+        let earlier = earlier.get(name.as_str()).copied();
+        // What has come since; nothing is said of what was not there before.
+        let since = |read: fn(&Stats) -> Option<u64>| {
+            Some(read(stats)?.saturating_sub(earlier.and_then(read)?))
+        };
+        let share = |used: Option<u64>| used.map(|used| percent(used, elapsed)).unwrap_or_default();
         let pair = |one, other| format!("{} / {}", units::size(one), units::size(other));
         let of = |used: String, limit: Option<String>| match limit {
             Some(limit) => format!("{used} / {limit}"),
@@ -125,7 +138,11 @@ fn table(before: &[Named], now: &[Named], elapsed: Duration) -> Table {
         };
         table.row([
             name.clone(),
-            used.map(|used| percent(used, elapsed)).unwrap_or_default(),
+            share(since(|stats| Some(stats.cpu_usage_us))),
+            share(since(steal_us)),
+            since(exits)
+                .map(|exits| per_second(exits, elapsed))
+                .unwrap_or_default(),
             of(
                 units::size(stats.memory_bytes),
                 stats.memory_limit_bytes.map(units::size),
@@ -138,7 +155,28 @@ fn table(before: &[Named], now: &[Named], elapsed: Duration) -> Table {
             pair(stats.disk_read_bytes, stats.disk_write_bytes),
         ]);
     }
+    // From the right, so that the other keeps its number.
+    table.hide_if_empty(EXITS);
+    table.hide_if_empty(STEAL);
     table
+}
+
+/// How long the virtual processors waited for the host's, if it is known.
+fn steal_us(stats: &Stats) -> Option<u64> {
+    let vcpus = &stats.vm.as_ref()?.vcpus;
+    let mut times = vcpus.iter().map(|vcpu| vcpu.steal_us);
+    times.try_fold(0_u64, |sum, time| Some(sum.saturating_add(time?)))
+}
+
+/// How often the virtual processors needed their VMM.
+fn exits(stats: &Stats) -> Option<u64> {
+    let vcpus = stats.vm.as_ref()?.vcpus.iter();
+    Some(vcpus.fold(0, |sum, vcpu| sum.saturating_add(vcpu.exits.total)))
+}
+
+fn per_second(count: u64, elapsed: Duration) -> String {
+    let elapsed_us = elapsed.as_micros().max(1);
+    ((u128::from(count) * 1_000_000 + elapsed_us / 2) / elapsed_us).to_string()
 }
 
 /// Processor time over time, as a share of one processor, with one decimal.
@@ -151,6 +189,7 @@ fn percent(used_us: u64, elapsed: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::types::{VcpuExits, VcpuStats, VmStats};
 
     fn named(name: &str, cpu_usage_us: u64) -> Named {
         let stats = Stats {
@@ -178,6 +217,42 @@ mod tests {
         for (used, expected) in table {
             assert_eq!(percent(used, Duration::from_secs(1)), expected);
         }
+    }
+
+    #[test]
+    fn a_machine_has_columns_of_its_own_if_there_is_one() {
+        let machine = |steal_us, total| {
+            let vcpu = VcpuStats {
+                steal_us,
+                exits: VcpuExits {
+                    total,
+                    ..VcpuExits::default()
+                },
+                ..VcpuStats::default()
+            };
+            let mut named = named("box", 0);
+            named.stats.vm = Some(VmStats {
+                vcpus: vec![vcpu; 2],
+                ..VmStats::default()
+            });
+            named
+        };
+        let lines = |before: &[Named], now: &[Named]| {
+            let text = table(before, now, Duration::from_secs(2)).render();
+            text.lines().map(str::to_owned).collect::<Vec<_>>()
+        };
+        let before = [named("web", 0), machine(Some(0), 1000)];
+        let now = [named("web", 0), machine(Some(500_000), 1300)];
+        let both = lines(&before, &now);
+        assert!(both[0].starts_with("NAME   CPU    STEAL   EXITS/S   MEMORY"));
+        assert!(both[1].starts_with("web    0.0%   -       -         10 MiB"));
+        assert!(both[2].starts_with("box    0.0%   50.0%   300       10 MiB"));
+        let container = lines(&before[..1], &now[..1]);
+        assert!(container[0].starts_with("NAME   CPU    MEMORY"));
+        // Numbers of a machine that has been taken over, on a host that does not tell of times.
+        let now = [machine(None, u64::MAX)];
+        let lies = lines(&before, &now);
+        assert!(lies[0].starts_with("NAME   CPU    EXITS/S               MEMORY"));
     }
 
     #[test]

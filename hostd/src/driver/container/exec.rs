@@ -1,6 +1,5 @@
 //! A process beside a container's workload: `hostd-oci exec` with its streams in hostd's hands.
 
-use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -18,7 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::termios::{OptionalActions, Winsize, tcgetattr, tcsetattr, tcsetwinsize};
 use serde_json::{Value, json};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
@@ -27,6 +26,7 @@ use tokio::time;
 
 use super::user;
 use crate::api::types::ExecRequest;
+use crate::driver::stdin::Stdin;
 use crate::driver::{DriverError, SESSION_FRAMES_MAX, Session};
 use crate::paths::Paths;
 
@@ -34,13 +34,6 @@ use crate::paths::Paths;
 /// may hold the streams open for ever.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(2);
 
-/// Input that the process has not taken; more is left with the client.
-const PENDING_BYTES_MAX: usize = 256 * 1024;
-
-/// The character by which a terminal is told the end of its input (Ctrl-D).
-const END_OF_TRANSMISSION: u8 = 4;
-
-type Input = Box<dyn AsyncWrite + Send + Unpin>;
 type Output = Box<dyn AsyncRead + Send + Unpin>;
 /// How the runtime's own complaints begin.
 const RUNTIME_PREFIX: &[u8] = b"hostd-oci: ";
@@ -277,72 +270,6 @@ impl Streams {
         };
         if let Some(pid) = files.pid().or_else(|| pid_of(&self.child)) {
             signal(pid, number);
-        }
-    }
-}
-
-/// The process's input: what it has not taken yet waits here, so that signals can overtake it.
-struct Stdin {
-    /// `None` once it has ended, or the process wants no more.
-    sink: Option<Input>,
-    pending: VecDeque<u8>,
-    terminal: bool,
-    /// End of file follows what is pending.
-    ends: bool,
-}
-
-impl Stdin {
-    fn new(sink: Input, terminal: bool) -> Self {
-        Self {
-            sink: Some(sink),
-            pending: VecDeque::new(),
-            terminal,
-            ends: false,
-        }
-    }
-
-    fn has_room(&self) -> bool {
-        self.pending.len() < PENDING_BYTES_MAX
-    }
-
-    fn is_pending(&self) -> bool {
-        self.sink.is_some() && !self.pending.is_empty()
-    }
-
-    /// Adds a frame's data; none is the end of file.
-    fn add(&mut self, data: &str) {
-        let bytes = BASE64_STANDARD.decode(data).unwrap_or_default();
-        if !bytes.is_empty() {
-            self.pending.extend(bytes);
-        } else if self.terminal {
-            self.pending.push_back(END_OF_TRANSMISSION);
-        } else {
-            self.finish();
-        }
-    }
-
-    fn finish(&mut self) {
-        self.ends = true;
-        if self.pending.is_empty() {
-            self.sink = None;
-        }
-    }
-
-    /// Writes as much as the process takes at once. Nothing is lost if it is dropped.
-    async fn write(&mut self) {
-        let Some(sink) = &mut self.sink else { return };
-        match sink.write(self.pending.as_slices().0).await {
-            Ok(count @ 1..) => {
-                self.pending.drain(..count);
-            }
-            // The process wants no more.
-            Ok(0) | Err(_) => {
-                self.sink = None;
-                self.pending.clear();
-            }
-        }
-        if self.ends && self.pending.is_empty() {
-            self.sink = None;
         }
     }
 }

@@ -30,6 +30,8 @@ use crate::store::Record;
 use crate::validate::FieldError;
 use crate::volume;
 
+const NO_CONSOLE: &str = "a container has no console";
+
 /// What is fixed about containers.
 pub const RULES: Rules = Rules {
     // Less is not enough for the runtime's own first steps.
@@ -39,6 +41,7 @@ pub const RULES: Rules = Rules {
     mounts: true,
     disk_size: false,
     memory_snapshots: false,
+    no_console: Some(NO_CONSOLE),
     effect: |pointer, _, _| match pointer {
         "/limits/disk/size" => Err("the writable layer of a container cannot be bounded"),
         _ => Ok(Effect::Live),
@@ -194,6 +197,7 @@ impl Driver for ContainerDriver {
                         .attach_streams(record, stdin, convert::identity)
                         .await
                 }
+                Channel::Console { .. } => Err(DriverError::NoConsole(NO_CONSOLE)),
             }
         }
         .boxed()

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use agent::protocol::Request as GuestRequest;
 use tokio::time::{self, Instant};
-use vmm::control::{Request as MachineRequest, Response as MachineResponse, Stats};
+use vmm::control::Request as MachineRequest;
 use vmm::spec::Spec;
 
-use super::{VmDriver, control, machine};
+use super::{VmDriver, machine};
 use crate::api::types::{InstanceState, Limits};
 use crate::driver::DriverError;
 use crate::limits::MIB;
@@ -53,7 +53,7 @@ impl VmDriver {
     }
 
     /// The machine as it was started.
-    fn running(&self, record: &Record) -> Result<Spec, DriverError> {
+    pub(super) fn running(&self, record: &Record) -> Result<Spec, DriverError> {
         let run = self.engine.paths.instance_run(&record.instance.name);
         let text = fs::read(machine::machine_file(&run))
             .map_err(DriverError::io("reading the machine's description"))?;
@@ -127,18 +127,5 @@ impl VmDriver {
             }
             time::sleep(MEMORY_INTERVAL).await;
         }
-    }
-
-    async fn machine_stats(&self, record: &Record) -> Result<Stats, DriverError> {
-        let run = self.engine.paths.instance_run(&record.instance.name);
-        let socket = machine::control_socket(&run);
-        let answer = control::ask(&socket, &MachineRequest::Stats {}).await?;
-        let MachineResponse::Stats { stats } = answer else {
-            return Err(DriverError::Helper {
-                action: "asking the VMM for statistics".to_owned(),
-                message: format!("it answered {answer:?}"),
-            });
-        };
-        Ok(stats)
     }
 }

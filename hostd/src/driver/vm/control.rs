@@ -17,6 +17,12 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
 /// takes many seconds.
 const READY_DEADLINE: Duration = Duration::from_secs(180);
 
+/// Of what a machine says in an error, what is passed on.
+const MESSAGE_CHARS_MAX: usize = 1000;
+
+/// Lines in both directions.
+pub(super) type Connection = Framed<UnixStream, LinesCodec>;
+
 /// Asks the machine what it answers at once.
 pub(super) async fn ask(socket: &Path, request: &Request) -> Result<Response, DriverError> {
     exchange(socket, request, ANSWER_DEADLINE).await
@@ -29,39 +35,65 @@ pub(super) async fn wait_ready(socket: &Path) -> Result<(), DriverError> {
         .map(|_| ())
 }
 
+/// A connection to the machine on which the request has been answered. A refusal is an answer.
+pub(super) async fn converse(
+    socket: &Path,
+    request: &Request,
+) -> Result<(Connection, Response), DriverError> {
+    within(ANSWER_DEADLINE, speak(socket, request)).await
+}
+
+/// For an answer to another question.
+pub(super) fn unexpected(response: &Response) -> DriverError {
+    refused(&format!("it answered {response:?}"))
+}
+
+/// For a request that the machine did not grant. What it says goes to logs and terminals, whoever
+/// speaks for it.
+pub(super) fn refused(message: &str) -> DriverError {
+    let shown = message.chars().take(MESSAGE_CHARS_MAX);
+    let shown = shown.map(|c| if c.is_control() { ' ' } else { c });
+    DriverError::Helper {
+        action: "asking the VMM".to_owned(),
+        message: shown.collect(),
+    }
+}
+
 async fn exchange(
     socket: &Path,
     request: &Request,
     deadline: Duration,
 ) -> Result<Response, DriverError> {
-    let asked = async {
-        let stream = UnixStream::connect(socket)
-            .await
-            .map_err(DriverError::io("connecting to the VMM"))?;
-        let codec = LinesCodec::new_with_max_length(REQUEST_BYTES_MAX);
-        let mut connection = Framed::new(stream, codec);
-        let line = serde_json::to_string(request).expect("a request has only plain values");
-        let unanswered = || DriverError::Helper {
-            action: "asking the VMM".to_owned(),
-            message: "the machine ended".to_owned(),
-        };
-        connection.send(line).await.map_err(|_| unanswered())?;
-        match connection.next().await {
-            Some(Ok(line)) => Ok(line),
-            Some(Err(_)) | None => Err(unanswered()),
-        }
-    };
-    let line = time::timeout(deadline, asked)
+    match within(deadline, speak(socket, request)).await? {
+        (_, Response::Error { message }) => Err(refused(&message)),
+        (_, response) => Ok(response),
+    }
+}
+
+async fn within<T>(
+    deadline: Duration,
+    asked: impl Future<Output = Result<T, DriverError>>,
+) -> Result<T, DriverError> {
+    time::timeout(deadline, asked)
         .await
         .map_err(|_| DriverError::Timeout {
             seconds: deadline.as_secs(),
-        })??;
-    match serde_json::from_str(&line) {
-        Ok(Response::Error { message }) => Err(DriverError::Helper {
-            action: "asking the VMM".to_owned(),
-            message,
-        }),
-        Ok(response) => Ok(response),
-        Err(error) => Err(DriverError::io("understanding the VMM")(error.into())),
-    }
+        })?
+}
+
+async fn speak(socket: &Path, request: &Request) -> Result<(Connection, Response), DriverError> {
+    let stream = UnixStream::connect(socket)
+        .await
+        .map_err(DriverError::io("connecting to the VMM"))?;
+    let codec = LinesCodec::new_with_max_length(REQUEST_BYTES_MAX);
+    let mut connection = Framed::new(stream, codec);
+    let line = serde_json::to_string(request).expect("a request has only plain values");
+    let unanswered = || refused("the machine ended");
+    connection.send(line).await.map_err(|_| unanswered())?;
+    let Some(Ok(line)) = connection.next().await else {
+        return Err(unanswered());
+    };
+    let response = serde_json::from_str(&line)
+        .map_err(|error| DriverError::io("understanding the VMM")(error.into()))?;
+    Ok((connection, response))
 }

@@ -2,6 +2,7 @@
 //! guest.
 
 mod apply;
+mod console;
 mod control;
 mod disk;
 mod end;
@@ -9,6 +10,7 @@ mod guest;
 mod machine;
 mod resumed;
 mod snapshots;
+mod stats;
 
 use std::convert;
 use std::fs;
@@ -25,6 +27,7 @@ use nix::sys::signal::Signal;
 use tokio::time;
 use vmm::control::{MachineState, Request as MachineRequest, Response as MachineResponse};
 
+use self::console::Consoles;
 use self::machine::Parts;
 use super::confined::{Engine, Launch, Phases, blocking};
 use super::container::from_image;
@@ -34,7 +37,7 @@ use super::{
     Channel, Control, Driver, DriverError, Extent, Recovered, Running, Session, chain, machine_id,
     session,
 };
-use crate::api::types::{Effect, InstanceState, Limits, Stats};
+use crate::api::types::{Effect, Limits, Stats};
 use crate::limits::{self, MIB, Rules};
 use crate::network::{Attachment, Endpoint, format_mac};
 use crate::store::Record;
@@ -59,6 +62,7 @@ pub const RULES: Rules = Rules {
     mounts: false,
     disk_size: true,
     memory_snapshots: true,
+    no_console: None,
     effect,
 };
 
@@ -77,11 +81,15 @@ fn effect(pointer: &str, before: &Limits, after: &Limits) -> Result<Effect, &'st
 #[derive(Clone, Debug)]
 pub struct VmDriver {
     engine: Arc<Engine>,
+    consoles: Consoles,
 }
 
 impl VmDriver {
     pub fn new(engine: Arc<Engine>) -> Self {
-        Self { engine }
+        Self {
+            engine,
+            consoles: Consoles::default(),
+        }
     }
 
     async fn try_start(&self, record: &Record, await_client: bool) -> Result<Running, DriverError> {
@@ -286,21 +294,6 @@ impl VmDriver {
         self.release(record).await;
         Ok(())
     }
-
-    /// The host sees the whole VMM; how many processes the workload has, only the guest knows.
-    async fn count(&self, record: &Record) -> Result<Stats, DriverError> {
-        let mut stats = self.engine.stats(record).await?;
-        stats.pids_limit = record.instance.spec.limits.pids.max.map(u64::from);
-        // A paused guest cannot answer.
-        let answers = record.instance.state == InstanceState::Running;
-        if answers
-            && let Ok(protocol::Response::Stats { pids, .. }) =
-                self.ask_guest(record, &GuestRequest::Stats {}).await
-        {
-            stats.pids = pids;
-        }
-        Ok(stats)
-    }
 }
 
 impl Driver for VmDriver {
@@ -367,6 +360,11 @@ impl Driver for VmDriver {
                     let run = self.engine.paths.instance_run(&record.instance.name);
                     let amend = move |frame| end::of_stream(frame, &run);
                     self.engine.attach_streams(record, stdin, amend).await
+                }
+                Channel::Console { input } => {
+                    let name = &record.instance.name;
+                    let socket = machine::control_socket(&self.run(record));
+                    console::open(&self.consoles, name, &socket, input).await
                 }
             }
         }

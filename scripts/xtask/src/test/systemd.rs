@@ -33,7 +33,7 @@ const PROGRAMS: &[&str] = &[
 const LIBRARIES: [&str; 3] = [
     "lib/x86_64-linux-gnu",
     "usr/lib/x86_64-linux-gnu",
-    "lib/x86_64-linux-gnu/systemd",
+    "usr/lib/x86_64-linux-gnu/systemd",
 ];
 
 const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
