@@ -16,6 +16,9 @@ const HOST: &str = r#"
 for tree in /sys/fs/cgroup /sys/fs/cgroup/*; do
     [ -w $tree/cgroup.procs ] || continue
     mkdir -p $tree/$ID-host
+    for controller in $(cat $tree/cgroup.controllers 2>/dev/null); do
+        echo +$controller >$tree/cgroup.subtree_control
+    done
     for file in cpuset.cpus cpuset.mems; do
         [ ! -e $tree/$file ] || cat $tree/$file >$tree/$ID-host/$file 2>/dev/null || true
     done
@@ -25,10 +28,10 @@ cat >start <<'EOF'
 for tree in /sys/fs/cgroup /sys/fs/cgroup/*; do
     [ ! -d $tree/$ID-host ] || echo 0 >$tree/$ID-host/cgroup.procs
 done
-exec unshare --cgroup --pid --ipc --fork --kill-child --mount --propagation private sh -euc '
+exec /usr/bin/unshare --cgroup --pid --ipc --fork --kill-child --mount --propagation private sh -euc '
     mount -t tmpfs tmpfs /run
     mount -t proc proc /proc
-    umount -R /sys/fs/cgroup
+    /bin/umount -R /sys/fs/cgroup
     export container=test SYSTEMD_UNIT_PATH=$PWD/units:/run/systemd/transient:/run/systemd/system.control
     export SYSTEMD_GENERATOR_PATH=/nonexistent SYSTEMD_ENVIRONMENT_GENERATOR_PATH=/nonexistent
     export SYSTEMD_PROC_CMDLINE=systemd.unified_cgroup_hierarchy=$UNIFIED
@@ -55,12 +58,17 @@ clean() {
 }
 trap clean EXIT
 for i in $(seq 200); do
-    init=$(cat /proc/$host/task/$host/children) && init=${init% }
-    [ -n "$init" ] && nsenter -t $init -m test -S /run/systemd/private && break
+    # Not every kernel has /proc/PID/task/PID/children, and not every host pgrep.
+    init=$(cat /proc/[0-9]*/stat 2>/dev/null | sed -n "s/^\([0-9]*\) ([a-z]*) [A-Z] $host .*/\1/p") || true
+    [ -n "$init" ] && /usr/bin/nsenter -t $init -m test -S /run/systemd/private && break
     sleep 0.05
 done
+# Only where nobody is in the group itself can the groups below it have controllers of v2.
+for tree in /sys/fs/cgroup /sys/fs/cgroup/unified; do
+    [ ! -d $tree/$ID-host ] || echo $host >$tree/cgroup.procs
+done
 here=$PWD
-nsenter -t $init -m -p -C sh -euc "cd $here; $1" || { cat log >&2; exit 1; }
+/usr/bin/nsenter -t $init -m -p -C sh -euc "cd $here; $1" || { cat log >&2; exit 1; }
 "#;
 
 fn beside_systemd(bundle: &Bundle, unified: bool, script: &str) -> String {
@@ -79,6 +87,11 @@ fn scoped(script: &str) -> Bundle {
     })
 }
 
+/// Whether the host has nothing but cgroup v2, so that systemd can have nothing else.
+fn is_unified() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
 /// What this project's tests of another runtime cannot ask for, and what needs systemd to be there.
 fn is_possible() -> bool {
     is_own() && Path::new(SYSTEMD).exists()
@@ -90,6 +103,9 @@ fn a_container_runs_in_a_scope_of_either_version_that_ends_with_it() {
         return;
     }
     for unified in [false, true] {
+        if is_unified() && !unified {
+            continue;
+        }
         let bundle = scoped("exec sleep 100");
         let output = beside_systemd(
             &bundle,
@@ -158,6 +174,72 @@ fn systemd_knows_the_limits_and_keeps_them_when_it_reads_its_units_again() {
 }
 
 #[test]
+fn systemd_keeps_the_limits_and_device_rules_of_cgroup_v2() {
+    if !is_possible() || !is_unified() {
+        return;
+    }
+    let bundle = scoped("exec sleep 100").with(|config| {
+        config["linux"]["resources"] = json!({
+            "devices": [{"allow": false, "access": "rwm"}],
+            "pids": {"limit": 33},
+            "memory": {"limit": 64 << 20, "reservation": 32 << 20, "swap": 64 << 20},
+            "cpu": {"shares": 512, "quota": 30000, "period": 100_000, "cpus": "0"},
+        });
+        for set in ["bounding", "effective", "permitted"] {
+            config["process"]["capabilities"][set] = json!(["CAP_MKNOD"]);
+        }
+    });
+    let output = beside_systemd(
+        &bundle,
+        true,
+        r#"$R --systemd-cgroup create $ID >/dev/null 2>errors </dev/null || { cat errors >&2; exit 1; }
+        group=/sys/fs/cgroup/test.slice/unit-name.scope
+        shown() {
+            systemctl show unit-name.scope -p TasksMax,MemoryMax,MemoryLow,CPUWeight,CPUQuotaPerSecUSec,AllowedCPUs
+            cat $group/pids.max $group/memory.max $group/memory.low $group/cpu.max $group/cpuset.cpus
+        }
+        denied() { $R exec $ID sh -c 'mknod /dev/kmsg-$0 c 1 11; head -c1 /dev/kmsg-$0; echo >/dev/null' $1 2>&1 || true; }
+        $R start $ID
+        shown >before
+        denied one
+        systemctl daemon-reload
+        shown | cmp - before
+        denied two
+        systemctl set-property --runtime unit-name.scope TasksMax=44
+        cat $group/pids.max
+        denied three
+        $R update --memory 134217728 --memory-swap 134217728 $ID
+        systemctl daemon-reload
+        cat $group/memory.max $group/pids.max
+        $R pause $ID; $R resume $ID
+        $R delete --force $ID
+        cat before"#,
+    );
+    let denied = |name: &str| format!("head: /dev/kmsg-{name}: Operation not permitted");
+    let lines: Vec<&str> = output.lines().collect();
+    let expected = [
+        &denied("one"),
+        &denied("two"),
+        "44",
+        &denied("three"),
+        "134217728",
+        "44",
+        "CPUWeight=59",
+        "CPUQuotaPerSecUSec=300ms",
+        "AllowedCPUs=0",
+        "MemoryLow=33554432",
+        "MemoryMax=67108864",
+        "TasksMax=33",
+        "33",
+        "67108864",
+        "33554432",
+        "30000 100000",
+        "0",
+    ];
+    assert_eq!(lines, expected);
+}
+
+#[test]
 fn a_scope_has_the_properties_that_annotations_ask_for_and_is_forgotten_when_it_failed() {
     if !is_possible() {
         return;
@@ -172,7 +254,7 @@ fn a_scope_has_the_properties_that_annotations_ask_for_and_is_forgotten_when_it_
     });
     let output = beside_systemd(
         &bundle,
-        false,
+        is_unified(),
         r#"$R --systemd-cgroup run --detach $ID >/dev/null 2>errors </dev/null || { cat errors >&2; exit 1; }
         systemctl show unit-name.scope -p RuntimeMaxUSec,TimeoutStopUSec,Description
         systemctl show unit-name.scope -p After | grep -o other.target

@@ -146,7 +146,8 @@ fn works(host: &Host, name: &str) {
     assert!(stats["pids"].as_u64() > Some(0), "{stats}");
 }
 
-fn stats(host: &Host, name: &str) -> Value {
+/// What an instance uses.
+pub(crate) fn stats(host: &Host, name: &str) -> Value {
     let stats = host.hostctl(&["stats", "--no-stream", "--json", name]);
     let mut stats = stats.json();
     stats.get_mut(0).map_or(Value::Null, Value::take)
