@@ -192,7 +192,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let program = directory.path().join(SERVER);
         // The first shell is the server; the second, its child, a session of the same program.
-        fs::copy("/bin/sh", &program).unwrap();
+        // Copied by another process: a child of a test beside this one could hold it open for writing.
+        let mut copy = Command::new("cp");
+        copy.args(["--dereference", "/bin/sh"]).arg(&program);
+        assert!(copy.status().unwrap().success());
         let mut server = Command::new(&program)
             .arg("-c")
             .arg("\"$0\" -c 'echo $$; read line'; :")
