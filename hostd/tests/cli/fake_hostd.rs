@@ -23,8 +23,8 @@ use axum::{Json, Router};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use hostd::api::types::{
-    Event, ExecRequest, Image, ImportRequest, Instance, InstanceSpec, InstanceState, LogLine,
-    PatchResult, Problem, PullRequest, Stats, TransferEvent,
+    Event, ExecRequest, Image, ImportRequest, Instance, InstanceSpec, InstanceState, Isolation,
+    LogLine, PatchResult, Problem, PullRequest, Stats, TransferEvent,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -129,6 +129,7 @@ fn router(server: Server) -> Router {
         .route("/v1/instances/{name}/start", post(start))
         .route("/v1/instances/{name}/stop", post(show))
         .route("/v1/instances/{name}/attach", get(attach))
+        .route("/v1/instances/{name}/console", get(console))
         .route("/v1/instances/{name}/exec", get(exec))
         .route("/v1/instances/{name}/logs", get(logs))
         .route(
@@ -283,6 +284,21 @@ async fn attach(
         }
         work(socket, &command).await;
     })
+}
+
+async fn console(
+    State(server): State<Server>,
+    Path(name): Path<String>,
+    upgrade: WebSocketUpgrade,
+) -> Response {
+    let Some(instance) = server.known.lock().unwrap().instances.get(&name).cloned() else {
+        return not_found(&name);
+    };
+    if instance.spec.isolation == Isolation::Container {
+        let detail = "a container has no console";
+        return problem(StatusCode::CONFLICT, "no_console", detail);
+    }
+    upgrade.on_upgrade(async |socket| work(socket, &["early".into(), "0".into()]).await)
 }
 
 async fn exec(

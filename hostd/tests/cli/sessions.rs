@@ -187,6 +187,41 @@ fn attach_joins_a_workload_that_runs() {
 }
 
 #[test]
+fn a_console_shows_and_takes_what_is_typed_and_containers_have_none() {
+    let hostd = FakeHostd::start();
+    hostd.has("web", &InstanceSpec::default());
+    let isolation = Isolation::Vm;
+    hostd.has(
+        "box",
+        &InstanceSpec {
+            isolation,
+            ..InstanceSpec::default()
+        },
+    );
+    let output = with_input(&hostd, &["console", "box"], b"typed\n");
+    assert_eq!(
+        texts(&output),
+        ("early\ntyped\n".into(), "bye\n".into(), Some(0))
+    );
+    let (_, stderr, code) = texts(&hostd.hostctl(&["console", "web"]));
+    assert_eq!(code, Some(125));
+    assert!(stderr.contains("a container has no console"), "{stderr}");
+    let watching = hostd.command(&["console", "--no-stdin", "box"]).spawn();
+    let mut watching = until_it_speaks(watching.unwrap());
+    let pid = Pid::from_raw(watching.id().cast_signed());
+    kill(pid, Signal::SIGINT).unwrap();
+    assert_eq!(watching.wait().unwrap().code(), Some(130));
+    assert_eq!(
+        hostd.requests(),
+        [
+            "GET /v1/instances/box/console?stdin=true",
+            "GET /v1/instances/web/console?stdin=true",
+            "GET /v1/instances/box/console",
+        ]
+    );
+}
+
+#[test]
 fn a_terminal_cannot_be_asked_for_without_having_one() {
     let hostd = FakeHostd::start();
     hostd.has("web", &InstanceSpec::default());

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::Child;
 
-use hostd::api::types::InstanceSpec;
+use hostd::api::types::{InstanceSpec, Isolation};
 use nix::pty::{OpenptyResult, Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, tcgetattr};
@@ -94,6 +94,30 @@ fn the_detach_keys_leave_the_workload_alone() {
     assert_eq!(child.wait().unwrap().code(), Some(0));
     assert!(screen.is_cooked());
     assert!(hostd.known.lock().unwrap().instances.contains_key("web"));
+}
+
+#[test]
+fn a_console_is_left_by_the_detach_keys_and_has_all_others() {
+    let hostd = FakeHostd::start();
+    let isolation = Isolation::Vm;
+    hostd.has(
+        "box",
+        &InstanceSpec {
+            isolation,
+            ..InstanceSpec::default()
+        },
+    );
+    let mut screen = Screen::new();
+    let mut child = screen.spawn(&hostd, &["console", "box"]);
+    let shown = screen.until("early");
+    assert!(shown.contains("ctrl-p ctrl-q leaves it"), "{shown}");
+    screen.user.write_all(b"a\x03z").unwrap();
+    screen.until("a\x03z");
+    assert!(!screen.is_cooked());
+    screen.user.write_all(b"\x10\x11").unwrap();
+    screen.until("left `box`; it goes on");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(screen.is_cooked());
 }
 
 #[test]

@@ -96,6 +96,7 @@ pub(super) async fn open(
         input,
     };
     let screen = Screen {
+        _place: place,
         output,
         early: parts.read_buf.to_vec(),
     };
@@ -108,7 +109,6 @@ pub(super) async fn open(
             // A client that has gone needs no word of the end.
             let _ = from.send(frame).await;
         }
-        drop(place);
     });
     Ok(Session {
         input: sender,
@@ -134,6 +134,8 @@ fn ended(signal: Option<i32>) -> Frame {
 
 /// What the guest writes.
 struct Screen {
+    /// Free before the connection is closed: who sees that finds room.
+    _place: Place,
     output: OwnedReadHalf,
     early: Vec<u8>,
 }
