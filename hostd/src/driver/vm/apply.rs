@@ -8,7 +8,7 @@ use tokio::time::{self, Instant};
 use vmm::control::Request as MachineRequest;
 use vmm::spec::Spec;
 
-use super::{VmDriver, machine};
+use super::{VMM_OVERHEAD_BYTES, VmDriver, machine};
 use crate::api::types::{InstanceState, Limits};
 use crate::driver::DriverError;
 use crate::limits::MIB;
@@ -24,7 +24,7 @@ impl VmDriver {
     pub(super) async fn apply(&self, record: &Record, limits: &Limits) -> Result<(), DriverError> {
         let paused = record.instance.state == InstanceState::Paused;
         let running = self.running(record)?;
-        let before = self.machine_stats(record).await?.memory.requested_bytes;
+        let before = self.memory_bytes(record).await?;
         let after = machine::reachable_memory_bytes(&running, limits);
         if paused && after != before {
             return Err(DriverError::Paused);
@@ -50,6 +50,13 @@ impl VmDriver {
             self.limit_group(record, limits, &running, after).await?;
         }
         Ok(())
+    }
+
+    /// What the guest has been asked to have.
+    async fn memory_bytes(&self, record: &Record) -> Result<u64, DriverError> {
+        let told = self.machine_stats(record).await?.memory.requested_bytes;
+        let group = self.engine.stats(record).await?.memory_limit_bytes;
+        Ok(believed_bytes(told, group))
     }
 
     /// The machine as it was started.
@@ -126,6 +133,34 @@ impl VmDriver {
                 });
             }
             time::sleep(MEMORY_INTERVAL).await;
+        }
+    }
+}
+
+/// As much of what a machine says that it is to have as its group has let it have until now: the group
+/// is given room by that, and whoever has taken a machine over says what they like.
+fn believed_bytes(told: u64, group_limit: Option<u64>) -> u64 {
+    let most = group_limit.map(|limit| limit.saturating_sub(VMM_OVERHEAD_BYTES));
+    told.min(most.unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_is_believed_no_more_than_its_group_has_let_it_have() {
+        let limit = Some(256 * MIB + VMM_OVERHEAD_BYTES);
+        let table = [
+            (256 * MIB, limit, 256 * MIB),
+            (128 * MIB, limit, 128 * MIB),
+            (u64::MAX, limit, 256 * MIB),
+            (u64::MAX, Some(MIB), 0),
+            // A host that limits nobody's memory.
+            (512 * MIB, None, 512 * MIB),
+        ];
+        for (told, limit, believed) in table {
+            assert_eq!(believed_bytes(told, limit), believed, "{told} {limit:?}");
         }
     }
 }
