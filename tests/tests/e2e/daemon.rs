@@ -3,7 +3,7 @@
 use tests::{Host, Kind};
 
 use crate::KindTest;
-use crate::lifecycle::await_log;
+use crate::lifecycle::{await_console, await_log};
 use crate::process::{start_idle, start_script};
 
 pub(crate) const TESTS: &[(&str, KindTest)] = &[
@@ -29,6 +29,11 @@ fn kill_daemon(host: &Host, kind: Kind) {
     host.hostctl(&["exec", &name, "sh", "-c", "echo go >/tmp/wake"])
         .ok();
     await_log(host, &name, "woken");
+    if kind == Kind::Vm {
+        let marked = "exec 3>/dev/ttyS0; echo marked >&3";
+        host.hostctl(&["exec", &name, "sh", "-c", marked]).ok();
+        await_console(host, &name, "marked");
+    }
     // This one may be killed on its way out: the workload's end takes every other process with it.
     host.hostctl(&["exec", &name, "sh", "-c", "echo go >/tmp/end"]);
     host.hostctl(&["wait", &name]).exits(4);

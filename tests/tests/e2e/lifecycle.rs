@@ -68,9 +68,18 @@ fn graceful_stop(host: &Host, kind: Kind) {
 
 /// Returns once the log holds `text`; `logs --follow` ends by itself when the instance does.
 pub(crate) fn await_log(host: &Host, name: &str, text: &str) {
+    await_output(host, &["logs", "--follow", name], text);
+}
+
+/// Returns once a VM's console has shown `text`; it ends with the machine.
+pub(crate) fn await_console(host: &Host, name: &str, text: &str) {
+    await_output(host, &["console", "--no-stdin", name], text);
+}
+
+fn await_output(host: &Host, arguments: &[&str], text: &str) {
     use std::io::{BufRead, BufReader};
     use std::process::Stdio;
-    let mut command = host.hostctl_command(&["logs", "--follow", name]);
+    let mut command = host.hostctl_command(arguments);
     let mut child = command
         .stdout(Stdio::piped())
         .spawn()
@@ -82,7 +91,7 @@ pub(crate) fn await_log(host: &Host, name: &str, text: &str) {
         .any(|line| line.contains(text));
     let _ = child.kill();
     let _ = child.wait();
-    assert!(found, "{name} ended and never said `{text}`");
+    assert!(found, "{arguments:?} ended and never said `{text}`");
 }
 
 fn pause(host: &Host, kind: Kind) {

@@ -5,6 +5,7 @@ use tests::{Host, Kind};
 
 use crate::HostTest;
 use crate::lifecycle::await_log;
+use crate::origins::stats;
 use crate::process::start_script;
 
 pub(crate) const TESTS: &[(&str, HostTest)] = &[(
@@ -37,10 +38,24 @@ fn shell(host: &Host, name: &str, script: &str) -> String {
     host.hostctl(&["exec", name, "sh", "-c", script]).ok()
 }
 
+/// What the guest has of memory, as its kernel sees it.
+const MEMORY: &str = "grep MemTotal /proc/meminfo";
+
+/// What the guest has plugged in beside what it started with.
+fn plugged_mib(host: &Host, name: &str) -> u64 {
+    let mem = &stats(host, name)["vm"]["devices"]["mem"]["mem"];
+    let bytes = mem["plugged_bytes"].as_u64();
+    bytes.expect("it can plug memory in") >> 20
+}
+
 fn of_paused(host: &Host) {
     let name = "held";
-    start_script(host, Kind::Vm, name, &[], WORKLOAD);
+    start_script(host, Kind::Vm, name, &["--memory", "256M"], WORKLOAD);
     await_log(host, name, "ready");
+    // What it has plugged in goes with its memory.
+    host.hostctl(&["update", "--memory", "384M", name]).ok();
+    assert_eq!(plugged_mib(host, name), 128);
+    let total = shell(host, name, MEMORY);
     shell(host, name, KEYS);
     host.hostctl(&["pause", name]).ok();
     host.hostctl(&["snapshot", "create", "--stateful", name, "kept"])
@@ -55,12 +70,18 @@ fn of_paused(host: &Host) {
         assert!(key.starts_with("ed25519 "), "{key}");
         keys.push(key);
         if memory {
+            assert_eq!(plugged_mib(host, clone), 128);
+            assert_eq!(shell(host, clone, MEMORY), total);
             let names = shell(
                 host,
                 clone,
                 &format!("until grep {clone}$ /names; do :; done"),
             );
             turns.push(names.split(' ').next().unwrap_or_default().to_owned());
+        }
+        if clone == "held-1" {
+            host.hostctl(&["update", "--memory", "256M", clone]).ok();
+            assert_eq!(plugged_mib(host, clone), 0);
         }
         host.hostctl(&["rm", "--force", clone]).ok();
     }

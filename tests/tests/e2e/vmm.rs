@@ -205,6 +205,23 @@ fn initramfs(folder: &Path, init: &str) -> Value {
     json!([format!("{GUEST}/initramfs.cpio"), folder.join("over.cpio")])
 }
 
+/// A machine with the folder's `disk`, whose console and control socket are below `one`.
+fn spec(folder: &Path, transport: &str, init: &str) -> Value {
+    json!({
+        "transport": transport,
+        "boot": {
+            "kernel": format!("{GUEST}/kernel"),
+            "initramfs": initramfs(folder, init),
+            "cmdline": "console=ttyS0 quiet panic=-1",
+        },
+        "cpus": {"count": 2},
+        "memory": {"size_mib": 256},
+        "disks": [{"path": folder.join("disk")}],
+        "console": {"path": folder.join("one/console")},
+        "control": folder.join("one/control"),
+    })
+}
+
 fn pci(_host: &Host) {
     let folder = TempDir::new().expect("a folder can be made");
     let path = |name: &str| folder.path().join(name);
@@ -212,20 +229,8 @@ fn pci(_host: &Host) {
     let sum = run(Command::new("md5sum").stdin(fs::File::open(path("disk")).expect("it is there")));
     let network = Network::new("pci");
     network.address("tap0");
-    let spec = json!({
-        "transport": "pci",
-        "boot": {
-            "kernel": format!("{GUEST}/kernel"),
-            "initramfs": initramfs(folder.path(), INIT),
-            "cmdline": "console=ttyS0 quiet panic=-1",
-        },
-        "cpus": {"count": 2},
-        "memory": {"size_mib": 256},
-        "disks": [{"path": path("disk")}],
-        "nets": [{"tap": "tap0"}],
-        "console": {"path": path("one/console")},
-        "control": path("one/control"),
-    });
+    let mut spec = spec(folder.path(), "pci", INIT);
+    spec["nets"] = json!([{"tap": "tap0"}]);
     let mut one = Machine::start(&network, &path("one"), &spec, &[]);
     let ticks = one.wait_for("tick", 3);
     for tick in &ticks {
@@ -286,20 +291,8 @@ fn vhost(_host: &Host) {
         fs::write(path("disk"), [0x5a_u8; 1 << 16]).expect("there is room");
         let network = Network::new("vhost");
         network.address("tap0");
-        let spec = json!({
-            "transport": transport,
-            "boot": {
-                "kernel": format!("{GUEST}/kernel"),
-                "initramfs": initramfs(folder.path(), INIT),
-                "cmdline": "console=ttyS0 quiet panic=-1",
-            },
-            "cpus": {"count": 1},
-            "memory": {"size_mib": 256},
-            "disks": [{"path": path("disk")}],
-            "nets": [{"tap": "tap0", "vhost": "/dev/vhost-net"}],
-            "console": {"path": path("one/console")},
-            "control": path("one/control"),
-        });
+        let mut spec = spec(folder.path(), transport, INIT);
+        spec["nets"] = json!([{"tap": "tap0", "vhost": "/dev/vhost-net"}]);
         let mut one = Machine::start(&network, &path("one"), &spec, &[]);
         one.wait_for("tick", 1);
         ping(&network);
@@ -357,31 +350,19 @@ fn await_state(machine: &mut Machine, state: &str) {
 fn hotplug(_host: &Host) {
     let folder = TempDir::new().expect("a folder can be made");
     let path = |name: &str| folder.path().join(name);
-    for disk in ["cold", "disk", "copy"] {
+    for disk in ["disk", "late", "copy"] {
         fs::write(path(disk), [0; 1 << 16]).expect("there is room");
     }
     let network = Network::new("hotplug");
     network.address("tap0");
-    let spec = json!({
-        "transport": "pci",
-        "boot": {
-            "kernel": format!("{GUEST}/kernel"),
-            "initramfs": initramfs(folder.path(), WATCHING_INIT),
-            "cmdline": "console=ttyS0 quiet panic=-1",
-        },
-        "cpus": {"count": 2},
-        "memory": {"size_mib": 256},
-        "disks": [{"path": path("cold")}],
-        "console": {"path": path("one/console")},
-        "control": path("one/control"),
-    });
+    let spec = spec(folder.path(), "pci", WATCHING_INIT);
     let mut one = Machine::start(&network, &path("one"), &spec, &[]);
     one.wait_for("blocks vda.", 2);
     one.wait_for("links lo.", 2);
-    let disk = json!({"path": path("disk"), "serial": "late"});
+    let disk = json!({"path": path("late"), "serial": "late"});
     assert_eq!(attach(&network, &one, "--attach-disk", &disk), "disk1\n");
     one.wait_for("blocks vda vdb.", 3);
-    let written = fs::read(path("disk")).expect("it is there");
+    let written = fs::read(path("late")).expect("it is there");
     assert_eq!(&written[..9], b"attached\n");
     let net = json!({"tap": "tap0"});
     assert_eq!(attach(&network, &one, "--attach-net", &net), "net0\n");
