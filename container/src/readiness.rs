@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,7 +23,7 @@ use rustix::thread::CapabilitySet;
 
 use crate::handshake::send_descriptor;
 use crate::plan::capability;
-use crate::plan::mounts::{MountKind, MountPlan, Tree, clone_tree};
+use crate::plan::mounts::{MountKind, MountPlan, Tree};
 use crate::plan::options::Options;
 use crate::plan::process::ProcessPlan;
 use crate::process::Process;
@@ -125,10 +125,9 @@ pub(crate) fn prepare(
         fs::mkdirat(home, NOTIFY_DIRECTORY, mode)?;
         // Whoever the container's user is.
         fs::chmodat(home, NOTIFY_DIRECTORY, mode, AtFlags::empty())?;
-        if capability::available().contains(CapabilitySet::SYS_ADMIN) {
-            return clone_tree(home, Path::new(NOTIFY_DIRECTORY), false).map(Tree::Detached);
-        }
-        std::path::absolute(home.path().join(NOTIFY_DIRECTORY)).map(Tree::Path)
+        let path = std::path::absolute(home.path().join(NOTIFY_DIRECTORY))?;
+        let privileged = capability::available().contains(CapabilitySet::SYS_ADMIN);
+        Tree::new(&path, false, privileged)
     };
     let source = step(
         "make the directory of the container's NOTIFY_SOCKET",
@@ -189,8 +188,13 @@ impl Proxy {
     }
 
     /// Waits until the container is ready, or has ended, and tells the manager that the service is this
-    /// process now.
-    pub(crate) fn conduct(mut self, process: &Process) -> io::Result<()> {
+    /// process now. Warns if the manager cannot be told: the container runs all the same.
+    pub(crate) fn conduct(self, process: &Process) {
+        self.try_conduct(process)
+            .unwrap_or_else(|error| warn(&error));
+    }
+
+    fn try_conduct(mut self, process: &Process) -> io::Result<()> {
         self.main = Some(process.pid());
         while self.told.is_none() {
             let mut fds = [
@@ -289,6 +293,8 @@ pub(crate) fn warn(error: &io::Error) {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]

@@ -65,8 +65,7 @@ pub fn run(options: CreateOptions, mode: RunMode) -> Result<Option<Exit>, RunErr
     }
     let Some(signals) = signals else {
         if let Some(proxy) = created.proxy {
-            let told = proxy.conduct(&created.process);
-            told.unwrap_or_else(|error| readiness::warn(&error));
+            proxy.conduct(&created.process);
         }
         return Ok(None);
     };

@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::handshake::{self, Channel, Failure, Message};
 use crate::hooks::{self, HookError, Surroundings};
 use crate::notify;
-use crate::readiness::{self, Proxy, ReadinessError, ServiceManager};
+use crate::readiness::{Proxy, ReadinessError, ServiceManager};
 use crate::spec::Config;
 use crate::state::{Home, Record, START_SOCKET, StateError, Status};
 use crate::verbs::state::oci_state;
@@ -86,9 +86,7 @@ pub fn start(
     home.mark_started()?;
     run_poststart(&home, &record)?;
     if let (Some(proxy), Some(process)) = (proxy, &process) {
-        proxy
-            .conduct(process)
-            .unwrap_or_else(|error| readiness::warn(&error));
+        proxy.conduct(process);
     }
     Ok(())
 }

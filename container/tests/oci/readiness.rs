@@ -45,6 +45,14 @@ impl Manager {
         String::from_utf8_lossy(&bytes[..length]).into_owned()
     }
 
+    /// Hears that the container is ready, and lets its starter end.
+    fn hears_all_of(&self, starter: Child) {
+        assert_eq!(self.hear(), "READY=1");
+        assert!(self.hear().starts_with("MAINPID="));
+        assert_eq!(self.hear(), "BARRIER=1");
+        assert_eq!(finish_child(starter).status, 0);
+    }
+
     fn assert_hears_nothing_more(&self) {
         self.socket.set_nonblocking(true).unwrap();
         let error = self.socket.recv(&mut [0; 1]).unwrap_err();
@@ -153,10 +161,7 @@ fn a_container_that_ends_is_not_waited_for_but_heard() {
 
     let (bundle, manager) = created("say READY=1");
     let starter = verb(&bundle, &["start"], &manager.path).spawn().unwrap();
-    assert_eq!(manager.hear(), "READY=1");
-    assert!(manager.hear().starts_with("MAINPID="));
-    assert_eq!(manager.hear(), "BARRIER=1");
-    assert_eq!(finish_child(starter).status, 0);
+    manager.hears_all_of(starter);
 }
 
 #[test]
@@ -226,10 +231,7 @@ fn a_socket_that_a_starter_left_is_not_in_the_way_of_the_next() {
     let (bundle, manager) = created("say READY=1; exec sleep 100");
     drop(UnixDatagram::bind(place(&bundle)).unwrap());
     let starter = verb(&bundle, &["start"], &manager.path).spawn().unwrap();
-    assert_eq!(manager.hear(), "READY=1");
-    assert!(manager.hear().starts_with("MAINPID="));
-    assert_eq!(manager.hear(), "BARRIER=1");
-    assert_eq!(finish_child(starter).status, 0);
+    manager.hears_all_of(starter);
 }
 
 #[test]
@@ -293,10 +295,7 @@ fn a_program_without_rights_in_a_user_namespace_of_its_own_can_say_it() {
     fs::set_permissions(bundle.path(), mode).unwrap();
     let manager = Manager::new(&bundle);
     let starter = verb(&bundle, &["run", "--detach"], &manager.path).spawn();
-    assert_eq!(manager.hear(), "READY=1");
-    assert!(manager.hear().starts_with("MAINPID="));
-    assert_eq!(manager.hear(), "BARRIER=1");
-    assert_eq!(finish_child(starter.unwrap()).status, 0);
+    manager.hears_all_of(starter.unwrap());
 }
 
 #[test]

@@ -50,6 +50,12 @@ struct Server {
     started: watch::Sender<Vec<String>>,
 }
 
+impl Server {
+    fn instance(&self, name: &str) -> Option<Instance> {
+        self.known.lock().unwrap().instances.get(name).cloned()
+    }
+}
+
 /// A running fake, and the socket that it listens on.
 #[derive(Debug)]
 pub(crate) struct FakeHostd {
@@ -104,6 +110,15 @@ impl FakeHostd {
             .unwrap()
             .instances
             .insert(name.into(), instance);
+    }
+
+    /// A machine that runs.
+    pub(crate) fn has_vm(&self, name: &str) {
+        let spec = InstanceSpec {
+            isolation: Isolation::Vm,
+            ..InstanceSpec::default()
+        };
+        self.has(name, &spec);
     }
 
     pub(crate) fn requests(&self) -> Vec<String> {
@@ -202,8 +217,8 @@ async fn create(State(server): State<Server>, Json(spec): Json<InstanceSpec>) ->
 }
 
 async fn show(State(server): State<Server>, Path(name): Path<String>) -> Response {
-    match server.known.lock().unwrap().instances.get(&name) {
-        Some(instance) => Json(instance.clone()).into_response(),
+    match server.instance(&name) {
+        Some(instance) => Json(instance).into_response(),
         None => not_found(&name),
     }
 }
@@ -213,7 +228,7 @@ async fn update(
     Path(name): Path<String>,
     Json(patch): Json<Value>,
 ) -> Response {
-    let Some(mut instance) = server.known.lock().unwrap().instances.get(&name).cloned() else {
+    let Some(mut instance) = server.instance(&name) else {
         return not_found(&name);
     };
     instance.spec.limits = serde_json::from_value(patch["limits"].clone()).unwrap();
@@ -257,7 +272,7 @@ fn first_word(spec: &InstanceSpec) -> String {
 }
 
 async fn wait(State(server): State<Server>, Path(name): Path<String>) -> Response {
-    let Some(mut instance) = server.known.lock().unwrap().instances.get(&name).cloned() else {
+    let Some(mut instance) = server.instance(&name) else {
         return not_found(&name);
     };
     instance.state = InstanceState::Stopped;
@@ -270,7 +285,7 @@ async fn attach(
     Path(name): Path<String>,
     upgrade: WebSocketUpgrade,
 ) -> Response {
-    let Some(instance) = server.known.lock().unwrap().instances.get(&name).cloned() else {
+    let Some(instance) = server.instance(&name) else {
         return not_found(&name);
     };
     let command = instance.spec.command.unwrap_or_default();
@@ -291,7 +306,7 @@ async fn console(
     Path(name): Path<String>,
     upgrade: WebSocketUpgrade,
 ) -> Response {
-    let Some(instance) = server.known.lock().unwrap().instances.get(&name).cloned() else {
+    let Some(instance) = server.instance(&name) else {
         return not_found(&name);
     };
     if instance.spec.isolation == Isolation::Container {

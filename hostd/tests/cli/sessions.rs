@@ -190,14 +190,7 @@ fn attach_joins_a_workload_that_runs() {
 fn a_console_shows_and_takes_what_is_typed_and_containers_have_none() {
     let hostd = FakeHostd::start();
     hostd.has("web", &InstanceSpec::default());
-    let isolation = Isolation::Vm;
-    hostd.has(
-        "box",
-        &InstanceSpec {
-            isolation,
-            ..InstanceSpec::default()
-        },
-    );
+    hostd.has_vm("box");
     let output = with_input(&hostd, &["console", "box"], b"typed\n");
     assert_eq!(
         texts(&output),

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::Child;
 
-use hostd::api::types::{InstanceSpec, Isolation};
+use hostd::api::types::InstanceSpec;
 use nix::pty::{OpenptyResult, Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, tcgetattr};
@@ -99,14 +99,7 @@ fn the_detach_keys_leave_the_workload_alone() {
 #[test]
 fn a_console_is_left_by_the_detach_keys_and_has_all_others() {
     let hostd = FakeHostd::start();
-    let isolation = Isolation::Vm;
-    hostd.has(
-        "box",
-        &InstanceSpec {
-            isolation,
-            ..InstanceSpec::default()
-        },
-    );
+    hostd.has_vm("box");
     let mut screen = Screen::new();
     let mut child = screen.spawn(&hostd, &["console", "box"]);
     let shown = screen.until("early");

@@ -2,10 +2,10 @@
 
 use std::fs;
 
+use serde_json::Value;
 use tests::{Host, Kind};
 
 use crate::KindTest;
-use crate::origins::stats;
 use crate::process::{start_idle, start_script};
 
 pub(crate) const TESTS: &[(&str, KindTest)] = &[
@@ -24,6 +24,13 @@ fn state(host: &Host, name: &str) -> String {
         .as_str()
         .expect("an instance has a state")
         .to_owned()
+}
+
+/// What an instance uses.
+pub(crate) fn stats(host: &Host, name: &str) -> Value {
+    let stats = host.hostctl(&["stats", "--no-stream", "--json", name]);
+    let mut stats = stats.json();
+    stats.get_mut(0).map_or(Value::Null, Value::take)
 }
 
 fn states(host: &Host, kind: Kind) {

@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use serde_json::Value;
 use tests::{Host, Kind};
 
 use crate::KindTest;
+use crate::lifecycle::stats;
 use crate::process::start_idle;
 
 pub(crate) const TESTS: &[(&str, KindTest)] = &[
@@ -43,10 +43,7 @@ fn freed(host: &Host, kind: Kind) {
     let hog = "head -c 120m /dev/zero | tail -c 119m >/dev/null";
     host.hostctl(&["exec", &name, "sh", "-c", hog]).ok();
     let back = (0..SECONDS_MAX).any(|_| {
-        let stats = host
-            .hostctl(&["stats", "--no-stream", "--json", &name])
-            .json();
-        let stats = if stats.is_array() { &stats[0] } else { &stats };
+        let stats = stats(host, &name);
         let bytes = |field: &str| stats[field].as_u64().expect("stats show memory");
         let back = bytes("memory_bytes") + FREED <= bytes("memory_peak_bytes");
         if !back {
@@ -89,11 +86,7 @@ fn pids(host: &Host, kind: Kind) {
 /// Processors' worth of time that the instance uses, over the time that the work below takes.
 fn load(host: &Host, name: &str) -> f64 {
     let used = || -> f64 {
-        let stats = host
-            .hostctl(&["stats", "--no-stream", "--json", name])
-            .json();
-        let stats: &Value = if stats.is_array() { &stats[0] } else { &stats };
-        stats["cpu_usage_us"]
+        stats(host, name)["cpu_usage_us"]
             .as_f64()
             .expect("stats show the time used")
             / 1e6

@@ -4,8 +4,7 @@
 use tests::{Host, Kind};
 
 use crate::HostTest;
-use crate::lifecycle::await_log;
-use crate::origins::stats;
+use crate::lifecycle::{await_log, stats};
 use crate::process::start_script;
 
 pub(crate) const TESTS: &[(&str, HostTest)] = &[(
