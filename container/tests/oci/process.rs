@@ -306,6 +306,12 @@ fn a_working_directory_may_be_one_that_only_the_user_may_enter() {
     }
 }
 
+/// Leaves the container in the pid namespace of who creates it.
+fn share_pids(config: &mut Value) {
+    let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "pid");
+}
+
 #[test]
 fn run_is_the_parent_of_orphans_of_its_own_pid_namespace_and_reaps_them() {
     // It says who its parent is once the one that made it, whose pid it is given, has ended.
@@ -324,8 +330,7 @@ fn run_is_the_parent_of_orphans_of_its_own_pid_namespace_and_reaps_them() {
         };
         let bundle = Bundle::new(&script.replace("$WAIT", end)).with(|config| {
             config["root"]["readonly"] = json!(false);
-            let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
-            namespaces.retain(|namespace| namespace["type"] != "pid");
+            share_pids(config);
         });
         std::os::unix::fs::symlink("busybox", bundle.rootfs().join("bin/mv")).unwrap();
         let mut command = bundle.command(options);
@@ -336,4 +341,25 @@ fn run_is_the_parent_of_orphans_of_its_own_pid_namespace_and_reaps_them() {
         assert_eq!(ended.status, 0, "{ended:?}");
         assert_eq!(ended.stdout == run, adopts, "{run}: {ended:?}");
     }
+}
+
+#[test]
+fn a_container_whose_processes_outlive_its_first_one_is_stopped_and_can_be_deleted() {
+    // With the session that they are in, the first one's pid stays in use, though by no process: `run`
+    // has reaped it.
+    let bundle = Bundle::new("sleep 1000 >/dev/null 2>&1 & echo $! >/pid").with(|config| {
+        config["root"]["readonly"] = json!(false);
+        share_pids(config);
+    });
+    let ended = bundle.verb(&["run", "--keep"], &[]);
+    assert_eq!(ended.status, 0, "{ended:?}");
+    assert_eq!(bundle.state()["status"], "stopped");
+    let survivor = fs::read_to_string(bundle.rootfs().join("pid")).unwrap();
+    let survivor = Path::new("/proc").join(survivor.trim());
+    assert!(survivor.exists());
+    let ended = bundle.verb(&["delete"], &[]);
+    assert_eq!(ended.status, 0, "{ended:?}");
+    bundle.assert_nothing_is_left();
+    let end = fs::read_to_string(survivor.join("stat")).unwrap_or_default();
+    assert!(end.is_empty() || end.contains(") Z "), "{end}");
 }
