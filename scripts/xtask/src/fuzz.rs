@@ -8,6 +8,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -53,7 +54,7 @@ impl Default for Arguments {
     }
 }
 
-/// Builds them and runs them one after the other.
+/// Builds them and runs them.
 pub(crate) fn fuzz(arguments: &Arguments) -> Result<()> {
     packages::ensure(&["build-essential"])?;
     let mut chosen = targets()?;
@@ -81,11 +82,34 @@ pub(crate) fn fuzz(arguments: &Arguments) -> Result<()> {
         };
         return run(Command::new(binary(&target.name)).arg(input)).map(|_| ());
     }
-    for target in chosen {
-        let what = format!("Fuzz {} for {} s", target.name, arguments.seconds);
-        step(&what, || run_target(&target, arguments.seconds))?;
-    }
-    Ok(())
+    let names: Vec<&str> = chosen.iter().map(|target| target.name.as_str()).collect();
+    let what = format!("Fuzz {} for {} s each", names.join(", "), arguments.seconds);
+    step(&what, || run_all(&chosen, arguments.seconds))
+}
+
+/// As many at a time as there are processors; after a failure no more are begun.
+fn run_all(targets: &[Target], seconds: u32) -> Result<()> {
+    let left = Mutex::new(targets.iter());
+    let next = || left.lock().ok()?.next();
+    let work = || {
+        while let Some(target) = next() {
+            let ended = run_target(target, seconds);
+            if ended.is_err() {
+                // Nobody finds another one.
+                while next().is_some() {}
+                return ended.with_context(|| format!("Fuzzing {} failed", target.name));
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers: Vec<_> = (0..processors).map(|_| scope.spawn(work)).collect();
+        let results = workers
+            .into_iter()
+            .map(|worker| worker.join().expect("it does not panic"));
+        results.collect::<Vec<_>>().into_iter().collect()
+    })
 }
 
 /// Where the targets are.

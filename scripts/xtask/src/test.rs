@@ -46,6 +46,8 @@ fn style() -> Result<()> {
         let mut clippy = cargo([
             "clippy",
             "--quiet",
+            // What it needs built, such as SQLite, is then built once.
+            "--release",
             "--workspace",
             "--all-targets",
             "--locked",
@@ -75,8 +77,9 @@ fn native(filter: &[String]) -> Result<()> {
 /// The executables of tests, in the order of their names, without what only a debugger reads: they go
 /// through an emulated network.
 pub(crate) fn programs(names: &[&str]) -> Result<Vec<PathBuf>> {
-    let mut build = cargo(["test", "--release", "--locked", "--quiet"]);
-    build.args(["--package", "tests", "--package", "container"]);
+    // Of the whole workspace, as it is built for the tests on this machine: what is chosen decides on the
+    // features of dependencies.
+    let mut build = cargo(["test", "--release", "--workspace", "--locked", "--quiet"]);
     for name in names {
         build.args(["--test", name]);
     }

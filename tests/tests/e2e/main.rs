@@ -52,6 +52,29 @@ const HOST_TESTS: &[(Kind, &str, &[Named<HostTest>])] = &[
     (Kind::Vm, "vmm", vmm::TESTS),
 ];
 
+/// What is run of the two tables, so that several hosts can share the work.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Part {
+    All,
+    /// What each kind must do alike.
+    OfEachKind,
+    /// Tests of the host, and of what has only one kind.
+    OfOneKind,
+}
+
+impl Part {
+    fn chosen() -> Self {
+        match std::env::var("HOSTD_E2E_PART").as_deref() {
+            Err(_) => Self::All,
+            Ok("each-kind") => Self::OfEachKind,
+            Ok("one-kind") => Self::OfOneKind,
+            Ok(other) => {
+                panic!("HOSTD_E2E_PART is `{other}`; it can be `each-kind` or `one-kind`")
+            }
+        }
+    }
+}
+
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     if arguments.list {
@@ -59,9 +82,10 @@ fn main() -> ExitCode {
     }
     let host = Arc::new(Host::from_environment());
     let mut trials = Vec::new();
+    let part = Part::chosen();
     let host_tests = HOST_TESTS
         .iter()
-        .filter(|(kind, ..)| kinds().contains(kind));
+        .filter(|(kind, ..)| part != Part::OfEachKind && kinds().contains(kind));
     for (_, group, tests) in host_tests {
         for (name, test) in *tests {
             let host = Arc::clone(&host);
@@ -70,10 +94,15 @@ fn main() -> ExitCode {
             }));
         }
     }
-    trials.extend(kind_trials(&host, &kinds(), KIND_TESTS));
+    let kinds = if part == Part::OfOneKind {
+        Vec::new()
+    } else {
+        kinds()
+    };
+    trials.extend(kind_trials(&host, &kinds, KIND_TESTS));
     let together = libtest_mimic::run(&arguments, trials);
     arguments.test_threads = Some(1);
-    let alone = libtest_mimic::run(&arguments, kind_trials(&host, &kinds(), LONE_TESTS));
+    let alone = libtest_mimic::run(&arguments, kind_trials(&host, &kinds, LONE_TESTS));
     // The last owner takes the daemon and all instances down.
     drop(host);
     if together.has_failed() || alone.has_failed() {

@@ -36,7 +36,12 @@ static SHARES: [Share; 2] = [
         label: "vm",
         programs: &[Program {
             name: "e2e",
-            words: &["env", "HOSTD_E2E_HOST=installed", "HOSTD_E2E_KINDS=vm"],
+            words: &[
+                "env",
+                "HOSTD_E2E_HOST=installed",
+                "HOSTD_E2E_KINDS=vm",
+                "HOSTD_E2E_PART=each-kind",
+            ],
         }],
         with_systemd: false,
     },
@@ -66,6 +71,16 @@ static SHARES: [Share; 2] = [
                     "env",
                     "HOSTD_E2E_HOST=installed",
                     "HOSTD_E2E_KINDS=container",
+                ],
+            },
+            // The other host has enough to do.
+            Program {
+                name: "e2e",
+                words: &[
+                    "env",
+                    "HOSTD_E2E_HOST=installed",
+                    "HOSTD_E2E_KINDS=vm",
+                    "HOSTD_E2E_PART=one-kind",
                 ],
             },
         ],
