@@ -21,3 +21,4 @@ mod rootless;
 mod seccomp;
 mod suites;
 mod systemd;
+mod update;

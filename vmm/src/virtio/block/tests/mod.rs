@@ -5,8 +5,10 @@
     reason = "the numbers are the tests' own, and small"
 )]
 
+mod bench;
 mod bounds;
 mod image;
+mod limits;
 mod snapshot;
 
 use std::fs;
@@ -17,130 +19,15 @@ use proptest::proptest;
 use tempfile::{NamedTempFile, tempfile};
 use vm_memory::{Bytes, GuestAddress};
 
+use self::bench::{
+    BYTES, Bench, DISCARD, ENGINES, FAILED, FLUSH, GET_ID, Kind, OK, READ, SECTORS, UNSUPPORTED,
+    UNTOUCHED, WRITE, WRITE_ZEROES, block, header, pattern, range, sectors_of,
+};
 use super::*;
 use crate::virtio::testing::{
     Buffer, Driver, PATIENCE, any_noise, assert_noise_is_survived,
     assert_tricks_are_the_guests_error, noise_config,
 };
-
-const SECTORS: u64 = 4096;
-const BYTES: u64 = SECTORS * SECTOR_BYTES;
-
-const OK: u8 = 0;
-const FAILED: u8 = 1;
-const UNSUPPORTED: u8 = 2;
-/// No status was written.
-const UNTOUCHED: u8 = 0xee;
-
-const READ: u32 = 0;
-const WRITE: u32 = 1;
-const FLUSH: u32 = 4;
-const GET_ID: u32 = 8;
-const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
-
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    Ring,
-    Synchronous,
-}
-
-const ENGINES: [Kind; 2] = [Kind::Ring, Kind::Synchronous];
-
-/// A disk whose every sector holds its own number, and a driver for it.
-struct Bench {
-    block: Block,
-    driver: Driver,
-    file: File,
-}
-
-fn pattern() -> Vec<u8> {
-    (0..SECTORS)
-        .flat_map(|sector| sector.to_le_bytes().repeat(64))
-        .collect()
-}
-
-fn block(kind: Kind, file: &File, options: BlockOptions) -> Block {
-    let file = file.try_clone().unwrap();
-    match kind {
-        Kind::Ring => {
-            let block = Block::new(file, options).unwrap();
-            assert!(
-                block.engine.fd().is_some(),
-                "this test needs a host that allows io_uring"
-            );
-            block
-        }
-        Kind::Synchronous => Block::with_engine(file, options, Engine::without_ring).unwrap(),
-    }
-}
-
-impl Bench {
-    fn new(kind: Kind, options: BlockOptions) -> Bench {
-        let file = tempfile().unwrap();
-        file.write_all_at(&pattern(), 0).unwrap();
-        let mut block = block(kind, &file, options);
-        let driver = Driver::start(&mut block);
-        Bench {
-            block,
-            driver,
-            file,
-        }
-    }
-
-    /// The same, with nothing but limits.
-    fn limited(kind: Kind, limits: DiskLimits) -> Bench {
-        let options = BlockOptions {
-            limits,
-            ..BlockOptions::default()
-        };
-        Bench::new(kind, options)
-    }
-
-    /// Makes a request available: a header, then buffers, then the status, whose buffer is returned.
-    fn offer(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> Buffer {
-        let header = self.driver.readable(&header(kind, sector));
-        let status = self.driver.writable(1);
-        self.driver.write(status.address, &[UNTOUCHED]);
-        self.driver.offer(0, &[&[header], data, &[status]].concat());
-        status
-    }
-
-    /// One request from beginning to end: its status and used length.
-    fn request(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
-        let status = self.offer(kind, sector, data);
-        let _ = self.driver.kick(&mut self.block, 0).unwrap();
-        let used = self.driver.wait_used(&mut self.block, 0, 1);
-        assert_eq!(used.len(), 1);
-        (self.driver.read(status.address, 1)[0], used[0].1)
-    }
-
-    fn content(&self, sector: u64, sectors: u64) -> Vec<u8> {
-        let mut bytes = vec![0; usize::try_from(sectors * SECTOR_BYTES).unwrap()];
-        self.file
-            .read_exact_at(&mut bytes, sector * SECTOR_BYTES)
-            .unwrap();
-        bytes
-    }
-}
-
-fn header(kind: u32, sector: u64) -> Vec<u8> {
-    [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat()
-}
-
-fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
-    [
-        &sector.to_le_bytes()[..],
-        &sectors.to_le_bytes(),
-        &flags.to_le_bytes(),
-    ]
-    .concat()
-}
-
-fn sectors_of(sector: u64, sectors: u64) -> Vec<u8> {
-    let bytes = SECTOR_BYTES as usize;
-    pattern()[sector as usize * bytes..(sector + sectors) as usize * bytes].to_vec()
-}
 
 #[test]
 fn data_is_read_into_however_many_buffers() {
@@ -416,124 +303,6 @@ fn a_disk_that_has_shrunk_fails_what_is_gone() {
             "{kind:?}"
         );
         assert_eq!(bench.block.handle().stats().failures, 1);
-    }
-}
-
-#[test]
-fn a_throttled_disk_reaches_its_rate_and_no_more() {
-    // (limits, requests, bytes each, write): each takes half a second beyond the burst.
-    let table = [
-        (
-            DiskLimits {
-                read_iops: Some(40),
-                ..DiskLimits::default()
-            },
-            25,
-            512,
-            false,
-        ),
-        (
-            DiskLimits {
-                write_iops: Some(40),
-                ..DiskLimits::default()
-            },
-            25,
-            512,
-            true,
-        ),
-        (
-            DiskLimits {
-                read_bps: Some(400_000),
-                ..DiskLimits::default()
-            },
-            62,
-            4096,
-            false,
-        ),
-        (
-            DiskLimits {
-                write_bps: Some(400_000),
-                ..DiskLimits::default()
-            },
-            62,
-            4096,
-            true,
-        ),
-    ];
-    for kind in ENGINES {
-        for (limits, requests, bytes, write) in table {
-            let options = BlockOptions {
-                limits,
-                ..BlockOptions::default()
-            };
-            let mut bench = Bench::new(kind, options);
-            let start = Instant::now();
-            for _ in 0..requests {
-                let (request, data) = if write {
-                    (WRITE, bench.driver.readable(&vec![0; bytes]))
-                } else {
-                    (READ, bench.driver.writable(bytes as u32))
-                };
-                bench.offer(request, 0, &[data]);
-            }
-            let _ = bench.driver.kick(&mut bench.block, 0).unwrap();
-            bench.driver.wait_used(&mut bench.block, 0, requests);
-            let took = start.elapsed();
-            assert!(
-                took >= Duration::from_millis(480),
-                "{kind:?} {limits:?}: {took:?}"
-            );
-            assert!(took < PATIENCE / 2, "{kind:?} {limits:?}: {took:?}");
-            assert!(bench.block.handle().stats().throttled > 0);
-        }
-    }
-}
-
-#[test]
-fn flushes_count_as_operations_that_write() {
-    for kind in ENGINES {
-        let limits = DiskLimits {
-            write_iops: Some(1),
-            ..DiskLimits::default()
-        };
-        let mut bench = Bench::limited(kind, limits);
-        for _ in 0..50 {
-            bench.offer(FLUSH, 0, &[]);
-        }
-        let _ = bench.driver.kick(&mut bench.block, 0).unwrap();
-        bench.driver.wait_used(&mut bench.block, 0, 1);
-        let stats = bench.block.handle().stats();
-        assert_eq!((stats.flushes, stats.throttled), (1, 49), "{kind:?}");
-        bench.block.handle().set_limits(DiskLimits::default());
-        bench.driver.wait_used(&mut bench.block, 0, 49);
-        assert_eq!(bench.block.handle().stats().flushes, 50);
-    }
-}
-
-#[test]
-fn a_limit_on_one_direction_does_not_hold_up_the_other_and_can_be_lifted_while_requests_wait() {
-    for kind in ENGINES {
-        let limits = DiskLimits {
-            write_bps: Some(1),
-            ..DiskLimits::default()
-        };
-        let mut bench = Bench::limited(kind, limits);
-        let handle = bench.block.handle();
-        let data = bench.driver.readable(&[9; 512]);
-        assert_eq!(bench.request(WRITE, 0, &[data]), (OK, 1));
-        let parked = [bench.offer(WRITE, 1, &[data]), bench.offer(FLUSH, 0, &[])];
-        let _ = bench.driver.kick(&mut bench.block, 0).unwrap();
-        let into = bench.driver.writable(512);
-        assert_eq!(bench.request(READ, 2, &[into]), (OK, 513));
-        for status in parked {
-            assert_eq!(bench.driver.read(status.address, 1), [UNTOUCHED]);
-        }
-        handle.set_limits(DiskLimits::default());
-        bench.driver.wait_used(&mut bench.block, 0, 2);
-        for status in parked {
-            assert_eq!(bench.driver.read(status.address, 1), [OK]);
-        }
-        assert_eq!(bench.content(1, 1), [9; 512]);
     }
 }
 
