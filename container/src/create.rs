@@ -196,6 +196,8 @@ pub fn create_started(options: CreateOptions) -> Result<Created, CreateError> {
     let (root, id) = (options.root.clone(), options.id.clone());
     let manager = options.service_manager.clone();
     let (created, channel) = make(options, Starter::Creator)?;
+    // As what has made it, which the wait for the start does not use.
+    footprint::forget_code();
     match await_start(&root, &id, manager.as_ref(), &channel) {
         Ok(proxy) => Ok(Created { proxy, ..created }),
         Err(error) => {

@@ -71,6 +71,7 @@ pub fn run(options: CreateOptions, mode: RunMode) -> Result<Option<Exit>, RunErr
     };
     let exit = attend(&created.process, &signals, created.console, created.proxy);
     if !mode.keep {
+        footprint::forget_code();
         let force = exit.is_err();
         for warning in delete(&DeleteOptions { root, id, force })? {
             crate::log::warn(&warning);
