@@ -22,6 +22,23 @@ pub(crate) fn in_user_namespace() -> bool {
     })
 }
 
+/// The number of this program's user outside of the user namespace that it runs in, as a session knows it.
+pub(crate) fn user_outside() -> u32 {
+    let own = rustix::process::getuid().as_raw();
+    let map = std::fs::read_to_string(Path::new("/proc/self/uid_map")).unwrap_or_default();
+    outside(&map, own).unwrap_or(own)
+}
+
+/// What a mapping makes of a number, from lines of INSIDE OUTSIDE COUNT.
+fn outside(map: &str, inside: u32) -> Option<u32> {
+    map.lines().find_map(|line| {
+        let mut numbers = line.split_whitespace().map(str::parse::<u32>);
+        let [first, outside, count] = std::array::from_fn(|_| numbers.next()?.ok());
+        let offset = inside.checked_sub(first?)?;
+        (offset < count?).then(|| outside?.checked_add(offset))?
+    })
+}
+
 /// A kernel without user namespaces has no file.
 fn is_other_map(map: &str) -> bool {
     !map.is_empty() && map.split_whitespace().ne(HOST_UID_MAP)
@@ -30,6 +47,19 @@ fn is_other_map(map: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_session_is_known_by_the_number_outside() {
+        let map = "         0       1000          1\n         1     100000      65536\n";
+        assert_eq!(
+            [0, 1, 65536].map(|it| outside(map, it)),
+            [Some(1000), Some(100_000), Some(165_535)]
+        );
+        assert_eq!(outside(map, 65537), None);
+        assert_eq!(outside("0 0 4294967295\n", 1000), Some(1000));
+        assert_eq!(outside("0 4294967295 2\n", 1), None);
+        assert_eq!(outside("0 x 1\n", 0), None);
+    }
 
     #[test]
     fn the_host_is_known_by_its_mapping() {

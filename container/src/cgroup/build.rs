@@ -221,6 +221,8 @@ fn give_to_children(directory: &Path, wanted: &[&str], needed: &[Need]) -> Resul
             // Documentation/admin-guide/cgroup-v2.rst, No Internal Process Constraint.
             "processes live in it, so its children cannot have controllers; \
              move them to a group of their own"
+        } else if is_denied(&source) && !is_host_root() {
+            "it is not delegated to this user; systemd delegates what Delegate= of user@.service names"
         } else {
             "the kernel does not give it to the children"
         };

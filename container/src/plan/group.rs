@@ -16,6 +16,9 @@ const DENIED_PATH: &str = "this user may not make control groups there: unable t
 const DENIED_LIMIT: &str = "this user may not make control groups: rootless needs no limits + no cgrouppath \
                             when no permission is granted for cgroups";
 
+/// Where a user's scopes are, if nothing is asked for.
+const USER_SLICE: &str = "user.slice";
+
 /// Where the group is.
 #[derive(Debug)]
 pub(super) struct GroupPlan {
@@ -74,6 +77,10 @@ fn scope(
     let path = path.unwrap_or_default();
     let mut scope = ScopePlan::new(&path, id)
         .map_err(|allowed| PlanError::value("linux.cgroupsPath", &path, &allowed))?;
+    if scope.slice.is_empty() && !is_host_root() {
+        // As runc: that of the user's own systemd, not the one of all users.
+        USER_SLICE.clone_into(&mut scope.slice);
+    }
     if let Some(annotations) = annotations {
         scope.properties = annotation::properties(annotations).map_err(|key| {
             PlanError::value(

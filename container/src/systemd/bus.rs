@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::wire::{Call, FIXED_BYTES, Message, MessageKind, length};
+use crate::rights;
 
 /// How long systemd may take for any answer: it may be busy with a host that boots.
 const ANSWER_SECONDS_MAX: u64 = 25;
@@ -24,6 +25,12 @@ const NAME: &str = "org.freedesktop.systemd1";
 pub enum SystemdError {
     #[error("cannot connect to systemd at {}", path.display())]
     Connect { path: PathBuf, source: io::Error },
+    #[error(
+        "cannot connect to this user's systemd at {}: XDG_RUNTIME_DIR must name its directory, and it runs while \
+         the user is logged in, or always after `loginctl enable-linger`; without it, omit --systemd-cgroup",
+        path.display()
+    )]
+    ConnectUser { path: PathBuf, source: io::Error },
     #[error("cannot talk to systemd")]
     Talk(#[source] io::Error),
     #[error("systemd refuses to {act}: {message}")]
@@ -35,6 +42,11 @@ pub enum SystemdError {
     },
     #[error("systemd could not start {unit}: the job is {result}")]
     Job { unit: String, result: String },
+    #[error(
+        "this user's systemd could not start {unit}: it may move processes that run below its own group, as \
+         `systemd-run --user --scope` starts them, and others only with the help of the system's message bus"
+    )]
+    NotMovable { unit: String },
 }
 
 /// An authenticated connection.
@@ -46,9 +58,13 @@ pub(super) struct Bus {
 
 impl Bus {
     pub(super) fn connect(path: &Path) -> Result<Bus, SystemdError> {
-        let failed = |source| SystemdError::Connect {
-            path: path.to_owned(),
-            source,
+        let failed = |source| {
+            let path = path.to_owned();
+            if rights::is_host_root() {
+                SystemdError::Connect { path, source }
+            } else {
+                SystemdError::ConnectUser { path, source }
+            }
         };
         let stream = UnixStream::connect(path).map_err(failed)?;
         let timeout = Some(Duration::from_secs(ANSWER_SECONDS_MAX));

@@ -78,9 +78,10 @@ impl Systemd {
         let job = job.ok_or_else(|| SystemdError::Talk(malformed()))?;
         let result = self.0.await_job(&job)?;
         if result != "done" {
-            return Err(SystemdError::Job {
-                unit: plan.unit.clone(),
-                result,
+            let unit = plan.unit.clone();
+            return Err(match result.as_str() {
+                "failed" if !rights::is_host_root() => SystemdError::NotMovable { unit },
+                _ => SystemdError::Job { unit, result },
             });
         }
         self.control_group(&plan.unit)
@@ -242,10 +243,9 @@ fn socket() -> PathBuf {
     if rights::is_host_root() {
         return PathBuf::from("/run/systemd/private");
     }
-    let directory = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(
-        || PathBuf::from(format!("/run/user/{}", rustix::process::getuid().as_raw())),
-        PathBuf::from,
-    );
+    let directory = std::env::var_os("XDG_RUNTIME_DIR").filter(|it| !it.is_empty());
+    let usual = || PathBuf::from(format!("/run/user/{}", rights::user_outside()));
+    let directory = directory.map_or_else(usual, PathBuf::from);
     directory.join("systemd/private")
 }
 

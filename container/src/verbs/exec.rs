@@ -26,11 +26,13 @@ use crate::plan::process::ProcessPlan;
 use crate::plan::{PlanError, capability};
 use crate::process::Process;
 use crate::program::Program;
+use crate::rights::is_host_root;
 use crate::root::Root;
 use crate::seccomp::{self, Filter};
 use crate::spec::{Config, SpecError, load_process};
 use crate::state::{Home, Record, StateError, Status};
 use crate::sys;
+use crate::systemd::{Systemd, SystemdError};
 use crate::tty::{self, Terminal};
 use crate::verbs::inside::Inside;
 use crate::verbs::start::{StartError, await_exec};
@@ -105,6 +107,8 @@ pub enum ExecError {
     Plan(#[from] PlanError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Systemd(#[from] SystemdError),
     /// The process says why it gave up.
     #[error(transparent)]
     Failed(#[from] Failure),
@@ -151,11 +155,19 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
     // Before the fork: the child is in the container's pid namespace at once.
     step("stop being traceable", harden())?;
     let fork = |cgroup| namespaces::fork(inside.namespaces(), cgroup, &ours, &theirs);
+    // From a session of the user, which lies below a group of root's, only systemd may lead into the scope.
+    let scope = record.scope.as_deref();
+    let scope = scope.filter(|_| options.cgroups.is_empty() && !is_host_root());
+    let mut attach = None;
     let forked = match fork(entry.clone_into()) {
         Err(error)
             if error.kind() == io::ErrorKind::ResourceBusy && entry.otherwise().is_some() =>
         {
             fork(entry.otherwise())
+        }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && scope.is_some() => {
+            attach = scope;
+            fork(None)
         }
         forked => forked,
     };
@@ -177,6 +189,9 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
         Forked::Parent(process) => {
             drop(theirs);
             let child = Child(Some(process));
+            if let Some(unit) = attach {
+                Systemd::connect()?.attach(unit, child.pid())?;
+            }
             if let Some(path) = &options.pidfd_socket {
                 step("send the pidfd", child.hand_over(path))?;
             }
