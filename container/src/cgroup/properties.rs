@@ -23,6 +23,7 @@ const LIMITS: &[(&str, &str)] = &[
     ("memory.low", "MemoryLow"),
     ("memory.min", "MemoryMin"),
     ("memory.swap.max", "MemorySwapMax"),
+    ("memory.zswap.max", "MemoryZSwapMax"),
     ("memory.limit_in_bytes", "MemoryLimit"),
     ("pids.max", "TasksMax"),
     ("cpu.weight", "CPUWeight"),

@@ -33,6 +33,7 @@ const VERSION_MIN: u32 = 239;
 /// The version of systemd that first knows a property, or that value of it (its NEWS).
 fn since((name, value): &Property) -> u32 {
     match (*name, value) {
+        ("MemoryZSwapMax", _) => 253,
         ("CPUWeight", Value::Large(0)) => 252,
         ("AllowedCPUs" | "AllowedMemoryNodes", _) => 244,
         ("CPUQuotaPeriodUSec", _) => 242,
@@ -266,7 +267,8 @@ mod tests {
             assert_eq!(version_number(text), number, "{text}");
         }
         let known = |version: u32| {
-            let all: [Property; 5] = [
+            let all: [Property; 6] = [
+                ("MemoryZSwapMax", Value::Large(1)),
                 ("MemoryMax", Value::Large(1)),
                 ("CPUQuotaPeriodUSec", Value::Large(1)),
                 ("AllowedCPUs", Value::Bytes(vec![1])),
@@ -275,6 +277,6 @@ mod tests {
             ];
             all.into_iter().filter(|it| since(it) <= version).count()
         };
-        assert_eq!([239, 242, 244, 252].map(known), [2, 3, 4, 5]);
+        assert_eq!([239, 242, 244, 252, 253].map(known), [2, 3, 4, 5, 6]);
     }
 }

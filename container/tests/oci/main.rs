@@ -22,3 +22,4 @@ mod seccomp;
 mod suites;
 mod systemd;
 mod update;
+mod systemd_user;

@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 
 use crate::bundle::{Bundle, Ended, copy_program, finish, finish_child, own_runtime};
 
-const NOBODY: u32 = 65534;
+pub(crate) const NOBODY: u32 = 65534;
 
 /// A bundle that belongs to a user without rights, with a copy of the runtime that the user can reach.
-fn bundle(script: &str) -> Bundle {
+pub(crate) fn bundle(script: &str) -> Bundle {
     let bundle = Bundle::new(script).with(|config| {
         let args = config["process"]["args"].take();
         *config = spec(Some((NOBODY, NOBODY)));
@@ -34,7 +34,7 @@ fn bundle(script: &str) -> Bundle {
     bundle
 }
 
-fn command(bundle: &Bundle, verb: &[&str], arguments: &[&str]) -> Command {
+pub(crate) fn command(bundle: &Bundle, verb: &[&str], arguments: &[&str]) -> Command {
     let mut command = Command::new(bundle.path().join("runtime"));
     command
         .arg("--root")
@@ -156,17 +156,22 @@ fn within_user_namespace(bundle: &Bundle, script: &str) -> Ended {
     finish(shell)
 }
 
+/// Has the container stay in the user namespace of the runtime.
+pub(crate) fn leave_user_namespace(config: &mut Value) {
+    let linux = config["linux"].as_object_mut().unwrap();
+    linux.remove("uidMappings");
+    linux.remove("gidMappings");
+    let namespaces = linux["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "user");
+}
+
 /// In a user namespace the user is root, and may still no more than before.
 #[test]
 fn root_in_a_user_namespace_runs_containers_without_a_group_and_without_device_rules() {
     let bundle = bundle("id -u; echo lost >/dev/null; ls /proc/1/exe >/dev/null && echo ran");
     let path = bundle.path().join("config.json");
     let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    let linux = config["linux"].as_object_mut().unwrap();
-    linux.remove("uidMappings");
-    linux.remove("gidMappings");
-    let namespaces = linux["namespaces"].as_array_mut().unwrap();
-    namespaces.retain(|namespace| namespace["type"] != "user");
+    leave_user_namespace(&mut config);
     config["linux"]["resources"] = json!({"devices": [
         {"allow": false, "access": "rwm"},
         {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"}

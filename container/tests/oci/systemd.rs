@@ -71,7 +71,7 @@ here=$PWD
 /usr/bin/nsenter -t $init -m -p -C sh -euc "cd $here; $1" || { cat log >&2; exit 1; }
 "#;
 
-fn beside_systemd(bundle: &Bundle, unified: bool, script: &str) -> String {
+pub(crate) fn beside_systemd(bundle: &Bundle, unified: bool, script: &str) -> String {
     let script = script.replace('\'', r"'\''");
     let unified = u8::from(unified);
     let ended = bundle.script(&format!(
@@ -88,12 +88,12 @@ fn scoped(script: &str) -> Bundle {
 }
 
 /// Whether the host has nothing but cgroup v2, so that systemd can have nothing else.
-fn is_unified() -> bool {
+pub(crate) fn is_unified() -> bool {
     Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
 }
 
 /// What this project's tests of another runtime cannot ask for, and what needs systemd to be there.
-fn is_possible() -> bool {
+pub(crate) fn is_possible() -> bool {
     is_own() && Path::new(SYSTEMD).exists()
 }
 
