@@ -179,17 +179,34 @@ fn a_limit_whose_controller_is_not_delegated_is_refused_by_name() {
 }
 
 #[test]
-fn from_a_group_of_roots_the_scope_is_refused_with_what_to_do() {
+fn from_a_group_of_roots_nobody_gets_into_a_scope_without_the_systems_bus() {
     if !is_possible() || !is_unified() {
         return;
     }
     let bundle = scoped(Place::Outside, json!({}));
-    let script = "$R run $ID </dev/null 2>&1 || ls states";
+    // It runs a second time as a service of the user's systemd, where the container can be made.
+    let script = r#"
+        if ! mkdir once 2>/dev/null; then
+            $R create $ID >/dev/null </dev/null
+            exec $R start $ID
+        fi
+        $R run $ID </dev/null 2>&1 || ls states
+        systemctl --user start engine.service
+        $R exec $ID true 2>&1 || echo refused
+        $R delete --force $ID
+        systemctl --user show unit-name.scope -p LoadState"#;
     let output = as_engine(&bundle, Place::Outside, script);
-    let words =
-        "this user's systemd could not start unit-name.scope: it may move processes that run below";
-    assert!(output.contains(words), "{output}");
-    assert_eq!(output.lines().count(), 1, "{output}");
+    let expected = [
+        "this user's systemd could not start unit-name.scope: it may move processes that run below",
+        "systemd refuses to move a process into the container's scope",
+        "refused",
+        "LoadState=not-found",
+    ];
+    let lines: Vec<&str> = output.lines().collect();
+    assert_eq!(lines.len(), expected.len(), "{output}");
+    for (line, words) in lines.iter().zip(expected) {
+        assert!(line.contains(words), "{words}: {output}");
+    }
 }
 
 #[test]
