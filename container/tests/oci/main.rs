@@ -21,5 +21,5 @@ mod rootless;
 mod seccomp;
 mod suites;
 mod systemd;
-mod update;
 mod systemd_user;
+mod update;

@@ -75,7 +75,7 @@ fn as_engine(bundle: &Bundle, place: Place, script: &str) -> String {
     // A user's systemd listens to nobody else.
     let outside = match place {
         Place::Outside => run,
-        _ => "/bin/systemctl --user start engine.service",
+        Place::Session | Place::UserNamespace => "/bin/systemctl --user start engine.service",
     };
     let outside = format!("{}User={NOBODY}\n", fill(SERVICE, outside));
     fs::write(units.join("engine.service"), outside).unwrap();
