@@ -87,16 +87,33 @@ pub fn delete(options: &DeleteOptions) -> Result<Vec<String>, DeleteError> {
         });
     }
     let cgroup = Cgroup::open(&record.cgroup)?;
+    // Who cannot be reached is missed before anything is removed.
+    let scope = reach_scope(&record, &cgroup)?;
     // Mostly the process was the last one in the cgroup.
     if process.is_some() || !cgroup.remove_if_empty()? {
         end(&options.id, process.as_ref(), &cgroup)?;
         cgroup.remove()?;
     }
-    if let Some(unit) = &record.scope {
-        Systemd::connect()?.stop(unit)?;
+    if let Some((unit, mut systemd)) = scope {
+        systemd.stop(unit)?;
     }
     home.remove()?;
     Ok(run_poststop(&record))
+}
+
+/// The container's scope, if it has one that lasts, and who is to stop it.
+fn reach_scope<'a>(
+    record: &'a Record,
+    cgroup: &Cgroup,
+) -> Result<Option<(&'a str, Systemd)>, SystemdError> {
+    let Some(unit) = &record.scope else {
+        return Ok(None);
+    };
+    match Systemd::connect() {
+        // A user's systemd ends with the user's last session, and its scopes with it.
+        Err(SystemdError::ConnectUser { .. }) if !cgroup.exists() => Ok(None),
+        systemd => Ok(Some((unit, systemd?))),
+    }
 }
 
 /// Runs the hooks that come when all else is gone, each of them, and returns what failed.

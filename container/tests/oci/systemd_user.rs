@@ -18,6 +18,7 @@ Type=notify
 User=%i
 Slice=user.slice
 Delegate=pids memory cpu
+KillMode=mixed
 Environment=HOME=/ XDG_RUNTIME_DIR=/run/user/%i
 Environment=SYSTEMD_UNIT_PATH=BUNDLE/session:/run/user/%i/systemd/transient:/run/user/%i/systemd/user.control
 Environment=SYSTEMD_GENERATOR_PATH=/nonexistent SYSTEMD_USER_ENVIRONMENT_GENERATOR_PATH=/nonexistent
@@ -207,6 +208,36 @@ fn from_a_group_of_roots_nobody_gets_into_a_scope_without_the_systems_bus() {
     for (line, words) in lines.iter().zip(expected) {
         assert!(line.contains(words), "{words}: {output}");
     }
+}
+
+#[test]
+fn what_ended_with_a_users_systemd_can_be_deleted_without_it() {
+    if !is_possible() || !is_unified() {
+        return;
+    }
+    let bundle = scoped(Place::Outside, json!({}));
+    // As above.
+    let script = r#"
+        if ! mkdir once 2>/dev/null; then
+            exec $R create $ID >/dev/null </dev/null
+        fi
+        systemctl --user start engine.service
+        group=$(systemctl --user show unit-name.scope -p ControlGroup --value)
+        XDG_RUNTIME_DIR=/nonexistent $R delete --force $ID 2>&1 || echo kept
+        systemctl --user exit --force
+        while [ -e /sys/fs/cgroup$group ]; do sleep 0.05; done
+        $R delete $ID && ls states && echo $group"#;
+    let output = as_engine(&bundle, Place::Outside, script);
+    let lines: Vec<&str> = output.lines().collect();
+    let [refusal, kept, group] = lines.as_slice() else {
+        panic!("{output}");
+    };
+    assert!(group.ends_with("/unit-name.scope"), "{output}");
+    assert!(
+        refusal.contains("cannot connect to this user's systemd"),
+        "{output}"
+    );
+    assert_eq!(*kept, "kept", "{output}");
 }
 
 #[test]

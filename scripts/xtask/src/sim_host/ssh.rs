@@ -67,6 +67,10 @@ impl Ssh<'_> {
             "BatchMode=yes",
             "StrictHostKeyChecking=no",
             "UserKnownHostsFile=/dev/null",
+            // A machine was seen to sleep for minutes, with work to do, until somebody connected: as if an
+            // interrupt of its timer had been lost. A packet wakes it. It may be too busy to answer.
+            "ServerAliveInterval=5",
+            "ServerAliveCountMax=1000",
         ] {
             ssh.args(["-o", option]);
         }
