@@ -64,10 +64,9 @@ impl Process {
         };
         let pidfd = match pidfd_open(raw, PidfdFlags::empty()) {
             Ok(pidfd) => pidfd,
-            Err(Errno::SRCH) => return Ok(None),
-            // The number lives on as that of a process group or a session, or is a thread's now. Which
-            // of the errors it is differs by kernel.
-            Err(Errno::INVAL | Errno::NOENT) => return Ok(None),
+            // The other two, by kernel, where the number is that of a process group or a session that
+            // lives on, or a thread's by now.
+            Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         // Read after the descriptor was opened: if the time is right now, the descriptor was right.

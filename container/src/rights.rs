@@ -29,8 +29,9 @@ pub(crate) fn user_outside() -> u32 {
     outside(&map, own).unwrap_or(own)
 }
 
-/// What a mapping makes of a number, from lines of INSIDE OUTSIDE COUNT.
-fn outside(map: &str, inside: u32) -> Option<u32> {
+/// Who `inside` is outside, by a text of /proc/PID/uid_map or gid_map: lines of INSIDE OUTSIDE COUNT.
+/// Nothing for who is not mapped.
+pub(crate) fn outside(map: &str, inside: u32) -> Option<u32> {
     map.lines().find_map(|line| {
         let mut numbers = line.split_whitespace().map(str::parse::<u32>);
         let [first, outside, count] = std::array::from_fn(|_| numbers.next()?.ok());

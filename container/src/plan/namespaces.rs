@@ -12,6 +12,7 @@ use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType};
 use rustix::fs::{CWD, Mode, OFlags, fstat, openat};
 
 use super::PlanError;
+use crate::rights;
 use crate::sys;
 
 /// One kind of namespace, as a `CLONE_NEW*` flag.
@@ -139,14 +140,7 @@ impl NamespacePlan {
         if !self.has(Kind::USER) {
             return Some(uid);
         }
-        self.uid_map.lines().find_map(|line| {
-            let mut numbers = line
-                .split(' ')
-                .filter_map(|number| number.parse::<u32>().ok());
-            let (first, outside, size) = (numbers.next()?, numbers.next()?, numbers.next()?);
-            let offset = uid.checked_sub(first).filter(|offset| *offset < size)?;
-            outside.checked_add(offset)
-        })
+        rights::outside(&self.uid_map, uid)
     }
 
     fn set_maps(&mut self, linux: &Linux) -> Result<(), PlanError> {

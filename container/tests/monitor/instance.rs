@@ -186,6 +186,17 @@ impl Instance {
         serde_json::from_slice(&fs::read(self.path("exit.json")).unwrap()).unwrap()
     }
 
+    /// Kills the process, and waits as [`Instance::end`] does.
+    pub(crate) fn kill(&mut self) -> ExitRecord {
+        self.ask(&Request::Kill { signal: 9 });
+        self.end()
+    }
+
+    pub(crate) fn assert_running(&self) {
+        let state = self.ask(&Request::State {});
+        assert!(matches!(state, Response::Running { .. }), "{state:?}");
+    }
+
     pub(crate) fn assert_nothing_is_left(&self) {
         assert!(!self.path("states").join(&self.spec.id).exists());
         assert!(!self.cgroup().exists());

@@ -121,8 +121,7 @@ fn without_input_the_process_reads_end_of_file() {
     let mut instance = Instance::started("sleep 60");
     let refused = instance.ask(&Request::Attach { stdin: true });
     assert!(matches!(refused, Response::Error { .. }), "{refused:?}");
-    instance.ask(&Request::Kill { signal: 9 });
-    instance.end();
+    instance.kill();
 }
 
 #[test]
@@ -240,8 +239,7 @@ fn a_bad_request_is_answered_with_what_is_wrong() {
     let mut endless = UnixStream::connect(instance.path("monitor.sock")).unwrap();
     let sent = endless.write_all(&vec![b'x'; 10 << 20]);
     assert!(sent.is_err(), "a line without an end is cut off");
-    instance.ask(&Request::Kill { signal: 9 });
-    instance.end();
+    instance.kill();
 }
 
 #[test]
@@ -255,12 +253,8 @@ fn what_stops_a_service_does_not_stop_the_workload() {
     ] {
         kill(instance.monitor_pid(), signal).unwrap();
     }
-    assert!(matches!(
-        instance.ask(&Request::State {}),
-        Response::Running { .. }
-    ));
-    instance.ask(&Request::Kill { signal: 9 });
-    assert_eq!(instance.end().signal, Some(9));
+    instance.assert_running();
+    assert_eq!(instance.kill().signal, Some(9));
 }
 
 #[test]
@@ -272,12 +266,8 @@ fn a_directory_has_one_monitor() {
         panic!("{ready:?}");
     };
     assert!(message.contains("already has a monitor"), "{message}");
-    assert!(matches!(
-        instance.ask(&Request::State {}),
-        Response::Running { .. }
-    ));
-    instance.ask(&Request::Kill { signal: 9 });
-    instance.end();
+    instance.assert_running();
+    instance.kill();
 }
 
 #[test]
@@ -299,12 +289,8 @@ fn a_killed_monitor_leaves_the_workload_and_its_absence_is_seen() {
     instance.assert_nothing_is_left();
     // And the same directory can be used again.
     instance.start();
-    assert!(matches!(
-        instance.ask(&Request::State {}),
-        Response::Running { .. }
-    ));
-    instance.ask(&Request::Kill { signal: 9 });
-    assert_eq!(instance.end().signal, Some(9));
+    instance.assert_running();
+    assert_eq!(instance.kill().signal, Some(9));
 }
 
 #[test]

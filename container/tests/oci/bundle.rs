@@ -261,6 +261,12 @@ impl Drop for Bundle {
     }
 }
 
+/// Leaves the container in its creator's namespace of that kind.
+pub(crate) fn share_namespace(config: &mut Value, kind: &str) {
+    let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != kind);
+}
+
 /// What a refusal to map the owners of a mount says.
 pub(crate) const UNMAPPED: &str = "mounts[7]: cannot map its users and groups: invalid argument";
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, PATIENCE};
+use crate::bundle::{Bundle, PATIENCE, share_namespace};
 
 fn shell(script: &str) -> Value {
     json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"]})
@@ -241,8 +241,7 @@ fn a_hook_need_not_read_the_state_whatever_the_namespaces_are() {
             }
             let bundle = with_hooks("echo ran", json!({name: [hook]})).with(|config| {
                 config["annotations"] = json!({"long": "x".repeat(LONG)});
-                let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
-                namespaces.retain(|namespace| namespace["type"] != "pid");
+                share_namespace(config, "pid");
             });
             assert_eq!(bundle.output(), "ran\n", "{name}");
         }

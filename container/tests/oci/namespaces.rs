@@ -5,7 +5,7 @@ use std::os::unix::fs::chown;
 
 use serde_json::{Value, json};
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, share_namespace};
 
 const MAPPED_UID: u32 = 100_000;
 const MAPPED_GID: u32 = 200_000;
@@ -196,8 +196,7 @@ fn names_need_a_namespace_for_names() {
         let bundle = Bundle::new("true").with(|config| {
             config.as_object_mut().unwrap().remove("hostname");
             config[field] = json!("name");
-            let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
-            namespaces.retain(|namespace| namespace["type"] != "uts");
+            share_namespace(config, "uts");
         });
         bundle.assert_refused(&format!("{field}: `name`: it needs a uts namespace"));
     }
@@ -277,8 +276,7 @@ fn what_needs_a_mount_namespace_is_refused_without_one() {
     });
     bundle.assert_refused("mounts[1].options");
     let bundle = with_user_namespace(Bundle::new("echo ran")).with(|config| {
-        let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
-        namespaces.retain(|namespace| namespace["type"] != "mount");
+        share_namespace(config, "mount");
     });
     bundle.assert_refused("a user namespace needs a mount namespace");
 }

@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, share_namespace};
 
 /// Two devices that are joined, the first with an address of each family, a size and a number of its
 /// own. The path tells iproute2 from what a shell of busybox has of its own.
@@ -112,8 +112,7 @@ fn a_device_that_cannot_move_is_refused_and_stays() {
         bundle.assert_nothing_is_left();
     }
     let bundle = with_devices("true", json!({"one": {}})).with(|config| {
-        let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
-        namespaces.retain(|namespace| namespace["type"] != "network");
+        share_namespace(config, "network");
     });
     bundle.assert_refused(
         "linux.netDevices.one: unable to move network devices without a NET namespace",

@@ -7,7 +7,7 @@ use std::process::Stdio;
 
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, finish_child};
+use crate::bundle::{Bundle, finish_child, share_namespace};
 
 #[test]
 fn arguments_and_environment_arrive_as_they_are() {
@@ -306,12 +306,6 @@ fn a_working_directory_may_be_one_that_only_the_user_may_enter() {
     }
 }
 
-/// Leaves the container in the pid namespace of who creates it.
-fn share_pids(config: &mut Value) {
-    let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
-    namespaces.retain(|namespace| namespace["type"] != "pid");
-}
-
 #[test]
 fn run_is_the_parent_of_orphans_of_its_own_pid_namespace_and_reaps_them() {
     // It says who its parent is once the one that made it, whose pid it is given, has ended.
@@ -330,7 +324,7 @@ fn run_is_the_parent_of_orphans_of_its_own_pid_namespace_and_reaps_them() {
         };
         let bundle = Bundle::new(&script.replace("$WAIT", end)).with(|config| {
             config["root"]["readonly"] = json!(false);
-            share_pids(config);
+            share_namespace(config, "pid");
         });
         std::os::unix::fs::symlink("busybox", bundle.rootfs().join("bin/mv")).unwrap();
         let mut command = bundle.command(options);
@@ -349,7 +343,7 @@ fn a_container_whose_processes_outlive_its_first_one_is_stopped_and_can_be_delet
     // has reaped it.
     let bundle = Bundle::new("sleep 1000 >/dev/null 2>&1 & echo $! >/pid").with(|config| {
         config["root"]["readonly"] = json!(false);
-        share_pids(config);
+        share_namespace(config, "pid");
     });
     let ended = bundle.verb(&["run", "--keep"], &[]);
     assert_eq!(ended.status, 0, "{ended:?}");

@@ -10,7 +10,9 @@ use std::process::{Command, Stdio};
 use container::verbs::spec::spec;
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, Ended, copy_program, finish, finish_child, own_runtime};
+use crate::bundle::{
+    Bundle, Ended, copy_program, finish, finish_child, own_runtime, share_namespace,
+};
 
 pub(crate) const NOBODY: u32 = 65534;
 
@@ -161,8 +163,7 @@ pub(crate) fn leave_user_namespace(config: &mut Value) {
     let linux = config["linux"].as_object_mut().unwrap();
     linux.remove("uidMappings");
     linux.remove("gidMappings");
-    let namespaces = linux["namespaces"].as_array_mut().unwrap();
-    namespaces.retain(|namespace| namespace["type"] != "user");
+    share_namespace(config, "user");
 }
 
 /// In a user namespace the user is root, and may still no more than before.

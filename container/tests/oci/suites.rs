@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, PATIENCE, finish, finish_child};
+use crate::bundle::{Bundle, PATIENCE, finish, finish_child, share_namespace};
 use crate::lifecycle::receive_descriptor;
 
 fn sleeping() -> Bundle {
@@ -279,8 +279,7 @@ fn sigkill_ends_all_processes_if_the_pid_namespace_is_not_the_containers_own() {
     };
     for init_is_gone in [false, true] {
         let bundle = sleeping().with(|config| {
-            let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
-            namespaces.retain(|namespace| namespace["type"] != "pid");
+            share_namespace(config, "pid");
         });
         bundle.start();
         let ended = bundle.quiet_with(&["exec", "--detach"], &["sleep", "100"]);

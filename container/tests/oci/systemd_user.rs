@@ -96,6 +96,13 @@ fn as_engine(bundle: &Bundle, place: Place, script: &str) -> String {
     )
 }
 
+/// As [`as_engine`] outside of the user's systemd, whose `engine.service` carries out `within`.
+fn beside_session(bundle: &Bundle, within: &str, script: &str) -> String {
+    // Both services run one script.
+    let script = format!("if ! mkdir once 2>/dev/null; then {within}; exit; fi\n{script}");
+    as_engine(bundle, Place::Outside, &script)
+}
+
 fn scoped(place: Place, resources: Value) -> Bundle {
     let bundle = rootless::bundle("exec sleep 100");
     bundle.with(|config| {
@@ -185,18 +192,14 @@ fn from_a_group_of_roots_nobody_gets_into_a_scope_without_the_systems_bus() {
         return;
     }
     let bundle = scoped(Place::Outside, json!({}));
-    // It runs a second time as a service of the user's systemd, where the container can be made.
     let script = r#"
-        if ! mkdir once 2>/dev/null; then
-            $R create $ID >/dev/null </dev/null
-            exec $R start $ID
-        fi
         $R run $ID </dev/null 2>&1 || ls states
         systemctl --user start engine.service
         $R exec $ID true 2>&1 || echo refused
         $R delete --force $ID
         systemctl --user show unit-name.scope -p LoadState"#;
-    let output = as_engine(&bundle, Place::Outside, script);
+    let within = "$R create $ID >/dev/null </dev/null; $R start $ID";
+    let output = beside_session(&bundle, within, script);
     let expected = [
         "this user's systemd could not start unit-name.scope: it may move processes that run below",
         "systemd refuses to move a process into the container's scope",
@@ -216,18 +219,14 @@ fn what_ended_with_a_users_systemd_can_be_deleted_without_it() {
         return;
     }
     let bundle = scoped(Place::Outside, json!({}));
-    // As above.
     let script = r#"
-        if ! mkdir once 2>/dev/null; then
-            exec $R create $ID >/dev/null </dev/null
-        fi
         systemctl --user start engine.service
         group=$(systemctl --user show unit-name.scope -p ControlGroup --value)
         XDG_RUNTIME_DIR=/nonexistent $R delete --force $ID 2>&1 || echo kept
         systemctl --user exit --force
         while [ -e /sys/fs/cgroup$group ]; do sleep 0.05; done
         $R delete $ID && ls states && echo $group"#;
-    let output = as_engine(&bundle, Place::Outside, script);
+    let output = beside_session(&bundle, "$R create $ID >/dev/null </dev/null", script);
     let lines: Vec<&str> = output.lines().collect();
     let [refusal, kept, group] = lines.as_slice() else {
         panic!("{output}");

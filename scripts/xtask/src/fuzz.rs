@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
-use crate::step::{command, run, step};
+use crate::step::{command, join, run, step};
 use crate::{packages, paths};
 
 /// Counts how often each edge between basic blocks is taken, where libFuzzer finds it.
@@ -105,10 +105,7 @@ fn run_all(targets: &[Target], seconds: u32) -> Result<()> {
     std::thread::scope(|scope| {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let workers: Vec<_> = (0..processors).map(|_| scope.spawn(work)).collect();
-        let results = workers
-            .into_iter()
-            .map(|worker| worker.join().expect("it does not panic"));
-        results.collect::<Vec<_>>().into_iter().collect()
+        join(workers)
     })
 }
 

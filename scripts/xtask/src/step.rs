@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::io::{IsTerminal, Write};
 use std::process::{Command, Stdio};
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -35,6 +36,15 @@ fn spinner(what: &str) -> ProgressBar {
         .with_message(what.to_owned());
     bar.enable_steady_tick(Duration::from_millis(120));
     bar
+}
+
+/// Waits for all of them to end; the first failure is the result.
+pub(crate) fn join<'scope>(
+    workers: impl IntoIterator<Item = ScopedJoinHandle<'scope, Result<()>>>,
+) -> Result<()> {
+    let join = |worker: ScopedJoinHandle<'scope, _>| worker.join().expect("it does not panic");
+    let results: Vec<Result<()>> = workers.into_iter().map(join).collect();
+    results.into_iter().collect()
 }
 
 /// Runs a command to its end and returns its standard output. A failure carries what it printed.

@@ -82,10 +82,10 @@ fn main() -> ExitCode {
     }
     let host = Arc::new(Host::from_environment());
     let mut trials = Vec::new();
-    let part = Part::chosen();
+    let (kinds, part) = (kinds(), Part::chosen());
     let host_tests = HOST_TESTS
         .iter()
-        .filter(|(kind, ..)| part != Part::OfEachKind && kinds().contains(kind));
+        .filter(|(kind, ..)| part != Part::OfEachKind && kinds.contains(kind));
     for (_, group, tests) in host_tests {
         for (name, test) in *tests {
             let host = Arc::clone(&host);
@@ -95,14 +95,14 @@ fn main() -> ExitCode {
         }
     }
     let kinds = if part == Part::OfOneKind {
-        Vec::new()
+        &[]
     } else {
-        kinds()
+        kinds.as_slice()
     };
-    trials.extend(kind_trials(&host, &kinds, KIND_TESTS));
+    trials.extend(kind_trials(&host, kinds, KIND_TESTS));
     let together = libtest_mimic::run(&arguments, trials);
     arguments.test_threads = Some(1);
-    let alone = libtest_mimic::run(&arguments, kind_trials(&host, &kinds, LONE_TESTS));
+    let alone = libtest_mimic::run(&arguments, kind_trials(&host, kinds, LONE_TESTS));
     // The last owner takes the daemon and all instances down.
     drop(host);
     if together.has_failed() || alone.has_failed() {

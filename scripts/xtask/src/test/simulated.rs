@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use super::{programs, systemd};
 use crate::host_image;
 use crate::sim_host::{self, Machine, Options};
-use crate::step::step;
+use crate::step::{join, step};
 
 /// A test program and where it finds what it tests.
 struct Program {
@@ -114,11 +114,7 @@ pub(super) fn run(filter: &[String]) -> Result<()> {
             .iter()
             .map(|(share, host)| scope.spawn(|| share.run(host, &programs, filter)))
             .collect();
-        // All of them to their end: each failure is told, and the first one is the result.
-        let results = shares
-            .into_iter()
-            .map(|share| share.join().expect("it does not panic"));
-        results.collect::<Vec<_>>().into_iter().collect()
+        join(shares)
     })
 }
 

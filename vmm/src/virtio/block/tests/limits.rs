@@ -45,11 +45,7 @@ fn a_throttled_disk_reaches_its_rate_and_no_more() {
     ];
     for kind in ENGINES {
         for (limits, requests, bytes, write) in table {
-            let options = BlockOptions {
-                limits,
-                ..BlockOptions::default()
-            };
-            let mut bench = Bench::new(kind, options);
+            let mut bench = Bench::limited(kind, limits);
             let start = Instant::now();
             for _ in 0..requests {
                 let (request, data) = if write {
