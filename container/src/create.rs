@@ -11,7 +11,7 @@ mod scope;
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -57,7 +57,29 @@ pub enum Stdio {
     ConsoleSocket(PathBuf),
 }
 
+/// This process's own.
+pub(crate) fn standard_streams() -> [BorrowedFd<'static>; 3] {
+    [
+        rustix::stdio::stdin(),
+        rustix::stdio::stdout(),
+        rustix::stdio::stderr(),
+    ]
+}
+
 impl Stdio {
+    /// Those that exist before the process does; nothing if it gets a terminal.
+    pub(crate) fn streams(&self) -> Option<[BorrowedFd<'_>; 3]> {
+        match self {
+            Stdio::Inherit | Stdio::InheritWithoutTerminal => Some(standard_streams()),
+            Stdio::Fds {
+                stdin,
+                stdout,
+                stderr,
+            } => Some([stdin, stdout, stderr].map(AsFd::as_fd)),
+            Stdio::ConsoleSocket(_) => None,
+        }
+    }
+
     /// Makes them the standard streams of this process. A terminal is taken on elsewhere.
     pub(crate) fn take_on(&self) -> io::Result<()> {
         if let Stdio::Fds {
@@ -292,6 +314,7 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
                 step("send the pidfd", making.hand_over_process(path))?;
             }
             making.move_network_devices(&plan)?;
+            making.give_pipes(&plan, &options.stdio)?;
             let console = making.conduct(&ours, &plan, console_socket.as_ref())?;
             making.settle(&cgroup, &plan)?;
             making.publish(starter, options.pid_file.as_deref())?;

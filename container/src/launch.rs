@@ -17,12 +17,15 @@ use rustix::thread::{
     set_thread_res_uid,
 };
 
+use crate::create::{Stdio, standard_streams};
 use crate::handshake::{Channel, Message, Reason};
 use crate::hooks::{self, HookError, Surroundings};
 use crate::plan::capability::{self, Capabilities};
 use crate::plan::memory::MemoryPolicy;
+use crate::plan::namespaces::{Kind, NamespacePlan};
 use crate::plan::process::{ProcessPlan, UserPlan};
 use crate::program::Program;
+use crate::rights::{self, is_host_root};
 use crate::root::Root;
 use crate::seccomp::{Filter, SeccompError};
 use crate::sys;
@@ -181,7 +184,10 @@ pub(crate) fn take_on_identity(
     process: &ProcessPlan,
     in_directory: bool,
 ) -> Result<(), LaunchError> {
-    give_pipes(process.user.uid)?;
+    step(
+        "give the standard streams to the user",
+        give_pipes(standard_streams(), process.user.uid),
+    )?;
     drop_bounding(process.capabilities.bounding)?;
     // The change of user would take away what the configuration grants.
     step("keep the capabilities", set_keep_capabilities(true))?;
@@ -202,12 +208,7 @@ pub(crate) fn take_on_identity(
 
 /// Gives standard streams that are pipes to the user, who could otherwise not open /dev/stdout. What is
 /// no pipe is not the container's own: a file of the host, or its null device, keeps its owner.
-fn give_pipes(uid: u32) -> Result<(), LaunchError> {
-    let streams = [
-        rustix::stdio::stdin(),
-        rustix::stdio::stdout(),
-        rustix::stdio::stderr(),
-    ];
+fn give_pipes(streams: [BorrowedFd<'_>; 3], uid: u32) -> io::Result<()> {
     for stream in streams {
         // A closed stream is the caller's choice.
         let Ok(stat) = rustix::fs::fstat(stream) else {
@@ -219,10 +220,29 @@ fn give_pipes(uid: u32) -> Result<(), LaunchError> {
         match rustix::fs::fchown(stream, Some(Uid::from_raw(uid)), None) {
             // In a user namespace that does not map the pipe's owner.
             Ok(()) | Err(rustix::io::Errno::PERM | rustix::io::Errno::INVAL) => {}
-            failed => return step("give the standard streams to the user", failed),
+            failed => failed?,
         }
     }
     Ok(())
+}
+
+/// Gives standard streams that are pipes to the user of a process that was just forked into a user
+/// namespace: from inside, the pipes of somebody who is not mapped cannot be taken over.
+pub(crate) fn give_pipes_into(
+    namespaces: &NamespacePlan,
+    pid: i32,
+    process: &ProcessPlan,
+    stdio: &Stdio,
+) -> io::Result<()> {
+    if !namespaces.has(Kind::USER) || !is_host_root() || process.terminal.is_some() {
+        return Ok(());
+    }
+    // Also where the namespace is one that was joined.
+    let map = std::fs::read_to_string(format!("/proc/{pid}/uid_map"))?;
+    match (stdio.streams(), rights::outside(&map, process.user.uid)) {
+        (Some(streams), Some(uid)) => give_pipes(streams, uid),
+        _ => Ok(()),
+    }
 }
 
 fn drop_bounding(keep: CapabilitySet) -> Result<(), LaunchError> {

@@ -41,4 +41,5 @@ pub mod state;
 mod sys;
 pub mod systemd;
 mod tty;
+pub mod users;
 pub mod verbs;

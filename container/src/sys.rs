@@ -2,7 +2,8 @@
 //!
 //! UNSAFETY: each function wraps one system call whose arguments are plain numbers or references
 //! that outlive the call. `clone3` is called without CLONE_VM, so parent and child share no memory;
-//! it is safe only because the caller has a single thread (see [`clone3`]).
+//! it is safe only because the caller has a single thread, or its child does next to nothing (see
+//! [`clone3`]).
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
 use std::ffi::CStr;
@@ -30,7 +31,8 @@ pub(crate) enum Cloned {
 /// Forks into the new namespaces of `flags`, and into a cgroup v2 if one is given.
 ///
 /// The caller must have a single thread: no lock of the allocator or of the standard streams can then
-/// be held by a thread that the child lacks, and the child may run ordinary Rust code.
+/// be held by a thread that the child lacks, and the child may run ordinary Rust code. Or the child makes
+/// system calls and nothing else.
 ///
 /// # Errors
 /// The system call's.
@@ -61,7 +63,7 @@ pub(crate) fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<C
         cgroup: cgroup.map_or(0, |fd| u64::from(fd.as_raw_fd().unsigned_abs())),
     };
     // SAFETY: the structure and `pidfd` outlive the call; without CLONE_VM and with no stack given
-    // this is a fork, and the caller has promised to have one thread.
+    // this is a fork, and the caller has promised to have one thread or to make system calls only.
     let result = unsafe {
         libc::syscall(
             libc::SYS_clone3,

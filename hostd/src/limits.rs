@@ -53,6 +53,8 @@ pub struct Rules {
     pub memory_default_bytes: Option<u64>,
     /// Whether directories of the host can be mounted into an instance.
     pub mounts: bool,
+    /// Whether an instance has a user namespace or shares the host's users.
+    pub user_namespace: bool,
     /// Whether the writable layer can be bounded.
     pub disk_size: bool,
     /// Whether a snapshot can hold the memory of an instance.
@@ -367,6 +369,7 @@ mod tests {
             memory_overhead_bytes: 0,
             memory_default_bytes: None,
             mounts: true,
+            user_namespace: true,
             disk_size: true,
             memory_snapshots: true,
             no_console: None,

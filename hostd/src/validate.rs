@@ -87,6 +87,13 @@ pub fn check(spec: &InstanceSpec, rules: &Rules, host: &Capacity) -> Result<(), 
     limits::check(&spec.limits, rules, host)?;
     check_network(&spec.network)?;
     check_mounts(&spec.mounts, rules)?;
+    if spec.user_namespace.is_some() && !rules.user_namespace {
+        return Err(FieldError::new(
+            "/user_namespace",
+            "this kind of isolation shares no users with the host",
+        )
+        .hint("leave `user_namespace` out, or use isolation `container`"));
+    }
     check_labels(spec.labels.iter())?;
     if let Some(seconds) = spec.stop_timeout_s
         && seconds > STOP_TIMEOUT_MAX_S
@@ -366,6 +373,7 @@ mod tests {
             memory_overhead_bytes: 0,
             memory_default_bytes: None,
             mounts: true,
+            user_namespace: true,
             disk_size: true,
             memory_snapshots: true,
             no_console: None,

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use libc::MOUNT_ATTR_RDONLY;
 
 use super::scope::Scope;
-use super::{CreateError, CreateOptions, Starter, step, write_pid_file};
+use super::{CreateError, CreateOptions, Starter, Stdio, step, write_pid_file};
 use crate::cgroup::Cgroup;
 use crate::handshake::{self, Channel, Message};
 use crate::hooks::{HookError, Surroundings};
@@ -155,6 +155,13 @@ impl Making {
         let devices = &plan.network_devices;
         self.network_devices = network_devices::attach(devices, &plan.namespaces, self.record.pid)?;
         Ok(())
+    }
+
+    /// Gives the process its standard streams, where it cannot take them over itself.
+    pub(super) fn give_pipes(&self, plan: &Plan, stdio: &Stdio) -> Result<(), CreateError> {
+        let (namespaces, process) = (&plan.namespaces, &plan.process);
+        let given = launch::give_pipes_into(namespaces, self.record.pid, process, stdio);
+        step("give the standard streams to the user", given)
     }
 
     /// Leads the first process through its set-up, to where only `start` is missing. Returns the

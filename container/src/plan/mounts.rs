@@ -36,6 +36,13 @@ pub(crate) struct IdMap {
     pub(crate) recursive: bool,
 }
 
+impl IdMap {
+    /// Whether one user namespace serves both.
+    pub(crate) fn maps_like(&self, other: &Self) -> bool {
+        (&self.uid_map, &self.gid_map) == (&other.uid_map, &other.gid_map)
+    }
+}
+
 #[derive(Debug)]
 pub(crate) enum MountKind {
     /// A tree of the host, bound to the destination.
@@ -96,7 +103,6 @@ pub(crate) struct Surroundings<'a> {
     /// SELinux's label of the mounts.
     pub(crate) label: Option<&'a str>,
     pub(crate) bundle: &'a Path,
-    /// Whether the caller may copy mounts.
     /// The caller may mount.
     pub(crate) privileged: bool,
     /// Sources are copied at once.

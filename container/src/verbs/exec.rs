@@ -195,6 +195,9 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
             if let Some(path) = &options.pidfd_socket {
                 step("send the pidfd", child.hand_over(path))?;
             }
+            let (inside, user) = (inside.namespaces(), &plan.process);
+            let given = launch::give_pipes_into(inside, child.pid(), user, &options.stdio);
+            step("give the standard streams to the user", given)?;
             let console = child.conduct(&ours, &plan, &record, console_socket.as_ref())?;
             if let Some(path) = &options.pid_file {
                 step("write the pid file", write_pid_file(path, child.pid()))?;

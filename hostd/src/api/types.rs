@@ -32,6 +32,17 @@ pub enum Isolation {
     Vm,
 }
 
+/// Who the users of a container are on the host.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum UserNamespaceMode {
+    /// Users of its own: 0 to 65535 are 65536 users of the host that nobody else is. Its root has no
+    /// rights over anything outside of it.
+    Own,
+    /// The host's users: root in the container is root's user on the host, with fewer rights.
+    Host,
+}
+
 /// `POST /v1/instances` and `PUT /v1/instances/{name}`: an instance as asked for.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -60,6 +71,9 @@ pub struct InstanceSpec {
     /// `user`, `uid`, `user:group` or `uid:gid`; the image's user if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
+    /// `own` if absent. For containers only: a VM shares no users with the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_namespace: Option<UserNamespaceMode>,
     /// An absolute path; the image's if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub working_dir: Option<String>,

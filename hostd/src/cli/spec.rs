@@ -11,7 +11,8 @@ use clap::{Args, ValueEnum};
 use super::error::CliError;
 use super::limits::LimitFlags;
 use crate::api::types::{
-    InstanceSpec, Isolation, MountSpec, NetworkMode, NetworkSpec, PortSpec, Protocol, RestartPolicy,
+    InstanceSpec, Isolation, MountSpec, NetworkMode, NetworkSpec, PortSpec, Protocol,
+    RestartPolicy, UserNamespaceMode,
 };
 
 #[derive(Args, Clone, Debug)]
@@ -40,6 +41,9 @@ pub(super) struct SpecFlags {
     /// User and group, by name or number
     #[arg(short, long, value_name = "USER[:GROUP]")]
     user: Option<String>,
+    /// Who the users of a container are on the host
+    #[arg(long, value_enum)]
+    user_namespace: Option<UserNamespaceFlag>,
     /// Working directory
     #[arg(short, long, value_name = "DIR")]
     workdir: Option<String>,
@@ -83,6 +87,14 @@ enum IsolationFlag {
     Container,
     /// A virtual machine with a kernel of its own
     Vm,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum UserNamespaceFlag {
+    /// Users that nobody else on the host is (the default for containers)
+    Own,
+    /// The host's: root is root
+    Host,
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -131,6 +143,10 @@ impl SpecFlags {
             command: (!self.command.is_empty()).then_some(self.command),
             env: variables,
             user: self.user,
+            user_namespace: self.user_namespace.map(|mode| match mode {
+                UserNamespaceFlag::Own => UserNamespaceMode::Own,
+                UserNamespaceFlag::Host => UserNamespaceMode::Host,
+            }),
             working_dir: self.workdir,
             hostname: self.hostname,
             tty: self.tty,

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -63,6 +64,14 @@ pub(super) struct Launch {
     pub(super) await_client: bool,
 }
 
+/// An instance's end of its interface.
+pub(super) enum End {
+    /// In a network namespace: this one, which is new, or one that is made for it.
+    Namespace(Option<OwnedFd>),
+    /// A tap that this user may open.
+    Tap { owner_uid: u32 },
+}
+
 /// How long each step of a start takes.
 pub(super) struct Phases {
     begun: Instant,
@@ -79,10 +88,26 @@ impl Phases {
 
     /// The phase that has just ended.
     pub(super) fn mark(&mut self, phase: &str) {
-        let took = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.us.insert(phase.to_owned(), took);
+        self.mark_spans(&[(phase, microseconds_since(self.begun))]);
+    }
+
+    /// Phases that ran side by side and have all ended, each with how long it took in microseconds.
+    pub(super) fn mark_spans(&mut self, spans: &[(&str, u64)]) {
+        let spans = spans.iter().map(|(phase, us)| ((*phase).to_owned(), *us));
+        self.us.extend(spans);
         self.begun = Instant::now();
     }
+
+    /// Does `work`, which begins now, and says how long it took in microseconds.
+    pub(super) async fn span<T>(work: impl Future<Output = T>) -> (T, u64) {
+        let begun = Instant::now();
+        let outcome = work.await;
+        (outcome, microseconds_since(begun))
+    }
+}
+
+fn microseconds_since(begun: Instant) -> u64 {
+    u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Engine {
@@ -125,14 +150,17 @@ impl Engine {
     pub(super) async fn attach(
         &self,
         record: &Record,
-        endpoint: Endpoint,
-        owner_uid: Option<u32>,
+        end: End,
     ) -> Result<Option<Attachment>, DriverError> {
+        let (endpoint, owner_uid, namespace) = match end {
+            End::Namespace(made) => (Endpoint::Namespace, None, made),
+            End::Tap { owner_uid } => (Endpoint::Tap, Some(owner_uid), None),
+        };
         let Some(mut request) = attach_request(record, endpoint) else {
             return Ok(None);
         };
         request.owner_uid = owner_uid;
-        match self.network.attach(&request).await {
+        match self.network.attach_to(&request, namespace).await {
             Ok(attachment) => Ok(Some(attachment)),
             Err(error) => Err(from_network(&error)),
         }

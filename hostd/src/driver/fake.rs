@@ -40,6 +40,7 @@ pub const RULES: Rules = Rules {
     memory_overhead_bytes: 0,
     memory_default_bytes: None,
     mounts: true,
+    user_namespace: true,
     disk_size: true,
     memory_snapshots: true,
     no_console: None,

@@ -3,34 +3,45 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+use rustix::fs::CWD;
+use rustix::mount::{MoveMountFlags, move_mount};
+use rustix::thread::{capabilities, set_capabilities};
 use tempfile::TempDir;
 
 /// The kernel takes options of at most a page, the final zero included.
 const OPTIONS_BYTES_MAX: usize = 4095;
 
-/// Mounts an overlay of read-only `layers`, the lowest first, and a writable one at `target`.
-///
-/// `short` is a directory with a short path; links in it stand for the layers while the mount is
-/// made, so that over a hundred layers fit into the options.
+/// A file system of layers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Overlay<'a> {
+    /// Read-only, the lowest first.
+    pub(super) layers: &'a [PathBuf],
+    /// The writable one.
+    pub(super) upper: &'a Path,
+    /// Beside it, for the kernel's own use.
+    pub(super) work: &'a Path,
+    /// A directory with a short path; links in it stand for the layers while the mount is made, so that
+    /// over a hundred layers fit into the options.
+    pub(super) short: &'a Path,
+}
+
+/// Mounts an overlay at `target`.
 ///
 /// # Errors
 /// The kernel refuses, or there are too many layers.
-pub(super) fn mount_overlay(
-    layers: &[PathBuf],
-    upper: &Path,
-    work: &Path,
-    target: &Path,
-    short: &Path,
-) -> io::Result<()> {
-    let links = TempDir::with_prefix_in("l", short)?;
+pub(super) fn mount_overlay(overlay: &Overlay<'_>, target: &Path) -> io::Result<()> {
+    let links = TempDir::with_prefix_in("l", overlay.short)?;
     let mut options = b"lowerdir=".to_vec();
     // The kernel wants the topmost first.
-    for (index, layer) in layers.iter().rev().enumerate() {
+    for (index, layer) in overlay.layers.iter().rev().enumerate() {
         let link = links.path().join(index.to_string());
         symlink(layer, &link)?;
         if index > 0 {
@@ -38,14 +49,15 @@ pub(super) fn mount_overlay(
         }
         options.extend(link.as_os_str().as_bytes());
     }
-    for (name, directory) in [("upper", upper), ("work", work)] {
+    for (name, directory) in [("upper", overlay.upper), ("work", overlay.work)] {
         let link = links.path().join(name);
         symlink(directory, &link)?;
         options.extend(format!(",{name}dir=").as_bytes());
         options.extend(link.as_os_str().as_bytes());
     }
     if options.len() > OPTIONS_BYTES_MAX {
-        let message = format!("{} layers do not fit into one mount", layers.len());
+        let count = overlay.layers.len();
+        let message = format!("{count} layers do not fit into one mount");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
     let options = Some(options.as_slice());
@@ -57,6 +69,73 @@ pub(super) fn mount_overlay(
         options,
     )?;
     Ok(())
+}
+
+/// Mounts an overlay whose files have other owners than on the disk. `map` makes a mapped copy of a mount,
+/// and `user` is who root is then. The copies are attached in `place` meanwhile, since older kernels
+/// do not look for layers anywhere else.
+///
+/// # Errors
+/// The kernel refuses: before 5.19 any such layer, and file systems whose mounts cannot be mapped.
+pub(super) fn mount_mapped_overlay(
+    overlay: &Overlay<'_>,
+    target: &Path,
+    place: &Path,
+    user: u32,
+    map: impl Fn(&Path) -> io::Result<OwnedFd>,
+) -> io::Result<()> {
+    let attach = |directory: Option<&Path>, name: &str| -> io::Result<PathBuf> {
+        let tree = map(directory.ok_or(io::ErrorKind::InvalidInput)?)?;
+        let at = place.join(name);
+        fs::create_dir_all(&at)?;
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        move_mount(&tree, "", CWD, &at, flags)?;
+        Ok(at)
+    };
+    // Upper and work must be on one mount; the layers are side by side.
+    let layers = attach(
+        overlay.layers.first().and_then(|layer| layer.parent()),
+        "layers",
+    )?;
+    let state = attach(overlay.upper.parent(), "state")?;
+    let inside = |place: &Path, path: &Path| path.file_name().map(|name| place.join(name));
+    let mapped: Option<Vec<PathBuf>> = overlay
+        .layers
+        .iter()
+        .map(|path| inside(&layers, path))
+        .collect();
+    let paths = mapped
+        .zip(inside(&state, overlay.upper))
+        .zip(inside(&state, overlay.work));
+    let ((lower, upper), work) = paths.ok_or(io::ErrorKind::InvalidInput)?;
+    let overlay = Overlay {
+        layers: &lower,
+        upper: &upper,
+        work: &work,
+        ..*overlay
+    };
+    let mounted = as_user(user, || mount_overlay(&overlay, target));
+    // The overlay has copies of its own.
+    for at in [state, layers] {
+        umount2(&at, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
+    }
+    mounted
+}
+
+/// Does `work` as a user, with all rights of the caller. Overlayfs makes files as who has mounted it, and a
+/// mapped mount takes none from users that it does not map.
+fn as_user<T: Send>(user: u32, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    let work = || {
+        let rights = capabilities(None)?;
+        setfsgid(Gid::from_raw(user));
+        setfsuid(Uid::from_raw(user));
+        // Who is not root loses those over files.
+        set_capabilities(None, rights)?;
+        work()
+    };
+    // All of this is a thread's own.
+    thread::scope(|scope| scope.spawn(work).join())
+        .unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
 }
 
 /// Unmounts everything at and below `directory`.
@@ -157,8 +236,13 @@ mod tests {
             fs::create_dir(path(name)).unwrap();
         }
         let root = path("run");
-        let (upper, work) = (path("writable/upper"), path("writable/work"));
-        let mounted = mount_overlay(&layers, &upper, &work, &root, Path::new("/run"));
+        let overlay = Overlay {
+            layers: &layers,
+            upper: &path("writable/upper"),
+            work: &path("writable/work"),
+            short: Path::new("/run"),
+        };
+        let mounted = mount_overlay(&overlay, &root);
         let files = fs::read_dir(&root).unwrap().count();
         let last = fs::read_to_string(root.join("last")).unwrap_or_default();
         unmount_below(dir.path()).unwrap();

@@ -45,6 +45,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use ipnet::Ipv4Net;
@@ -187,11 +188,23 @@ impl Network {
     /// A failure leaves nothing behind. An error whose [`NetworkError::is_callers_fault`] holds is
     /// about the request.
     pub async fn attach(&self, request: &AttachRequest) -> Result<Attachment, NetworkError> {
+        self.attach_to(request, None).await
+    }
+
+    /// As [`Network::attach`], with a new network namespace of the caller's for [`Endpoint::Namespace`]:
+    /// one that belongs to a user namespace, say.
+    pub async fn attach_to(
+        &self,
+        request: &AttachRequest,
+        namespace: Option<OwnedFd>,
+    ) -> Result<Attachment, NetworkError> {
         self.detach(&request.name).await?;
         let guest = self.guest(request)?;
         // Side by side, since each takes milliseconds. The one without the other lets nothing through.
-        let (admitted, connected) =
-            tokio::join!(self.admit(&request.name, guest), self.connect(request));
+        let (admitted, connected) = tokio::join!(
+            self.admit(&request.name, guest),
+            self.connect(request, namespace)
+        );
         match admitted.and(connected) {
             Ok(attachment) => Ok(attachment),
             Err(error) => {
@@ -322,7 +335,11 @@ impl Network {
         Ok(found)
     }
 
-    async fn connect(&self, request: &AttachRequest) -> Result<Attachment, NetworkError> {
+    async fn connect(
+        &self,
+        request: &AttachRequest,
+        namespace: Option<OwnedFd>,
+    ) -> Result<Attachment, NetworkError> {
         let names = Names::of(&request.name);
         let address = Ipv4Net::new_assert(request.address, self.config.subnet.prefix_len());
         let mut attachment = Attachment {
@@ -345,7 +362,7 @@ impl Network {
                     gateway: self.gateway(),
                     mtu: self.mtu,
                 };
-                netns::create(path.clone(), inside).await?;
+                netns::create(path.clone(), namespace, inside).await?;
                 attachment.netns = Some(path);
                 &names.veth
             }

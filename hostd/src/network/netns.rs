@@ -5,12 +5,12 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use tokio::sync::oneshot;
 
 use super::error::NetworkError;
@@ -19,15 +19,21 @@ use super::links::{self, Inside};
 /// The calling thread's namespaces. Not `/proc/self`, which is the main thread's.
 const OWN_NETNS: &str = "/proc/thread-self/ns/net";
 
-/// Makes a network namespace at `path` that holds a loopback and one end of a veth
+/// Sets up a network namespace at `path` that holds a loopback and one end of a veth
 /// pair with its address and default route. The other end is in the caller's namespace.
-pub(super) async fn create(path: PathBuf, inside: Inside) -> Result<(), NetworkError> {
+///
+/// The namespace is `made`, which is as new, or one that is made here.
+pub(super) async fn create(
+    path: PathBuf,
+    made: Option<OwnedFd>,
+    inside: Inside,
+) -> Result<(), NetworkError> {
     let (answer, result) = oneshot::channel();
     thread::Builder::new()
         .name("netns".into())
         .spawn(move || {
             // The caller may have gone; then nobody needs to know.
-            let _ = answer.send(create_here(&path, &inside));
+            let _ = answer.send(create_here(&path, made, &inside));
         })
         .map_err(|source| NetworkError::Host {
             action: "start a thread",
@@ -42,7 +48,7 @@ pub(super) async fn create(path: PathBuf, inside: Inside) -> Result<(), NetworkE
     })
 }
 
-fn create_here(path: &Path, inside: &Inside) -> Result<(), NetworkError> {
+fn create_here(path: &Path, made: Option<OwnedFd>, inside: &Inside) -> Result<(), NetworkError> {
     let host = |action| move |source| NetworkError::Host { action, source };
     let at = |action| {
         move |source| NetworkError::Path {
@@ -53,7 +59,11 @@ fn create_here(path: &Path, inside: &Inside) -> Result<(), NetworkError> {
     };
 
     let outside = File::open(OWN_NETNS).map_err(host("open the host's network namespace"))?;
-    unshare(CloneFlags::CLONE_NEWNET)
+    let entered = match made {
+        Some(made) => setns(made, CloneFlags::CLONE_NEWNET),
+        None => unshare(CloneFlags::CLONE_NEWNET),
+    };
+    entered
         .map_err(io::Error::from)
         .map_err(host("make a network namespace"))?;
     File::create(path).map_err(at("create"))?;

@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use container::seccomp;
+use container::users::IdRange;
 use oci_spec::runtime::{Capabilities, Capability, LinuxResources};
 use serde_json::{Value, json};
 
 use super::user::User;
+use super::users::Users;
 use crate::api::types::{InstanceSpec, MountSpec};
 use crate::driver::workload::Workload;
 
@@ -58,6 +60,8 @@ pub(super) struct Parts<'a> {
     pub(super) name: &'a str,
     pub(super) workload: &'a Workload,
     pub(super) user: &'a User,
+    /// The container's own users; without them it has the host's.
+    pub(super) users: Option<&'a Users>,
     pub(super) cgroup_path: &'a str,
     pub(super) resources: &'a LinuxResources,
     /// The network namespace to join; a new one, with loopback alone, if absent.
@@ -83,7 +87,7 @@ pub(super) fn config(parts: &Parts<'_>) -> Value {
         "mounts": mounts(parts),
         "linux": {
             "cgroupsPath": parts.cgroup_path,
-            "namespaces": namespaces(parts.netns),
+            "namespaces": namespaces(parts),
             "resources": resources(parts.resources),
             "seccomp": seccomp::default_profile(&capabilities),
             "maskedPaths": MASKED,
@@ -91,7 +95,7 @@ pub(super) fn config(parts: &Parts<'_>) -> Value {
             "sysctl": {
                 // Both are safe in a network namespace of one's own, and spare a capability.
                 "net.ipv4.ip_unprivileged_port_start": "0",
-                "net.ipv4.ping_group_range": "0 2147483647",
+                "net.ipv4.ping_group_range": format!("0 {}", greatest_group(parts.users)),
             },
         },
     })
@@ -121,15 +125,29 @@ fn process(parts: &Parts<'_>, capabilities: &Capabilities) -> Value {
     })
 }
 
-fn namespaces(netns: Option<&Path>) -> Value {
-    let network = match netns {
+/// The kernel takes only groups that there are.
+fn greatest_group(users: Option<&Users>) -> u32 {
+    users.map_or(i32::MAX.cast_unsigned(), |users| users.range().count - 1)
+}
+
+fn namespaces(parts: &Parts<'_>) -> Value {
+    let network = match parts.netns {
         Some(path) => json!({"type": "network", "path": path}),
         None => json!({"type": "network"}),
     };
-    json!([
-        {"type": "pid"}, {"type": "mount"}, {"type": "uts"}, {"type": "ipc"}, {"type": "cgroup"},
+    let user = parts
+        .users
+        .map(|users| json!({"type": "user", "path": users.path()}));
+    let mut namespaces = vec![
+        json!({"type": "pid"}),
+        json!({"type": "mount"}),
+        json!({"type": "uts"}),
+        json!({"type": "ipc"}),
+        json!({"type": "cgroup"}),
         network,
-    ])
+    ];
+    namespaces.extend(user);
+    Value::Array(namespaces)
 }
 
 /// The limits, and no device but those that every container has.
@@ -198,7 +216,7 @@ fn mounts(parts: &Parts<'_>) -> Value {
                 target, read_only, ..
             },
             source,
-        )| { bind(source, target, *read_only) },
+        )| { mapped(bind(source, target, *read_only), parts.users) },
     ));
     Value::Array(mounts)
 }
@@ -213,6 +231,21 @@ fn bind(source: &Path, destination: &str, read_only: bool) -> Value {
         "destination": destination, "type": "bind", "source": source,
         "options": ["rbind", "rprivate", access],
     })
+}
+
+/// A bind mount whose files are the container's users' as they are the host's on the disk.
+fn mapped(mut mount: Value, users: Option<&Users>) -> Value {
+    let Some(users) = users else {
+        return mount;
+    };
+    let IdRange { first, count } = users.range();
+    let mapping = json!([{"containerID": 0, "hostID": first, "size": count}]);
+    if let Value::Array(options) = &mut mount["options"] {
+        options.push("ridmap".into());
+    }
+    mount["uidMappings"] = mapping.clone();
+    mount["gidMappings"] = mapping;
+    mount
 }
 
 #[cfg(test)]
@@ -246,6 +279,7 @@ mod tests {
             name: "web",
             workload: &workload,
             user: &user,
+            users: None,
             cgroup_path: "/hostd/web",
             resources: &LinuxResources::default(),
             netns: Some(Path::new("/run/netns/web")),

@@ -24,7 +24,7 @@ use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time;
 
-use super::user;
+use super::{user, users};
 use crate::api::types::ExecRequest;
 use crate::driver::stdin::Stdin;
 use crate::driver::{DriverError, SESSION_FRAMES_MAX, Session};
@@ -135,6 +135,9 @@ fn process(run: &Path, request: &ExecRequest) -> Result<Value, DriverError> {
     if let Some(wanted) = &request.user {
         let user =
             user::resolve(&bundle.join("rootfs"), Some(wanted)).map_err(DriverError::Field)?;
+        if has_users(&config) {
+            users::check(&user).map_err(DriverError::Field)?;
+        }
         process["user"] = json!({
             "uid": user.uid, "gid": user.gid, "additionalGids": user.groups,
         });
@@ -151,6 +154,12 @@ fn process(run: &Path, request: &ExecRequest) -> Result<Value, DriverError> {
         );
     }
     Ok(process)
+}
+
+/// Whether the container has users of its own.
+fn has_users(config: &Value) -> bool {
+    let namespaces = config["linux"]["namespaces"].as_array();
+    namespaces.is_some_and(|all| all.iter().any(|one| one["type"] == "user"))
 }
 
 /// The runtime's process and its streams.

@@ -2,8 +2,10 @@
 
 mod config;
 mod exec;
+mod root;
 mod snapshots;
 mod user;
+mod users;
 
 use std::convert;
 use std::fs;
@@ -16,16 +18,17 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 
 use self::config::Parts;
-use super::confined::{Engine, Launch, Phases, blocking};
+use self::root::Root;
+use self::users::Users;
+use super::confined::{End, Engine, Launch, Phases, blocking};
 use super::workload::{Workload, stop_signal};
 use super::{
     Channel, Control, Driver, DriverError, Extent, Recovered, Running, Session, chain, machine_id,
-    mounts,
 };
 use crate::api::types::{Effect, Limits, Stats};
 use crate::image::ImageError;
 use crate::limits::{self, MIB, Rules};
-use crate::network::{Attachment, Endpoint};
+use crate::network::Attachment;
 use crate::store::Record;
 use crate::validate::FieldError;
 use crate::volume;
@@ -39,6 +42,7 @@ pub const RULES: Rules = Rules {
     memory_overhead_bytes: 0,
     memory_default_bytes: None,
     mounts: true,
+    user_namespace: true,
     disk_size: false,
     memory_snapshots: false,
     no_console: Some(NO_CONSOLE),
@@ -74,28 +78,34 @@ impl ContainerDriver {
             volume::sources(&engine.paths.volumes(), &spec.mounts).map_err(DriverError::Field)?;
         phases.mark("image");
 
-        let attachment = engine.attach(record, Endpoint::Namespace, None).await?;
-        phases.mark("network");
+        let (asked, index) = (spec.clone(), record.index);
+        let (users, namespace) = blocking(move || Users::make(&asked, index)).await?;
+        let users = users.map(Arc::new);
+        if let Some(users) = &users {
+            users.check_sources(&sources).map_err(DriverError::Field)?;
+        }
+        phases.mark("users");
 
-        let rootfs = run.join("bundle/rootfs");
-        let state = engine.paths.instance_state(&record.instance.name);
-        let short = engine.paths.run.clone();
-        let layers = image.layers;
-        let wanted = workload.user.clone();
-        let machine_id = machine_id::of_clone(&record.instance);
-        let user = blocking(move || {
-            mount_root(&layers, &state, &rootfs, &short)?;
-            if let Some(machine_id) = machine_id {
-                machine_id::replace(&rootfs, &machine_id)
-                    .map_err(DriverError::io("giving the clone a machine id of its own"))?;
-            }
-            user::resolve(&rootfs, wanted.as_deref()).map_err(DriverError::Field)
-        })
-        .await?;
-        phases.mark("rootfs");
+        let root = Root {
+            layers: image.layers,
+            state: engine.paths.instance_state(&record.instance.name),
+            run: run.clone(),
+            short: engine.paths.run.clone(),
+            machine_id: machine_id::of_clone(&record.instance),
+            user: workload.user.clone(),
+        };
+        let for_root = users.clone();
+        // Neither needs the other, and both wait for the kernel.
+        let ((attachment, network_us), (user, rootfs_us)) = tokio::join!(
+            Phases::span(engine.attach(record, End::Namespace(namespace))),
+            Phases::span(blocking(move || root.mount(for_root.as_deref()))),
+        );
+        let (attachment, user) = (attachment?, user?);
+        phases.mark_spans(&[("network", network_us), ("rootfs", rootfs_us)]);
 
         let etc = run.join("etc");
-        write_etc(&etc, record, attachment.as_ref())
+        let root = users.as_ref().map_or(0, |users| users.range().first);
+        write_etc(&etc, root, record, attachment.as_ref())
             .map_err(DriverError::io("writing the files of /etc"))?;
         let resources = to_resources(&spec.limits, engine)?;
         let config = config::config(&Parts {
@@ -103,6 +113,7 @@ impl ContainerDriver {
             name: &record.instance.name,
             workload: &workload,
             user: &user,
+            users: users.as_deref(),
             cgroup_path: &engine.cgroup_path(&record.instance.name),
             resources: &resources,
             netns: attachment
@@ -247,21 +258,13 @@ fn check_disk(limits: &Limits, engine: &Engine) -> Result<(), DriverError> {
     }
 }
 
-fn mount_root(
-    layers: &[std::path::PathBuf],
-    state: &Path,
-    rootfs: &Path,
-    short: &Path,
-) -> Result<(), DriverError> {
-    let (upper, work) = (state.join("upper"), state.join("work"));
-    for directory in [&upper, &work] {
-        fs::create_dir_all(directory).map_err(DriverError::io("making the writable layer"))?;
-    }
-    mounts::mount_overlay(layers, &upper, &work, rootfs, short)
-        .map_err(DriverError::io("mounting the root file system"))
-}
-
-fn write_etc(etc: &Path, record: &Record, attachment: Option<&Attachment>) -> std::io::Result<()> {
+/// Writes the files for /etc, which are the user `root`'s.
+fn write_etc(
+    etc: &Path,
+    root: u32,
+    record: &Record,
+    attachment: Option<&Attachment>,
+) -> std::io::Result<()> {
     fs::create_dir_all(etc)?;
     let instance = &record.instance;
     let hostname = instance.spec.hostname.as_deref().unwrap_or(&instance.name);
@@ -274,9 +277,17 @@ fn write_etc(etc: &Path, record: &Record, attachment: Option<&Attachment>) -> st
         .iter()
         .map(|server| format!("nameserver {server}\n"))
         .collect();
-    fs::write(etc.join("hostname"), format!("{hostname}\n"))?;
-    fs::write(etc.join("hosts"), hosts)?;
-    fs::write(etc.join("resolv.conf"), resolv)
+    let hostname = format!("{hostname}\n");
+    for (name, text) in [
+        ("hostname", hostname),
+        ("hosts", hosts),
+        ("resolv.conf", resolv),
+    ] {
+        let path = etc.join(name);
+        fs::write(&path, text)?;
+        std::os::unix::fs::chown(&path, Some(root), Some(root))?;
+    }
+    Ok(())
 }
 
 /// The image store's errors, as far as a start can meet them.

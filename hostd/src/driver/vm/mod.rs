@@ -29,7 +29,7 @@ use vmm::control::{MachineState, Request as MachineRequest, Response as MachineR
 
 use self::console::Consoles;
 use self::machine::Parts;
-use super::confined::{Engine, Launch, Phases, blocking};
+use super::confined::{End, Engine, Launch, Phases, blocking};
 use super::container::from_image;
 use super::monitor::Monitor;
 use super::workload::{Workload, stop_signal};
@@ -39,7 +39,7 @@ use super::{
 };
 use crate::api::types::{Effect, Limits, Stats};
 use crate::limits::{self, MIB, Rules};
-use crate::network::{Attachment, Endpoint, format_mac};
+use crate::network::{Attachment, format_mac};
 use crate::store::Record;
 
 /// What a VM without `memory.max` has.
@@ -60,6 +60,7 @@ pub const RULES: Rules = Rules {
     memory_overhead_bytes: VMM_OVERHEAD_BYTES,
     memory_default_bytes: Some(MEMORY_DEFAULT_BYTES),
     mounts: false,
+    user_namespace: false,
     disk_size: true,
     memory_snapshots: true,
     no_console: None,
@@ -120,7 +121,7 @@ impl VmDriver {
         phases.mark("disk");
 
         let uid = machine::uid(record.index);
-        let attachment = engine.attach(record, Endpoint::Tap, Some(uid)).await?;
+        let attachment = engine.attach(record, End::Tap { owner_uid: uid }).await?;
         phases.mark("network");
 
         let segment = run.join("segment.cpio");
