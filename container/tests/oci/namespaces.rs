@@ -152,6 +152,28 @@ fn users_of_the_namespace_are_others_on_the_host_and_unmapped_ones_are_refused()
     bundle.assert_refused("cannot set the user id");
 }
 
+/// Pipes are the caller's, who is nobody there; also in a namespace that somebody else made.
+#[test]
+fn standard_streams_can_be_opened_again_in_a_user_namespace() {
+    let script = "exec > /dev/stdout 2> /dev/stderr; echo out; echo err >&2";
+    for uid in [0, 5] {
+        let user = |config: &mut Value| config["process"]["user"] = json!({"uid": uid, "gid": 6});
+        let made = with_user_namespace(Bundle::new(script)).with(user).run();
+        let sleeping = with_user_namespace(Bundle::new("exec sleep 100")).with(user);
+        sleeping.start();
+        let path = format!("/proc/{}/ns/user", sleeping.state()["pid"]);
+        let beside = sleeping.verb(&["exec"], &["sh", "-c", script]);
+        let joined = Bundle::new(script).with(user).with(|config| {
+            add_namespace(config, json!({"type": "user", "path": path}));
+        });
+        chown(joined.rootfs(), Some(MAPPED_UID), Some(MAPPED_GID)).unwrap();
+        for ended in [made, beside, joined.run()] {
+            let said = (ended.stdout.as_str(), ended.stderr.as_str());
+            assert_eq!(said, ("out\n", "err\n"), "{uid}: {ended:?}");
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_a_namespace_is_refused() {
     let namespaces = |namespaces: Value| {

@@ -245,13 +245,13 @@ fn user_namespaces(facts: &Facts) -> Finding {
     match facts.user_namespaces {
         Some(0) => warning(
             CHECK,
-            "User namespaces are forbidden.",
+            "User namespaces are forbidden: containers run only with the host's users.",
             "Allow them: `sysctl -w user.max_user_namespaces=65536`.",
         ),
         Some(max) => ok(CHECK, format!("Up to {max} user namespaces may be made.")),
         None => warning(
             CHECK,
-            "The kernel has no user namespaces.",
+            "The kernel has no user namespaces: containers run only with the host's users.",
             "Use a kernel with CONFIG_USER_NS.",
         ),
     }

@@ -193,6 +193,8 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
     use super::*;
 
     #[test]
@@ -205,6 +207,31 @@ mod tests {
         ] {
             assert_eq!(unescape(field.as_bytes()), text.as_bytes());
         }
+    }
+
+    #[test]
+    fn work_as_a_user_leaves_the_caller_as_he_was_and_has_his_rights() {
+        let dir = TempDir::new().unwrap();
+        let [theirs, ours] = ["theirs", "ours"].map(|name| dir.path().join(name));
+        let foreign = dir.path().join("foreign");
+        fs::create_dir(&foreign).unwrap();
+        fs::set_permissions(&foreign, fs::Permissions::from_mode(0o700)).unwrap();
+        as_user(3_000_000_000, || {
+            fs::write(&theirs, "")?;
+            fs::read_dir(&foreign).map(drop)
+        })
+        .unwrap();
+        fs::write(&ours, "").unwrap();
+        let owner = |path| {
+            let found = fs::metadata(path).unwrap();
+            (found.uid(), found.gid())
+        };
+        assert_eq!(owner(theirs), (3_000_000_000, 3_000_000_000));
+        assert_eq!(owner(ours), (0, 0));
+        let failed = as_user(5, || -> io::Result<()> {
+            Err(io::ErrorKind::NotFound.into())
+        });
+        assert_eq!(failed.unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     /// As many layers as images have at most; each holds one file.

@@ -13,6 +13,7 @@ mod network;
 mod origins;
 mod process;
 mod snapshots;
+mod users;
 mod vmm;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -47,6 +48,7 @@ const LONE_TESTS: &[(&str, &[Named<KindTest>])] = &[("daemon", daemon::TESTS)];
 const HOST_TESTS: &[(Kind, &str, &[Named<HostTest>])] = &[
     (Kind::Container, "api", api::TESTS),
     (Kind::Container, "images", images::TESTS),
+    (Kind::Container, "users", users::TESTS),
     (Kind::Vm, "crash", crash::TESTS),
     (Kind::Vm, "memory", memory::TESTS),
     (Kind::Vm, "vmm", vmm::TESTS),
