@@ -13,15 +13,18 @@ use crate::api::types::Finding;
 /// Where the guest's kernel and initramfs are, unless hostd was told another place.
 pub const GUEST_DIR: &str = "/usr/lib/hostd/guest";
 
+/// Where hostd keeps its state, unless it was told another place.
+pub const STATE_DIR: &str = "/var/lib/hostd";
+
 /// Every check of this host. Reads files and runs `nft`, so it may take some milliseconds: not for a
 /// thread of the async runtime.
 pub fn findings() -> Vec<Finding> {
-    findings_for(Path::new(GUEST_DIR))
+    findings_for(Path::new(GUEST_DIR), Path::new(STATE_DIR))
 }
 
-/// As [`findings`], with the guest's kernel and initramfs in `guest_dir`.
-pub fn findings_for(guest_dir: &Path) -> Vec<Finding> {
-    judge::all(&probe::look(guest_dir))
+/// As [`findings`], with the guest's kernel and initramfs in `guest_dir`, and the state in `state_dir`.
+pub fn findings_for(guest_dir: &Path, state_dir: &Path) -> Vec<Finding> {
+    judge::all(&probe::look(guest_dir, state_dir))
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ pub(super) async fn show(State(context): State<Context>) -> Json<Host> {
             .fold(0, u64::saturating_add),
         cgroup: host::cgroup_layout().to_owned(),
         instances: u64::try_from(records.len()).unwrap_or(u64::MAX),
-        findings: doctor::findings_for(&context.paths.guest),
+        findings: doctor::findings_for(&context.paths.guest, &context.paths.state),
     })
 }
 

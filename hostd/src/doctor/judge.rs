@@ -248,6 +248,12 @@ fn user_namespaces(facts: &Facts) -> Finding {
             "User namespaces are forbidden: containers run only with the host's users.",
             "Allow them: `sysctl -w user.max_user_namespaces=65536`.",
         ),
+        Some(_) if facts.state_maps_owners == Some(false) => warning(
+            CHECK,
+            "The file system of the state directory cannot give its files to the users of a container: \
+             containers run only with the host's users.",
+            "Put hostd's --state-dir on ext4, XFS or Btrfs.",
+        ),
         Some(max) => ok(CHECK, format!("Up to {max} user namespaces may be made.")),
         None => warning(
             CHECK,
@@ -392,6 +398,7 @@ mod tests {
             erofs: Feature::Loadable,
             mkfs_erofs: true,
             user_namespaces: Some(1000),
+            state_maps_owners: Some(true),
             tun: Device::Opens,
             vhost_net: Device::Missing,
             nft: Nft::Works { dropping: vec![] },
@@ -524,6 +531,12 @@ mod tests {
             "user-namespaces",
             Warning,
             "forbidden",
+        ),
+        (
+            |f| f.state_maps_owners = Some(false),
+            "user-namespaces",
+            Warning,
+            "cannot give its files",
         ),
         (
             |f| f.user_namespaces = None,

@@ -7,6 +7,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::process::Command;
 
+use container::users::{IdRange, UserNamespace};
 use serde_json::Value;
 
 /// Programs may be in these also where PATH does not say so.
@@ -27,6 +28,8 @@ pub(super) struct Facts {
     pub(super) mkfs_erofs: bool,
     /// How many user namespaces may be made; `None` if the kernel knows none.
     pub(super) user_namespaces: Option<u64>,
+    /// Whether mounts of the state directory can map the owners of files; `None` if that could not be tried.
+    pub(super) state_maps_owners: Option<bool>,
     pub(super) tun: Device,
     pub(super) vhost_net: Device,
     pub(super) nft: Nft,
@@ -80,7 +83,7 @@ pub(super) enum Nft {
     },
 }
 
-pub(super) fn look(guest_dir: &Path) -> Facts {
+pub(super) fn look(guest_dir: &Path, state_dir: &Path) -> Facts {
     let kernel = text("/proc/sys/kernel/osrelease").trim().to_owned();
     let guest_file = |names: &[&str]| names.iter().any(|name| guest_dir.join(name).is_file());
     Facts {
@@ -95,6 +98,7 @@ pub(super) fn look(guest_dir: &Path) -> Facts {
             .trim()
             .parse()
             .ok(),
+        state_maps_owners: maps_owners(state_dir),
         tun: open("/dev/net/tun"),
         vhost_net: open("/dev/vhost-net"),
         nft: nft(),
@@ -120,6 +124,17 @@ fn open(path: &str) -> Device {
         Err(error) if error.kind() == ErrorKind::NotFound => Device::Missing,
         Err(error) if error.kind() == ErrorKind::PermissionDenied => Device::Denied,
         Err(error) => Device::Broken(error.to_string()),
+    }
+}
+
+/// Tries it on the directory, or where it would be made. Nothing is mounted anywhere.
+fn maps_owners(directory: &Path) -> Option<bool> {
+    let there = directory.ancestors().find(|path| path.is_dir())?;
+    let users = UserNamespace::new(IdRange { first: 1, count: 1 }).ok()?;
+    match users.mapped_tree(there, false) {
+        Ok(_) => Some(true),
+        Err(error) if error.kind() == ErrorKind::InvalidInput => Some(false),
+        Err(_) => None,
     }
 }
 
@@ -258,6 +273,15 @@ mod tests {
         assert_eq!(cpu_flag("flags : fpu vmx\n"), Some("vmx"));
         assert_eq!(cpu_flag("flags : fpu svm_lock\n"), None);
         assert_eq!(cpu_flag(""), None);
+    }
+
+    #[test]
+    fn owners_are_mapped_where_the_file_system_can() {
+        assert_eq!(maps_owners(Path::new("/proc/nowhere")), Some(false));
+        assert_eq!(
+            maps_owners(&env::current_dir().unwrap().join("x")),
+            Some(true)
+        );
     }
 
     #[test]
