@@ -38,6 +38,14 @@ pub(super) struct Overlay<'a> {
 /// # Errors
 /// The kernel refuses, or there are too many layers.
 pub(super) fn mount_overlay(overlay: &Overlay<'_>, target: &Path) -> io::Result<()> {
+    with_options(overlay, |options| mount_with(options, target))
+}
+
+/// Does `work` with the kernel's options for an overlay.
+fn with_options(
+    overlay: &Overlay<'_>,
+    work: impl FnOnce(&[u8]) -> io::Result<()>,
+) -> io::Result<()> {
     let links = TempDir::with_prefix_in("l", overlay.short)?;
     let mut options = b"lowerdir=".to_vec();
     // The kernel wants the topmost first.
@@ -60,15 +68,12 @@ pub(super) fn mount_overlay(overlay: &Overlay<'_>, target: &Path) -> io::Result<
         let message = format!("{count} layers do not fit into one mount");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
-    let options = Some(options.as_slice());
-    mount(
-        Some("overlay"),
-        target,
-        Some("overlay"),
-        MsFlags::empty(),
-        options,
-    )?;
-    Ok(())
+    work(&options)
+}
+
+fn mount_with(options: &[u8], target: &Path) -> io::Result<()> {
+    let kind = Some("overlay");
+    Ok(mount(kind, target, kind, MsFlags::empty(), Some(options))?)
 }
 
 /// Mounts an overlay whose files have other owners than on the disk. `map` makes a mapped copy of a mount,
@@ -114,12 +119,14 @@ pub(super) fn mount_mapped_overlay(
         work: &work,
         ..*overlay
     };
-    let mounted = as_user(user, || mount_overlay(&overlay, target));
+    let mounted = with_options(&overlay, |options| {
+        as_user(user, || mount_with(options, target))
+    });
     // The overlay has copies of its own.
-    for at in [state, layers] {
-        umount2(&at, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
-    }
-    mounted
+    let detach = |at: &PathBuf| umount2(at, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+    let detached = [state, layers].iter().try_for_each(detach);
+    mounted?;
+    Ok(detached?)
 }
 
 /// Does `work` as a user, with all rights of the caller. Overlayfs makes files as who has mounted it, and a

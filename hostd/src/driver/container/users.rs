@@ -57,6 +57,10 @@ impl Users {
                 "this host makes no more user namespaces",
                 "raise the sysctl user.max_user_namespaces",
             )),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(refused(
+                &format!("hostd itself has no right to the host's users from {FIRST} on"),
+                "run it as root outside of any user namespace",
+            )),
             Err(error) => Err(DriverError::io("making a user namespace")(error)),
         }
     }
