@@ -3,10 +3,12 @@
 
 mod bundle;
 mod goals;
+mod order;
 mod report;
 mod runtime;
 mod scenes;
 mod seccomp;
+mod trace;
 
 use std::io::{self, Write};
 
@@ -35,6 +37,9 @@ pub(crate) struct Arguments {
     /// How often each runtime does each thing
     #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(3..=10_000))]
     runs: u32,
+    /// Measure nothing: have the linker put together what is executed (container/functions.order)
+    #[arg(long)]
+    order: bool,
     /// Print the figures as JSON
     #[arg(long)]
     json: bool,
@@ -65,6 +70,9 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
         .tempdir_in("/run")?;
     let bundles = Bundles::make(work.path())?;
     let mut runtimes = vec![Runtime::ours(states.path())?];
+    if arguments.order {
+        return order::write(&runtimes[0], &bundles, work.path());
+    }
     for peer in &arguments.peers {
         runtimes.push(Runtime::of(peer, states.path())?);
     }
