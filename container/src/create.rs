@@ -218,8 +218,6 @@ pub fn create_started(options: CreateOptions) -> Result<Created, CreateError> {
     let (root, id) = (options.root.clone(), options.id.clone());
     let manager = options.service_manager.clone();
     let (created, channel) = make(options, Starter::Creator)?;
-    // What has made it is done, too.
-    footprint::forget_code();
     match await_start(&root, &id, manager.as_ref(), &channel) {
         Ok(proxy) => Ok(Created { proxy, ..created }),
         Err(error) => {

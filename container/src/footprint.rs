@@ -20,8 +20,8 @@ unsafe extern "C" {
 }
 
 /// Unmaps the program's code and constants until they are used again, each with its neighbourhood of
-/// 64 KiB. A container is made in steps that use different parts of the program, the command line's a
-/// third of it; and a process that only waits for a container uses next to nothing.
+/// 64 KiB. To read and check a configuration takes half of the program, which is not needed then; and a
+/// process that only waits for a container uses next to nothing.
 pub fn forget_code() {
     let start = &raw const __executable_start;
     let end = &raw const etext;

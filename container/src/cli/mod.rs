@@ -208,7 +208,6 @@ pub(crate) fn run(arguments: Arguments) -> Result<i32> {
     let Arguments { global, verb, .. } = arguments;
     if verb.enters() {
         container::sealed::seal();
-        container::footprint::forget_code();
     }
     match verb {
         Verb::Create(create) => create.run(&global),

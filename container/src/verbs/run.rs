@@ -71,8 +71,6 @@ pub fn run(options: CreateOptions, mode: RunMode) -> Result<Option<Exit>, RunErr
     };
     let exit = attend(&created.process, &signals, created.console, created.proxy);
     if !mode.keep {
-        // A short run has let go of nothing since it was started.
-        footprint::forget_code();
         let force = exit.is_err();
         for warning in delete(&DeleteOptions { root, id, force })? {
             crate::log::warn(&warning);

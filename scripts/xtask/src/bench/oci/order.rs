@@ -41,9 +41,10 @@ pub(super) fn write(runtime: &Runtime, bundles: &Bundles, work: &Path) -> Result
     let text = names
         .iter()
         .fold(HEADER.to_owned(), |text, name| text + name + "\n");
-    fs::write(paths::root().join(FILE), text).context("Cannot write the list")?;
-    println!("{} functions are in {FILE}", names.len());
-    Ok(())
+    let what = format!("Write the names of {} functions to {FILE}", names.len());
+    step(&what, || {
+        fs::write(paths::root().join(FILE), text).context("Cannot write the list")
+    })
 }
 
 /// The function that lets go of the program's code, and so would of all that a trace has put there.

@@ -104,7 +104,11 @@ impl Trace {
                 WaitStatus::PtraceEvent(pid, _, _) => go_on(pid, None),
                 WaitStatus::Stopped(pid, Signal::SIGTRAP) => self.note(pid),
                 WaitStatus::Stopped(pid, signal) => go_on(pid, Some(signal)),
-                _ => Ok(()),
+                WaitStatus::Exited(..)
+                | WaitStatus::Signaled(..)
+                | WaitStatus::PtraceSyscall(_)
+                | WaitStatus::Continued(_)
+                | WaitStatus::StillAlive => Ok(()),
             };
             led.context("Cannot lead a process")?;
         }
