@@ -22,6 +22,7 @@ unsafe extern "C" {
 /// Unmaps the program's code and constants until they are used again, each with its neighbourhood of
 /// 64 KiB. To read and check a configuration takes half of the program, which is not needed then; and a
 /// process that only waits for a container uses next to nothing.
+#[inline(never)] // So that a trace of the program's functions can leave it out.
 pub fn forget_code() {
     let start = &raw const __executable_start;
     let end = &raw const etext;

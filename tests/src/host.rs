@@ -80,7 +80,9 @@ impl Host {
 
     fn start() -> Self {
         let binaries = binaries();
-        let dir = TempDir::with_prefix("hostd-e2e-").expect("a directory can be made");
+        // On a disk: the owners of a tmpfs's files cannot be mapped before Linux 6.3.
+        let dir = TempDir::with_prefix_in("hostd-e2e-", "/var/tmp");
+        let dir = dir.expect("a directory can be made");
         let keeper = keep_namespace();
         let daemon = spawn_daemon(&binaries, dir.path(), &keeper);
         let socket = dir.path().join("run/hostd.sock");

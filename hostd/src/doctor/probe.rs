@@ -278,10 +278,9 @@ mod tests {
     #[test]
     fn owners_are_mapped_where_the_file_system_can() {
         assert_eq!(maps_owners(Path::new("/proc/nowhere")), Some(false));
-        assert_eq!(
-            maps_owners(&env::current_dir().unwrap().join("x")),
-            Some(true)
-        );
+        let here = env::current_dir().unwrap();
+        assert!(maps_owners(&here).is_some());
+        assert_eq!(maps_owners(&here.join("not-made-yet")), maps_owners(&here));
     }
 
     #[test]

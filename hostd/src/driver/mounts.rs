@@ -13,7 +13,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, move_mount};
-use rustix::thread::{capabilities, set_capabilities};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use tempfile::TempDir;
 
 /// The kernel takes options of at most a page, the final zero included.
@@ -129,11 +129,13 @@ pub(super) fn mount_mapped_overlay(
     Ok(detached?)
 }
 
-/// Does `work` as a user, with all rights of the caller. Overlayfs makes files as who has mounted it, and a
-/// mapped mount takes none from users that it does not map.
+/// Does `work` as a user, with the caller's rights but one. Overlayfs makes files as who has mounted it, and
+/// a mapped mount takes none from users that it does not map. It writes with his rights as well, and what a
+/// file system keeps in reserve for the host is not for containers (CAP_SYS_RESOURCE).
 fn as_user<T: Send>(user: u32, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     let work = || {
-        let rights = capabilities(None)?;
+        let mut rights = capabilities(None)?;
+        rights.effective.remove(CapabilitySet::SYS_RESOURCE);
         setfsgid(Gid::from_raw(user));
         setfsuid(Uid::from_raw(user));
         // Who is not root loses those over files.

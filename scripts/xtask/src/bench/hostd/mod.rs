@@ -51,7 +51,7 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
     place::enter_own_network()?;
     let work = tempfile::Builder::new()
         .prefix("hostd-bench-")
-        .tempdir_in("/tmp")?;
+        .tempdir_in("/var/tmp")?;
     let hostd = step("Start hostd", || Hostd::start(work.path(), &image))?;
     let podman = step("Set podman up", || Podman::set_up(work.path(), &image))?;
     let mut rows = Vec::new();
