@@ -1,8 +1,9 @@
 //! How hostd-oci is linked.
 //!
 //! What a runtime takes of memory is mostly its own code, of which the kernel maps 64 KiB around each
-//! place that is used. So functions that are the same are folded into one, and those of the C library
-//! that every run uses lie side by side (`functions.order`, in which names that are not there do no harm).
+//! place that is used. So functions that are the same are folded into one, and those that a container's
+//! life uses lie side by side, in that order (`functions.order`, made by `scripts/bench oci --order`; names in
+//! it that are not there do no harm).
 //! The linker is LLVM's, which is the one that Rust brings along for this target.
 
 fn main() {
