@@ -4,7 +4,6 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use crate::plan::mounts::{IdMap, MountKind, MountPlan, Tree};
-use crate::plan::namespaces::Kind;
 use crate::users;
 
 /// Why a mount could not be mapped.
@@ -36,11 +35,7 @@ pub(crate) fn apply(mounts: &[MountPlan]) -> Result<(), IdMapError> {
         };
         let namespace = match made {
             Some((known, namespace)) if known.maps_like(map) => namespace,
-            _ => {
-                let [namespace] =
-                    users::make(&map.uid_map, &map.gid_map, [Kind::USER]).map_err(failed)?;
-                namespace
-            }
+            _ => users::with_maps(&map.uid_map, &map.gid_map).map_err(failed)?,
         };
         users::map_owners(tree, map.recursive, namespace.as_fd()).map_err(failed)?;
         made = Some((map, namespace));

@@ -279,16 +279,21 @@ fn named(kind: Kind, error: nix::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", kind.file_name()))
 }
 
-/// Writes the mappings of a new user namespace from outside, where the rights are.
-pub(crate) fn write_maps(plan: &NamespacePlan, pid: i32) -> io::Result<()> {
+/// Writes the mappings of the user namespace, if there is a new one.
+fn write_maps(plan: &NamespacePlan, pid: i32) -> io::Result<()> {
     if !plan.makes(Kind::USER) {
         return Ok(());
     }
+    write_id_maps(pid, &plan.uid_map, &plan.gid_map)
+}
+
+/// Writes the mappings of a process's new user namespace from outside, where the rights are.
+pub(crate) fn write_id_maps(pid: i32, uid_map: &str, gid_map: &str) -> io::Result<()> {
     let write = |file: &str, text: &str| std::fs::write(format!("/proc/{pid}/{file}"), text);
     if !rustix::process::geteuid().is_root() {
         // The kernel's condition for a mapping written by a user without rights (user_namespaces(7)).
         write("setgroups", "deny")?;
     }
-    write("gid_map", &plan.gid_map)?;
-    write("uid_map", &plan.uid_map)
+    write("gid_map", gid_map)?;
+    write("uid_map", uid_map)
 }

@@ -13,9 +13,9 @@ use rustix::process::{
     set_parent_process_death_signal, waitid,
 };
 
-use crate::namespaces::write_maps;
+use crate::namespaces::write_id_maps;
 use crate::plan::mounts::clone_tree;
-use crate::plan::namespaces::{Kind, NamespacePlan};
+use crate::plan::namespaces::Kind;
 use crate::sys::{self, Cloned, MountAttributes, mount_setattr};
 
 /// Users and groups of the host that stand for those from 0 on in a user namespace.
@@ -48,7 +48,7 @@ impl UserNamespace {
     /// `user.max_user_namespaces` has been reached.
     pub fn new(range: IdRange) -> io::Result<Self> {
         let map = range.map();
-        let [file] = make(&map, &map, [Kind::USER])?;
+        let file = with_maps(&map, &map)?;
         Ok(Self { file })
     }
 
@@ -59,8 +59,10 @@ impl UserNamespace {
     /// Those of [`UserNamespace::new`]; ENOSPC also for `user.max_net_namespaces`.
     pub fn with_network(range: IdRange) -> io::Result<(Self, OwnedFd)> {
         let map = range.map();
-        let [file, network] = make(&map, &map, [Kind::USER, Kind::NETWORK])?;
-        Ok((Self { file }, network))
+        make(&map, &map, Kind::USER.0 | Kind::NETWORK.0, |pid| {
+            let file = open(pid, Kind::USER)?;
+            Ok((Self { file }, open(pid, Kind::NETWORK)?))
+        })
     }
 
     /// A copy of the mount at `path`, with `recursive` of those below as well, attached nowhere. Through it
@@ -94,37 +96,37 @@ pub(crate) fn map_owners(
     mount_setattr(tree.as_fd(), attributes, recursive, Some(user_namespace))
 }
 
-/// Makes new namespaces, one of them a user namespace with a mapping, held by nothing but the descriptors.
-/// The kernel makes them for a process only, so there is one, which does nothing else.
-pub(crate) fn make<const COUNT: usize>(
+/// Makes the new namespaces of `flags`, one of them a user namespace with a mapping, and has `open` open those
+/// of a process. The kernel makes them for a process only, so there is one, which does nothing else and has
+/// ended afterwards.
+fn make<T>(
     uid_map: &str,
     gid_map: &str,
-    kinds: [Kind; COUNT],
-) -> io::Result<[OwnedFd; COUNT]> {
-    let flags = kinds.iter().fold(0, |flags, kind| flags | kind.0);
-    let plan = NamespacePlan {
-        new: flags,
-        uid_map: uid_map.to_owned(),
-        gid_map: gid_map.to_owned(),
-        ..NamespacePlan::default()
-    };
+    flags: u64,
+    open: impl FnOnce(i32) -> io::Result<T>,
+) -> io::Result<T> {
     let parent = getpid();
     match sys::clone3(flags, None)? {
         Cloned::Child => hold_out(parent),
         Cloned::Parent { pid, pidfd } => {
-            let open = |kind: Kind| File::open(format!("/proc/{pid}/ns/{}", kind.file_name()));
-            let opened = write_maps(&plan, pid).and_then(|()| {
-                let files: io::Result<Vec<File>> = kinds.into_iter().map(open).collect();
-                files
-            });
+            let opened = write_id_maps(pid, uid_map, gid_map).and_then(|()| open(pid));
             let ended = pidfd_send_signal(&pidfd, Signal::KILL)
                 .and_then(|()| waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED));
-            let mut files = opened?.into_iter().map(OwnedFd::from);
+            let opened = opened?;
             ended?;
-            let all = std::array::from_fn(|_| files.next());
-            Ok(all.map(|file| file.expect("a file was opened for each kind")))
+            Ok(opened)
         }
     }
+}
+
+/// Makes a user namespace with a mapping, held by nothing but the descriptor.
+pub(crate) fn with_maps(uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
+    make(uid_map, gid_map, Kind::USER.0, |pid| open(pid, Kind::USER))
+}
+
+fn open(pid: i32, kind: Kind) -> io::Result<OwnedFd> {
+    let file = File::open(format!("/proc/{pid}/ns/{}", kind.file_name()))?;
+    Ok(file.into())
 }
 
 /// The part of the process: it is there until it is killed, if need be by the end of its parent. That may

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Parser;
 use hostd::daemon::{self, Options};
+use hostd::doctor;
 use hostd::network::NetworkConfig;
 use hostd::paths::Paths;
 use ipnet::Ipv4Net;
@@ -24,7 +25,7 @@ struct Arguments {
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
     /// What survives a reboot: images, instances, the database
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/hostd")]
+    #[arg(long, value_name = "DIR", default_value = doctor::STATE_DIR)]
     state_dir: PathBuf,
     /// What dies with the host: sockets, mounts, network namespaces
     #[arg(long, value_name = "DIR", default_value = "/run/hostd")]
@@ -33,7 +34,7 @@ struct Arguments {
     #[arg(long, value_name = "DIR")]
     helpers_dir: Option<PathBuf>,
     /// The guests' `kernel` and `initramfs`
-    #[arg(long, value_name = "DIR", default_value = "/usr/lib/hostd/guest")]
+    #[arg(long, value_name = "DIR", default_value = doctor::GUEST_DIR)]
     guest_dir: PathBuf,
     /// The cgroup that holds those of the instances
     #[arg(long, value_name = "PATH", default_value = "/hostd")]

@@ -1,9 +1,12 @@
 //! `/v1/host` and `/v1/metrics`: what this host is, has, and gives to its instances.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::header;
 use axum::response::IntoResponse;
+use tokio::task;
 
 use super::Context;
 use super::types::{Host, Problem};
@@ -15,6 +18,10 @@ use crate::{doctor, host, lifecycle, metrics};
 #[utoipa::path(get, path = "/v1/host", responses(
     (status = 200, body = Host), (status = "5XX", body = Problem)))]
 pub(super) async fn show(State(context): State<Context>) -> Json<Host> {
+    let paths = Arc::clone(&context.paths);
+    let findings = task::spawn_blocking(move || doctor::findings_for(&paths.guest, &paths.state))
+        .await
+        .expect("the checks do not panic");
     let records = context.instances.records();
     let capacity = context.instances.capacity();
     Json(Host {
@@ -28,7 +35,7 @@ pub(super) async fn show(State(context): State<Context>) -> Json<Host> {
             .fold(0, u64::saturating_add),
         cgroup: host::cgroup_layout().to_owned(),
         instances: u64::try_from(records.len()).unwrap_or(u64::MAX),
-        findings: doctor::findings_for(&context.paths.guest, &context.paths.state),
+        findings,
     })
 }
 

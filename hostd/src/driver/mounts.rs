@@ -97,22 +97,19 @@ pub(super) fn mount_mapped_overlay(
         move_mount(&tree, "", CWD, &at, flags)?;
         Ok(at)
     };
+    let inside = |place: &Path, path: &Path| -> io::Result<PathBuf> {
+        Ok(place.join(path.file_name().ok_or(io::ErrorKind::InvalidInput)?))
+    };
     // Upper and work must be on one mount; the layers are side by side.
-    let layers = attach(
-        overlay.layers.first().and_then(|layer| layer.parent()),
-        "layers",
-    )?;
+    let lowest = overlay.layers.first();
+    let layers = attach(lowest.and_then(|layer| layer.parent()), "layers")?;
     let state = attach(overlay.upper.parent(), "state")?;
-    let inside = |place: &Path, path: &Path| path.file_name().map(|name| place.join(name));
-    let mapped: Option<Vec<PathBuf>> = overlay
-        .layers
-        .iter()
-        .map(|path| inside(&layers, path))
-        .collect();
-    let paths = mapped
-        .zip(inside(&state, overlay.upper))
-        .zip(inside(&state, overlay.work));
-    let ((lower, upper), work) = paths.ok_or(io::ErrorKind::InvalidInput)?;
+    let lower = overlay.layers.iter().map(|path| inside(&layers, path));
+    let lower: Vec<PathBuf> = lower.collect::<io::Result<_>>()?;
+    let (upper, work) = (
+        inside(&state, overlay.upper)?,
+        inside(&state, overlay.work)?,
+    );
     let overlay = Overlay {
         layers: &lower,
         upper: &upper,

@@ -78,12 +78,9 @@ impl ContainerDriver {
             volume::sources(&engine.paths.volumes(), &spec.mounts).map_err(DriverError::Field)?;
         phases.mark("image");
 
-        let (asked, index) = (spec.clone(), record.index);
-        let (users, namespace) = blocking(move || Users::make(&asked, index)).await?;
+        let (asked, index, to_mount) = (spec.clone(), record.index, sources.clone());
+        let (users, namespace) = blocking(move || Users::make(&asked, index, &to_mount)).await?;
         let users = users.map(Arc::new);
-        if let Some(users) = &users {
-            users.check_sources(&sources).map_err(DriverError::Field)?;
-        }
         phases.mark("users");
 
         let root = Root {

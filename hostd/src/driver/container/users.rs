@@ -36,10 +36,11 @@ pub(super) struct Users {
 
 impl Users {
     /// Makes the namespace that `spec` asks for, and with it, if it is to be on a network, a network
-    /// namespace. `index` is the instance's own.
+    /// namespace. `index` is the instance's own, and `sources` are the host's directories for its mounts.
     pub(super) fn make(
         spec: &InstanceSpec,
         index: u32,
+        sources: &[PathBuf],
     ) -> Result<(Option<Self>, Option<OwnedFd>), DriverError> {
         if spec.user_namespace == Some(UserNamespaceMode::Host) {
             return Ok((None, None));
@@ -52,7 +53,11 @@ impl Users {
             NetworkMode::None => UserNamespace::new(range).map(|namespace| (namespace, None)),
         };
         match made {
-            Ok((namespace, network)) => Ok((Some(Self { namespace, range }), network)),
+            Ok((namespace, network)) => {
+                let users = Self { namespace, range };
+                users.check_sources(sources).map_err(DriverError::Field)?;
+                Ok((Some(users), network))
+            }
             Err(error) if error.raw_os_error() == Some(Errno::ENOSPC as i32) => Err(refused(
                 "this host makes no more user namespaces",
                 "raise the sysctl user.max_user_namespaces",
@@ -81,7 +86,7 @@ impl Users {
     }
 
     /// Whether the mounts at all of `sources` can be mapped. The index of a source is that of its mount.
-    pub(super) fn check_sources(&self, sources: &[PathBuf]) -> Result<(), FieldError> {
+    fn check_sources(&self, sources: &[PathBuf]) -> Result<(), FieldError> {
         for (index, source) in sources.iter().enumerate() {
             self.namespace.mapped_tree(source, true).map_err(|error| {
                 let source = source.display();

@@ -2,9 +2,9 @@
 //!
 //! A runtime is executed for a few milliseconds, and its memory is mostly its own code, in pages that
 //! the kernel maps around each place that is used. So what every run uses lies together, in the order
-//! in which it is used: half the memory, and a tenth of the processor's time. The linker is told so by
-//! a list of names (`container/build.rs`). Names of Rust's functions have a digest in them that changes
-//! with the compiler and with their types; those that have gone do no harm, and the list is made anew now and then.
+//! in which it is used: less memory, and a tenth less of processor time. The linker is told so by a list
+//! of names (`container/build.rs`). Names of Rust's functions have a digest in them that changes with the
+//! compiler and with their types; those that have gone do no harm, and the list is made anew now and then.
 
 use std::collections::BTreeMap;
 use std::fs;
