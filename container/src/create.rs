@@ -7,6 +7,7 @@
 //! `create` of the same id remove.
 
 mod making;
+mod restore;
 mod scope;
 
 use std::ffi::CString;
@@ -19,6 +20,7 @@ use rustix::fs::CWD;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::cgroup::{Cgroup, CgroupError};
+use crate::criu::CriuError;
 use crate::footprint;
 use crate::handshake::{Channel, Failure, Message};
 use crate::hooks::HookError;
@@ -39,6 +41,7 @@ use crate::verbs::delete::{DeleteOptions, delete};
 use crate::verbs::start::{StartError, await_exec, hand_over_listener, run_poststart};
 
 use self::making::Making;
+pub use self::restore::restore;
 
 /// Where the standard streams of a process come from.
 #[derive(Debug)]
@@ -183,6 +186,8 @@ pub enum CreateError {
     Memory,
     #[error(transparent)]
     Start(#[from] StartError),
+    #[error(transparent)]
+    Criu(#[from] CriuError),
     #[error("a process with several threads cannot create a container")]
     Threads,
     #[error("cannot {step}")]
@@ -264,7 +269,7 @@ enum Starter {
 fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), CreateError> {
     check_single_thread()?;
     let bundle = step("find the bundle", options.bundle.canonicalize())?;
-    let (config, mut plan) = read(&options, &bundle)?;
+    let (config, mut plan) = read(&options, &bundle, false)?;
     // What reads and checks a configuration is half of the program, and done.
     footprint::forget_code();
     idmap::apply(&plan.mounts)?;
@@ -337,7 +342,12 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
     }
 }
 
-fn read(options: &CreateOptions, bundle: &Path) -> Result<(Config, Plan), CreateError> {
+/// With `check` nothing that is mounted is copied.
+fn read(
+    options: &CreateOptions,
+    bundle: &Path,
+    check: bool,
+) -> Result<(Config, Plan), CreateError> {
     let config = match &options.config {
         Some(file) => Config::load_file(&bundle.join(file))?,
         None => Config::load(bundle)?,
@@ -347,7 +357,7 @@ fn read(options: &CreateOptions, bundle: &Path) -> Result<(Config, Plan), Create
         bundle,
         bare: options.executable.is_some(),
         grouping: options.grouping,
-        check: false,
+        check,
     };
     let mut plan = Plan::new(&config, &setting)?;
     let added = options.env.iter().map(String::as_str).map(CString::new);

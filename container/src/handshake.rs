@@ -155,7 +155,7 @@ impl Channel {
         }
     }
 
-    fn send_packet(
+    pub(crate) fn send_packet(
         &self,
         parts: &[IoSlice<'_>],
         descriptor: Option<BorrowedFd<'_>>,
@@ -176,7 +176,7 @@ impl Channel {
     }
 
     /// The length of the next packet, once it is there; 0 when the peer has closed its end.
-    fn await_packet(&self) -> io::Result<usize> {
+    pub(crate) fn await_packet(&self) -> io::Result<usize> {
         let look = RecvFlags::PEEK | RecvFlags::TRUNC;
         loop {
             match recv(&self.socket, &mut [0; 0], look) {
@@ -188,7 +188,7 @@ impl Channel {
         }
     }
 
-    fn receive_packet(&self, packet: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+    pub(crate) fn receive_packet(&self, packet: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let length = loop {

@@ -8,6 +8,7 @@
 pub mod cgroup;
 mod copy;
 pub mod create;
+pub mod criu;
 mod devices;
 mod environment;
 pub mod error;

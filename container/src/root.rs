@@ -34,7 +34,6 @@ impl Root {
         Ok(Self::new(fs::open("/", flags, Mode::empty())?))
     }
 
-    #[cfg(test)]
     /// Opens a directory of the host as a root.
     pub(crate) fn open_host(path: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;

@@ -120,7 +120,8 @@ impl Cgroup {
         }
     }
 
-    pub(super) fn freezer_path(&self) -> PathBuf {
+    /// The directory of the group in the hierarchy that freezes; empty if there is none.
+    pub(crate) fn freezer_path(&self) -> PathBuf {
         let directory = self.directory_of("freezer").or_else(|| self.unified());
         directory
             .map(|directory| directory.path.clone())

@@ -8,6 +8,7 @@ use container::create::{Grouping, Stdio};
 use container::log::{self, Format, Log};
 use container::verbs::run::default_root;
 
+mod checkpoint;
 mod create;
 mod delete;
 mod events;
@@ -63,8 +64,8 @@ pub(crate) struct Global {
     /// Accepted as crun does: `systemd`, `disabled`, or `cgroupfs`, which is the default
     #[arg(long, value_enum, default_value_t = CgroupManager::Cgroupfs, hide = true)]
     cgroup_manager: CgroupManager,
-    /// Accepted as runc does, and not used
-    #[arg(long, value_name = "FILE", hide = true)]
+    /// CRIU's program, for checkpoint and restore; `criu` in PATH if not given
+    #[arg(long, value_name = "FILE")]
     criu: Option<PathBuf>,
     /// Accepted as runc does; whether rights are missing is found out
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
@@ -144,17 +145,10 @@ enum Verb {
     Spec(spec::Spec),
     /// Show what this runtime can do as JSON
     Features(spec::Features),
-    /// Not supported
-    Checkpoint(Unsupported),
-    /// Not supported
-    Restore(Unsupported),
-}
-
-/// Takes any arguments, to be refused with a better message than theirs.
-#[derive(Args, Debug)]
-struct Unsupported {
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
-    _arguments: Vec<String>,
+    /// Write a running container to files, with CRIU
+    Checkpoint(checkpoint::Checkpoint),
+    /// Make a container from such files, with CRIU
+    Restore(checkpoint::Restore),
 }
 
 impl Verb {
@@ -226,11 +220,8 @@ pub(crate) fn run(arguments: Arguments) -> Result<i32> {
         Verb::Events(show) => show.run(&global),
         Verb::Spec(spec) => spec.run(&global),
         Verb::Features(features) => features.run(&global),
-        Verb::Checkpoint(_) | Verb::Restore(_) => {
-            anyhow::bail!(
-                "checkpoint and restore are not supported: they need CRIU, which is not used here"
-            )
-        }
+        Verb::Checkpoint(checkpoint) => checkpoint.run(&global),
+        Verb::Restore(restore) => restore.run(&global),
     }
 }
 

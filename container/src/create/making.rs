@@ -26,6 +26,9 @@ use crate::verbs::delete::run_poststop;
 use crate::verbs::state::oci_state;
 use crate::{hooks, launch, readiness, tty};
 
+/// Where CRIU has the root file system of a container, in its own mount namespace.
+const SCAFFOLD: &str = "criu-root";
+
 /// What has been made so far, and is unmade when dropped.
 pub(super) struct Making {
     home: Option<Home>,
@@ -81,6 +84,15 @@ impl Making {
             .expect("it is taken only by the methods that consume the value")
     }
 
+    /// The path of the group that was made; empty if there is none.
+    pub(super) fn cgroup_path(&self) -> &str {
+        &self.record.cgroup
+    }
+
+    pub(super) fn annotations(&self) -> &BTreeMap<String, String> {
+        &self.record.annotations
+    }
+
     /// Lets the container say that it is ready.
     pub(super) fn prepare_readiness(&self, plan: &mut Plan) -> Result<(), CreateError> {
         let (mounts, process) = (&mut plan.mounts, &mut plan.process);
@@ -128,6 +140,10 @@ impl Making {
         let process = self.process.insert(process);
         let home = self.home.as_ref();
         Ok(home.map_or(Ok(()), |home| home.write_process(process))?)
+    }
+
+    pub(super) fn has_process(&self) -> bool {
+        self.process.is_some()
     }
 
     /// Whether the process cannot be made in its group: systemd alone may move it there.
@@ -208,7 +224,7 @@ impl Making {
     }
 
     /// Those that belong into the namespaces of the caller.
-    fn run_hooks(&self, plan: &Plan) -> Result<(), HookError> {
+    pub(super) fn run_hooks(&self, plan: &Plan) -> Result<(), HookError> {
         let state = oci_state(&self.record, Status::Created, self.record.pid);
         let around = Surroundings {
             state: &state,
@@ -237,6 +253,18 @@ impl Making {
             "set process.oomScoreAdj",
             std::fs::write(path, score.to_string()),
         )
+    }
+
+    /// What CRIU has brought back runs as soon as this process says so.
+    pub(super) fn mark_started(&self) -> Result<(), CreateError> {
+        Ok(self.home().mark_started()?)
+    }
+
+    /// An empty directory, for as long as the container is being restored, by its absolute path.
+    pub(super) fn make_scaffold(&self) -> io::Result<PathBuf> {
+        let path = self.home().path().canonicalize()?.join(SCAFFOLD);
+        std::fs::create_dir(&path)?;
+        Ok(path)
     }
 
     pub(super) fn explain_death(&self) -> CreateError {

@@ -1,9 +1,10 @@
 //! What can be done with a container that exists, one file each.
 //!
-//! All but `exec` and `run` may be called from a program with several threads: they fork nothing, or
+//! All but `exec`, `run`, `checkpoint` and `restore` may be called from a program with several threads: they fork nothing, or
 //! only to execute a hook, a program of the host.
 
 pub mod check;
+pub mod checkpoint;
 pub mod delete;
 pub mod events;
 pub mod exec;
@@ -13,6 +14,7 @@ pub mod kill;
 pub mod list;
 pub mod pause;
 pub mod ps;
+pub mod restore;
 pub mod run;
 pub mod spec;
 pub mod start;

@@ -12,7 +12,7 @@ use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{getpid, set_child_subreaper};
 
-use crate::create::{CreateError, CreateOptions, create_started};
+use crate::create::{CreateError, CreateOptions, Created, create_started};
 use crate::footprint;
 use crate::process::{Exit, Process};
 use crate::readiness::{self, Proxy};
@@ -48,6 +48,15 @@ pub struct RunMode {
 /// # Errors
 /// Those of [`RunError`]; the container is then gone.
 pub fn run(options: CreateOptions, mode: RunMode) -> Result<Option<Exit>, RunError> {
+    run_made(options, mode, create_started)
+}
+
+/// As [`run`], whichever way the container is made.
+pub(crate) fn run_made(
+    options: CreateOptions,
+    mode: RunMode,
+    make: impl FnOnce(CreateOptions) -> Result<Created, CreateError>,
+) -> Result<Option<Exit>, RunError> {
     let (root, id) = (options.root.clone(), options.id.clone());
     // Before there is a child, so that no signal for it is lost.
     let signals = if mode.detach {
@@ -59,7 +68,7 @@ pub fn run(options: CreateOptions, mode: RunMode) -> Result<Option<Exit>, RunErr
         }
         Some(signals)
     };
-    let created = create_started(options)?;
+    let created = make(options)?;
     for warning in &created.warnings {
         crate::log::warn(warning);
     }

@@ -1,7 +1,7 @@
 //! `scripts/test`: every check and every test, each once.
 
 mod simulated;
-mod systemd;
+mod tools;
 
 use std::fs;
 use std::path::PathBuf;

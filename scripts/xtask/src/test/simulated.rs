@@ -7,7 +7,7 @@ use std::process::ExitStatus;
 
 use anyhow::{Context, Result, bail};
 
-use super::{programs, systemd};
+use super::{programs, tools};
 use crate::host_image;
 use crate::sim_host::{self, Machine, Options};
 use crate::step::{join, step};
@@ -27,8 +27,8 @@ struct Share {
     /// The first word of each line that its programs print.
     label: &'static str,
     programs: &'static [Program],
-    /// Whether some of them start a systemd.
-    with_systemd: bool,
+    /// Whether some of them use programs of Debian that the host has not.
+    with_tools: bool,
 }
 
 static SHARES: [Share; 2] = [
@@ -43,7 +43,7 @@ static SHARES: [Share; 2] = [
                 "HOSTD_E2E_PART=each-kind",
             ],
         }],
-        with_systemd: false,
+        with_tools: false,
     },
     Share {
         label: "container",
@@ -84,7 +84,7 @@ static SHARES: [Share; 2] = [
                 ],
             },
         ],
-        with_systemd: true,
+        with_tools: true,
     },
 ];
 
@@ -104,10 +104,10 @@ pub(super) fn run(filter: &[String]) -> Result<()> {
             .zip(programs(&names)?)
             .collect::<Vec<_>>())
     })?;
-    let systemd = systemd::archive()?;
+    let tools = tools::archive()?;
     let hosts = boot()?;
-    for (_, host) in hosts.iter().filter(|(share, _)| share.with_systemd) {
-        systemd::install(host, &systemd)?;
+    for (_, host) in hosts.iter().filter(|(share, _)| share.with_tools) {
+        tools::install(host, &tools)?;
     }
     std::thread::scope(|scope| {
         let shares: Vec<_> = hosts

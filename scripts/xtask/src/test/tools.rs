@@ -1,7 +1,7 @@
-//! systemd for a simulated host: the program and what it needs, as an archive to unpack there.
+//! Programs of Debian that the tests of hostd-oci use in a simulated host, and what they need, as an archive
+//! to unpack there: systemd, which they start in namespaces of its own, CRIU, and AppArmor's parser.
 //!
-//! Not a part of the host image: hostd needs no systemd, and the image is held in memory. Only the tests of
-//! hostd-oci start one, in namespaces of its own.
+//! Not a part of the host image: hostd needs none of them, and the image is held in memory.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,19 +14,25 @@ use crate::step::{command, run, step};
 use crate::{debian, paths};
 
 const PACKAGES: &[&str] = &[
+    "apparmor",   // Its parser.
+    "criu",       // Checkpoints.
     "mount",      // umount --recursive.
     "systemd",    // It and systemctl.
+    "tar",        // CRIU's, for the files of a tmpfs: busybox's has not its options.
     "util-linux", // unshare and nsenter: busybox's know no control groups.
 ];
 
-/// What the tests run, as the packages have it. No unit of the packages is wanted: the tests have their own.
+/// What the tests run, as the packages have it. No unit of systemd's is wanted: the tests have their own.
 const PROGRAMS: &[&str] = &[
     "bin/mount",
     "bin/systemctl",
+    "bin/tar",
     "bin/umount",
     "lib/systemd/systemd",
+    "sbin/apparmor_parser",
     "usr/bin/nsenter",
     "usr/bin/unshare",
+    "usr/sbin/criu",
 ];
 
 /// Where the packages have libraries, for their own loader.
@@ -40,15 +46,15 @@ const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
 
 /// A compressed tar of programs and libraries, from packages that are fetched once.
 pub(super) fn archive() -> Result<PathBuf> {
-    let dir = paths::build().join("systemd");
+    let dir = paths::build().join("tools");
     let packages = debian::unpacked(&dir, "packages", PACKAGES)?;
-    let archive = dir.join("systemd.tar.gz");
-    step("Archive systemd for the simulated host", || {
+    let archive = dir.join("tools.tar.gz");
+    step("Archive programs for the tests", || {
         let work = tempfile::tempdir_in(&dir)?;
         let root = work.path().join("root");
         debian::extract(&packages, &root)?;
         let files = files(&root)?;
-        let partial = work.path().join("systemd.tar.gz");
+        let partial = work.path().join("tools.tar.gz");
         // In a Debian that is installed, /lib is /usr/lib.
         let arguments = ["--dereference", "--transform=s,^lib/,usr/&,", "-czf"];
         run(command("tar", arguments)
@@ -63,8 +69,8 @@ pub(super) fn archive() -> Result<PathBuf> {
 
 /// Unpacks the archive in a host.
 pub(super) fn install(host: &Machine, archive: &Path) -> Result<()> {
-    const PLACE: &str = "/tmp/systemd.tar.gz";
-    step("Unpack systemd in the simulated host", || {
+    const PLACE: &str = "/tmp/tools.tar.gz";
+    step("Unpack programs for the tests", || {
         host.push(archive, PLACE)?;
         let script = format!("tar -xzf {PLACE} -C / && rm {PLACE}");
         run(&mut host.command(&["sh".to_owned(), "-c".to_owned(), script], false)).map(|_| ())

@@ -1,0 +1,79 @@
+//! What a checkpoint may contain, and how it is made, as runc's options have it.
+
+use libc::CLONE_NEWNET;
+
+use super::look;
+use super::rpc::{self, CgroupMode, NetworkLock, Options};
+
+/// Options that dump and restore have in common.
+#[derive(Clone, Debug, Default)]
+pub struct Allowed {
+    /// Connections that stand are kept, of TCP and of unix sockets to processes outside.
+    pub tcp_established: bool,
+    pub unix_sockets: bool,
+    /// Terminals and sessions of processes outside.
+    pub shell_job: bool,
+    pub file_locks: bool,
+    /// Pages that are in later images, too, are taken out of earlier ones.
+    pub auto_dedup: bool,
+    /// The network namespace is made anew and left empty.
+    pub empty_network: bool,
+    pub cgroups: CgroupsMode,
+    /// Memory stays where it is and is fetched when it is used.
+    pub lazy_pages: bool,
+}
+
+/// What is done about control groups below the container's own.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum CgroupsMode {
+    /// Those that are not there are made, with the settings that they had.
+    #[default]
+    Soft,
+    /// All are given the settings that they had.
+    Full,
+    /// None may be there.
+    Strict,
+    /// Nothing: all processes come to be in the container's own group.
+    Ignore,
+}
+
+/// Where pages are sent to.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct PageServer {
+    pub address: String,
+    pub port: u16,
+}
+
+impl Allowed {
+    pub(super) fn enter_into(&self, options: &mut Options) {
+        options.tcp_established = Some(self.tcp_established);
+        options.ext_unix_sk = Some(self.unix_sockets);
+        options.shell_job = Some(self.shell_job);
+        options.file_locks = Some(self.file_locks);
+        options.auto_dedup = Some(self.auto_dedup);
+        options.lazy_pages = Some(self.lazy_pages);
+        options.empty_ns = self.empty_network.then_some(CLONE_NEWNET.unsigned_abs());
+        let mode = match self.cgroups {
+            CgroupsMode::Soft => CgroupMode::Soft,
+            CgroupsMode::Full => CgroupMode::Full,
+            CgroupsMode::Strict => CgroupMode::Strict,
+            CgroupsMode::Ignore => CgroupMode::Ignore,
+        };
+        options.manage_cgroups_mode = Some(mode.into());
+        // CRIU uses iptables unless it is told otherwise, and fails where there is none.
+        let lock = match look("iptables-restore".as_ref()) {
+            Some(_) => NetworkLock::Iptables,
+            None => NetworkLock::Nftables,
+        };
+        options.network_lock = Some(lock.into());
+    }
+}
+
+impl PageServer {
+    pub(super) fn message(&self) -> rpc::PageServer {
+        rpc::PageServer {
+            address: Some(self.address.clone()),
+            port: Some(i32::from(self.port)),
+        }
+    }
+}

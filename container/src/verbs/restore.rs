@@ -1,0 +1,19 @@
+//! `restore`: makes a container from files that `checkpoint` wrote.
+
+use crate::create::{self, CreateOptions};
+use crate::criu::RestoreOptions;
+use crate::process::Exit;
+use crate::verbs::run::{RunError, RunMode, run_made};
+
+/// Restores a container in the foreground, and deletes it at its end. Nothing is returned for one that was
+/// detached.
+///
+/// # Errors
+/// Those of [`RunError`]; the container is then gone.
+pub fn restore(
+    options: CreateOptions,
+    from: &RestoreOptions,
+    mode: RunMode,
+) -> Result<Option<Exit>, RunError> {
+    run_made(options, mode, |options| create::restore(options, from))
+}
