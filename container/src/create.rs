@@ -41,7 +41,7 @@ use crate::verbs::delete::{DeleteOptions, delete};
 use crate::verbs::start::{StartError, await_exec, hand_over_listener, run_poststart};
 
 use self::making::Making;
-pub use self::restore::restore;
+pub use self::restore::{RestoreOptions, restore};
 
 /// Where the standard streams of a process come from.
 #[derive(Debug)]

@@ -63,7 +63,7 @@ pub enum StateError {
     /// The text is the one that engines look for.
     #[error("container `{id}` does not exist")]
     NotFound { id: String },
-    #[error("container `{id}` is being created or deleted by another process")]
+    #[error("container `{id}` is being created, checkpointed or deleted by another process")]
     Busy { id: String },
     #[error("container `{id}` is being started by another process")]
     Starting { id: String },

@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use container::criu::{Allowed, CgroupsMode, DumpOptions, Images, PageServer, RestoreOptions};
+use container::create::RestoreOptions;
+use container::criu::{Allowed, CgroupsMode, DumpOptions, Images, PageServer, Source};
 use container::log;
 use container::process::copy_inherited;
 use container::verbs;
 use container::verbs::run::RunMode;
 
 use super::Global;
-use super::create::Making;
 
 /// What both have in common.
 #[derive(Args, Debug)]
@@ -121,8 +121,27 @@ pub(super) struct Checkpoint {
 pub(super) struct Restore {
     #[command(flatten)]
     common: Common,
-    #[command(flatten)]
-    making: Making,
+    /// Directory of the bundle: config.json and, usually, the root file system
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    bundle: PathBuf,
+    /// Configuration in place of the bundle's config.json, looked for in the bundle
+    #[arg(short = 'f', long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Unix socket that gets the other side of the terminal
+    #[arg(long, value_name = "SOCKET")]
+    console_socket: Option<PathBuf>,
+    /// Unix socket that gets a pidfd of the first process
+    #[arg(long, value_name = "SOCKET")]
+    pidfd_socket: Option<PathBuf>,
+    /// File to write the pid of the first process to
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    /// Accepted as runc does; a root that cannot be pivoted from is handled without it
+    #[arg(long)]
+    no_pivot: bool,
+    /// Do not delete the container at its end
+    #[arg(long)]
+    keep: bool,
     /// Return as soon as the container runs
     #[arg(short, long)]
     detach: bool,
@@ -135,6 +154,8 @@ pub(super) struct Restore {
     /// Context of mounts in place of the one that was dumped
     #[arg(long, value_name = "CONTEXT")]
     lsm_mount_context: Option<String>,
+    /// Name of the container
+    id: String,
 }
 
 impl Checkpoint {
@@ -162,20 +183,29 @@ impl Checkpoint {
 
 impl Restore {
     pub(super) fn run(self, global: &Global) -> Result<i32> {
-        let from = RestoreOptions {
-            criu: global.criu.clone(),
-            images: self.common.images(),
-            allowed: self.common.allowed(),
-            lsm_profile: self.lsm_profile,
-            lsm_mount_context: self.lsm_mount_context,
-        };
         let mode = RunMode {
             detach: self.detach,
-            keep: false,
+            keep: self.keep,
             no_subreaper: self.no_subreaper,
         };
-        let options = self.making.options(global, !mode.detach)?;
-        let exit = verbs::restore::restore(options, &from, mode)?;
+        let options = RestoreOptions {
+            root: global.root.clone(),
+            id: self.id,
+            bundle: self.bundle,
+            config: self.config,
+            stdio: super::stdio(self.console_socket, !mode.detach),
+            pid_file: self.pid_file,
+            pidfd_socket: self.pidfd_socket,
+            grouping: global.grouping(),
+            from: Source {
+                criu: global.criu.clone(),
+                images: self.common.images(),
+                allowed: self.common.allowed(),
+                lsm_profile: self.lsm_profile,
+                lsm_mount_context: self.lsm_mount_context,
+            },
+        };
+        let exit = verbs::restore::restore(options, mode)?;
         Ok(exit.map_or(0, container::process::Exit::status))
     }
 }

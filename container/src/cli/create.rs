@@ -12,9 +12,9 @@ use container::verbs::run::RunMode;
 
 use super::Global;
 
-/// What `create`, `run` and `restore` have in common.
+/// What `create` and `run` have in common.
 #[derive(Args, Debug)]
-pub(super) struct Making {
+struct Making {
     /// Directory of the bundle: config.json and, usually, the root file system
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     bundle: PathBuf,
@@ -72,7 +72,7 @@ pub(super) struct Start {
 
 impl Making {
     /// `stays` is whether this program attends the container to its end.
-    pub(super) fn options(self, global: &Global, stays: bool) -> Result<CreateOptions> {
+    fn options(self, global: &Global, stays: bool) -> Result<CreateOptions> {
         let activated = super::activated();
         let preserved = self.preserve_fds.saturating_add(activated.unwrap_or(0));
         Ok(CreateOptions {

@@ -2,8 +2,7 @@
 
 use libc::CLONE_NEWNET;
 
-use super::look;
-use super::rpc::{self, CgroupMode, NetworkLock, Options};
+use super::rpc::{self, CgroupMode, Options};
 
 /// Options that dump and restore have in common.
 #[derive(Clone, Debug, Default)]
@@ -60,12 +59,6 @@ impl Allowed {
             CgroupsMode::Ignore => CgroupMode::Ignore,
         };
         options.manage_cgroups_mode = Some(mode.into());
-        // CRIU uses iptables unless it is told otherwise, and fails where there is none.
-        let lock = match look("iptables-restore".as_ref()) {
-            Some(_) => NetworkLock::Iptables,
-            None => NetworkLock::Nftables,
-        };
-        options.network_lock = Some(lock.into());
     }
 }
 

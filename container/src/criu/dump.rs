@@ -57,9 +57,9 @@ impl Dump<'_> {
         let DumpOptions {
             images, allowed, ..
         } = self.options;
-        self.check_parent()?;
         let images = images.open(true, LOG)?;
-        let mut options = options(&images, allowed, self.annotations);
+        self.check_parent()?;
+        let mut options = options(criu, &images, allowed, self.annotations);
         self.describe(&mut options).map_err(CriuError::step(
             "find out what the container uses of the host",
         ))?;

@@ -20,15 +20,17 @@ use std::io::{self, BufRead, BufReader};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, accessat, mkdirat, openat};
+use rustix::fs::{
+    AtFlags, CWD, Gid, Mode, OFlags, accessat, fchmod, fchown, fstat, mkdirat, openat,
+};
 use rustix::io::Errno;
 
 pub use self::allow::{Allowed, CgroupsMode, PageServer};
 pub(crate) use self::dump::Dump;
 pub use self::dump::DumpOptions;
-pub use self::restore::RestoreOptions;
+pub use self::restore::Source;
 pub(crate) use self::restore::{Point, Restore};
-use self::rpc::{Kind, Options, Request, Response};
+use self::rpc::{Kind, NetworkLock, Options, Request, Response};
 pub(crate) use self::worker::Served;
 use self::worker::{Place, Worker};
 use crate::rights::is_host_root;
@@ -37,11 +39,17 @@ use crate::sys::place_descriptor;
 /// The first with everything that is used: pid namespaces of others, and the freezer of cgroup v2.
 const VERSION_MIN: (i32, i32) = (3, 15);
 
+/// The first that takes its own table of nftables away in a restore, and does not leave a network closed.
+const NFTABLES_VERSION_MIN: (i32, i32) = (4, 1);
+
 /// How much of CRIU's log is told when it fails: the lines with errors, the last ones.
 const LOG_LINES_MAX: usize = 3;
 
 /// Everything but what is for CRIU's developers: its errors tell little without what came before.
 const LOG_LEVEL: i32 = 4;
+
+/// How many images may build on each other, if the container has users of its own.
+const PARENTS_MAX: usize = 64;
 
 /// Options that hosts set for all their containers, as for runc.
 const CONFIG_FILE: &str = "/etc/criu/runc.conf";
@@ -98,6 +106,8 @@ impl CriuError {
 #[derive(Debug)]
 pub(crate) struct Criu {
     program: PathBuf,
+    /// What holds packets back while a container is away.
+    network_lock: NetworkLock,
 }
 
 /// The directories of a checkpoint.
@@ -159,7 +169,17 @@ impl Criu {
         if (major, minor) < VERSION_MIN {
             return Err(CriuError::TooOld { major, minor });
         }
-        Ok(Self { program })
+        // It may be missed only by who has to hold packets back, and CRIU says so.
+        let has_iptables = look(Path::new("iptables-restore")).is_some();
+        let network_lock = if has_iptables || (major, minor) < NFTABLES_VERSION_MIN {
+            NetworkLock::Iptables
+        } else {
+            NetworkLock::Nftables
+        };
+        Ok(Self {
+            program,
+            network_lock,
+        })
     }
 }
 
@@ -207,6 +227,7 @@ impl Images {
 
 /// The options that every request has.
 fn options(
+    criu: &Criu,
     images: &OpenImages,
     allowed: &Allowed,
     annotations: &BTreeMap<String, String>,
@@ -221,6 +242,7 @@ fn options(
         notify_scripts: Some(true),
         // The engine's side of a terminal is outside.
         orphan_pts_master: Some(true),
+        network_lock: Some(criu.network_lock.into()),
         config_file: match annotations.get(CONFIG_ANNOTATION).map(String::as_str) {
             Some("") => None,
             Some(file) => Some(file.to_owned()),
@@ -254,6 +276,30 @@ impl OpenImages {
             place_descriptor(again.descriptor.as_fd(), number)?;
         }
         Ok(())
+    }
+
+    /// Lets a group of the host's open the images, which the container's root reads in its user namespace. They
+    /// hold the container's memory: nobody else gets in.
+    fn let_in(&self, group: u32) -> io::Result<()> {
+        let mut directory = self.directory.descriptor.try_clone()?;
+        for _ in 0..PARENTS_MAX {
+            let stat = fstat(&directory)?;
+            let mode = Mode::from_raw_mode(stat.st_mode);
+            let is_let_in =
+                mode.contains(Mode::XOTH) || (stat.st_gid == group && mode.contains(Mode::XGRP));
+            if !is_let_in {
+                fchown(&directory, None, Some(Gid::from_raw(group)))?;
+                fchmod(&directory, mode | Mode::XGRP)?;
+            }
+            // Those that it was built on.
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            match openat(&directory, "parent", flags, Mode::empty()) {
+                Ok(parent) => directory = parent,
+                Err(Errno::NOENT) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(Errno::LOOP.into())
     }
 
     /// CRIU says that it failed, and only in its log why.

@@ -253,10 +253,11 @@ pub(super) fn namespaces(spec: &Spec, pid: i32) -> io::Result<Vec<String>> {
     external.collect()
 }
 
+/// Descriptors by the names of what they replace.
+pub(super) type Given = Vec<(String, OwnedFd)>;
+
 /// What a restore uses for them: by descriptor, or by path.
-pub(super) fn replaced_namespaces(
-    spec: &Spec,
-) -> io::Result<(Vec<(String, OwnedFd)>, Vec<JoinNamespace>)> {
+pub(super) fn replaced_namespaces(spec: &Spec) -> io::Result<(Given, Vec<JoinNamespace>)> {
     let (mut given, mut paths) = (Vec::new(), Vec::new());
     for (kind, path) in spec.linux().iter().flat_map(joined) {
         match namespace_key(kind) {

@@ -20,7 +20,7 @@ const LOG: &str = "restore.log";
 
 /// From what to restore, and how.
 #[derive(Clone, Debug)]
-pub struct RestoreOptions {
+pub struct Source {
     /// CRIU's program; `criu` in PATH if none is named.
     pub criu: Option<PathBuf>,
     pub images: Images,
@@ -37,6 +37,8 @@ pub(crate) struct Restore<'a> {
     pub(crate) annotations: &'a BTreeMap<String, String>,
     pub(crate) bundle: &'a Path,
     pub(crate) rootfs: &'a Path,
+    /// The host's group of the container's root, if it has users of its own.
+    pub(crate) root_group: Option<u32>,
     /// An empty directory, absolute, where CRIU has the root file system meanwhile.
     pub(crate) scaffold: &'a Path,
     /// The path of the control group, empty if there is none; the group, and the way into it.
@@ -45,7 +47,7 @@ pub(crate) struct Restore<'a> {
     pub(crate) entry: &'a Entry,
     /// None if a terminal takes their place.
     pub(crate) streams: Option<[BorrowedFd<'a>; 3]>,
-    pub(crate) options: &'a RestoreOptions,
+    pub(crate) source: &'a Source,
 }
 
 /// A point at which CRIU waits.
@@ -69,14 +71,18 @@ impl Restore<'_> {
         criu: &Criu,
         attend: &mut dyn FnMut(Point) -> Result<(), E>,
     ) -> Result<i32, Served<E>> {
-        let RestoreOptions {
+        let Source {
             images, allowed, ..
-        } = self.options;
+        } = self.source;
         let images = images.open(false, LOG)?;
+        if let Some(group) = self.root_group {
+            let failed = CriuError::step("let the container's root read the images");
+            images.let_in(group).map_err(failed)?;
+        }
         outside::refuse(self.spec)?;
         let failed = CriuError::step("make the places of the mounts");
         outside::make_mount_points(self.spec, self.bundle, self.rootfs).map_err(failed)?;
-        let mut options = options(&images, allowed, self.annotations);
+        let mut options = options(criu, &images, allowed, self.annotations);
         let failed = CriuError::step("find what the container used of the host");
         let streams = Streams::read(&images).map_err(CriuError::step(
             "read descriptors.json, which a checkpoint has beside its images",
@@ -116,7 +122,7 @@ impl Restore<'_> {
 
     /// Whether CRIU runs in the container's group, and what it makes with it, as it does not care for groups.
     fn is_inside(&self) -> bool {
-        self.options.allowed.cgroups == CgroupsMode::Ignore
+        self.source.allowed.cgroups == CgroupsMode::Ignore
     }
 
     /// In CRIU's process: it wants the root on a mount of its own.
@@ -135,10 +141,10 @@ impl Restore<'_> {
         options.root = Some(self.scaffold.display().to_string());
         options.rst_sibling = Some(true);
         options.evasive_devices = Some(true);
-        options.lsm_profile.clone_from(&self.options.lsm_profile);
+        options.lsm_profile.clone_from(&self.source.lsm_profile);
         options
             .lsm_mount_context
-            .clone_from(&self.options.lsm_mount_context);
+            .clone_from(&self.source.lsm_mount_context);
         if !self.cgroup_path.is_empty() {
             options.cg_root = vec![CgroupRoot {
                 controller: None,

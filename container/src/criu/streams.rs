@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags, makedev, openat};
+use rustix::fs::{FileType, Mode, OFlags, fstat, makedev, openat};
 use rustix::io::fcntl_dupfd_cloexec;
 
 use super::OpenImages;
@@ -18,8 +18,10 @@ const FILE: &str = "descriptors.json";
 /// Three names that the kernel makes.
 const FILE_BYTES_MAX: u64 = 64 * 1024;
 
-/// What follows the name of a stream that was the host's null device, and shall be again.
+/// What follows the name of a file of the host's: that it is the null device, and shall be again, or that it
+/// has a place at which it is read and written.
 const NULL: &str = ":/dev/null";
+const REGULAR: &str = ":regular";
 
 /// The first number that is no standard stream.
 const FIRST_FREE: i32 = 3;
@@ -50,12 +52,14 @@ impl Streams {
                 return Ok(target);
             }
             let stat = fs::metadata(&path)?;
-            let null = if stat.rdev() == makedev(1, 3) {
+            let what = if stat.rdev() == makedev(1, 3) {
                 NULL
+            } else if stat.is_file() {
+                REGULAR
             } else {
                 ""
             };
-            Ok(format!("file[{mount:x}:{:x}]{null}", stat.ino()))
+            Ok(format!("file[{mount:x}:{:x}]{what}", stat.ino()))
         };
         (0..FIRST_FREE)
             .map(name)
@@ -65,7 +69,7 @@ impl Streams {
 
     /// Those that a dump must be told of: CRIU knows by itself that a pipe has another end.
     pub(super) fn external(&self) -> impl Iterator<Item = String> {
-        let files = self.0.iter().map(|name| name.trim_end_matches(NULL));
+        let files = self.0.iter().map(|name| key(name));
         let files = files.filter(|name| name.starts_with("file["));
         files
             .map(str::to_owned)
@@ -102,7 +106,7 @@ impl Streams {
     ) -> io::Result<Vec<(String, OwnedFd)>> {
         let mut replaced: Vec<(String, OwnedFd)> = Vec::new();
         for (number, name) in self.0.iter().enumerate() {
-            let key = name.trim_end_matches(NULL);
+            let key = key(name);
             let is_outside = key.starts_with("pipe:[") || key.starts_with("file[");
             if !is_outside || replaced.iter().any(|(other, _)| other == key) {
                 continue;
@@ -115,11 +119,35 @@ impl Streams {
                 streams.and_then(|streams| streams.get(number).copied())
             };
             if let Some(stream) = stream {
+                if name.ends_with(REGULAR) {
+                    check_file(number, stream)?;
+                }
                 replaced.push((key.to_owned(), fcntl_dupfd_cloexec(stream, FIRST_FREE)?));
             }
         }
         Ok(replaced)
     }
+}
+
+/// The name without what follows it.
+fn key(name: &str) -> &str {
+    match name.split_once("]:") {
+        Some((key, _)) => &name[..=key.len()],
+        None => name,
+    }
+}
+
+/// CRIU opens a file anew, and goes to where the last one was, which nothing else has.
+fn check_file(number: usize, stream: BorrowedFd<'_>) -> io::Result<()> {
+    let kind = FileType::from_raw_mode(fstat(stream)?.st_mode);
+    if kind == FileType::RegularFile {
+        return Ok(());
+    }
+    let name = ["input", "output", "error"]
+        .get(number)
+        .unwrap_or(&"stream");
+    let message = format!("standard {name} was a file, and can only be a file again");
+    Err(io::Error::other(message))
 }
 
 /// The numbers of the mounts that a process sees.
@@ -139,8 +167,6 @@ fn mount_of(info: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use std::process::Command;
-
-    use rustix::fs::fstat;
 
     use super::*;
 
@@ -171,7 +197,7 @@ mod tests {
                 .to_vec(),
         );
         assert_eq!(streams.external().collect::<Vec<_>>(), ["file[1b:5]"]);
-        let (read, write) = std::io::pipe().unwrap();
+        let (read, write) = io::pipe().unwrap();
         let given = [read.as_fd(), write.as_fd(), write.as_fd()];
         let replaced = streams.replaced(Some(given)).unwrap();
         let names: Vec<&str> = replaced.iter().map(|(name, _)| name.as_str()).collect();

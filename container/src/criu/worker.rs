@@ -24,6 +24,9 @@ use crate::sys::{self, Cloned};
 /// The longest message that is taken from CRIU: texts and numbers.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024;
 
+/// What is done when CRIU waits for its caller: with what it says, and the descriptor that came along.
+pub(super) type Attend<'a, E> = dyn FnMut(&Notification, Option<OwnedFd>) -> Result<(), E> + 'a;
+
 /// A CRIU that runs.
 #[derive(Debug)]
 pub(super) struct Worker {
@@ -82,7 +85,7 @@ impl Worker {
     pub(super) fn serve<E>(
         self,
         request: &Request,
-        attend: &mut dyn FnMut(&Notification, Option<OwnedFd>) -> Result<(), E>,
+        attend: &mut Attend<'_, E>,
     ) -> Result<Response, Served<E>> {
         let failed = CriuError::step("talk to CRIU");
         let outcome = self.converse(request, attend);
@@ -96,7 +99,7 @@ impl Worker {
     fn converse<E>(
         &self,
         request: &Request,
-        attend: &mut dyn FnMut(&Notification, Option<OwnedFd>) -> Result<(), E>,
+        attend: &mut Attend<'_, E>,
     ) -> Result<Response, Served<E>> {
         self.send(request)?;
         let mut refused = None;

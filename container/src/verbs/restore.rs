@@ -1,7 +1,6 @@
 //! `restore`: makes a container from files that `checkpoint` wrote.
 
-use crate::create::{self, CreateOptions};
-use crate::criu::RestoreOptions;
+use crate::create::{self, RestoreOptions};
 use crate::process::Exit;
 use crate::verbs::run::{RunError, RunMode, run_made};
 
@@ -10,10 +9,7 @@ use crate::verbs::run::{RunError, RunMode, run_made};
 ///
 /// # Errors
 /// Those of [`RunError`]; the container is then gone.
-pub fn restore(
-    options: CreateOptions,
-    from: &RestoreOptions,
-    mode: RunMode,
-) -> Result<Option<Exit>, RunError> {
-    run_made(options, mode, |options| create::restore(options, from))
+pub fn restore(options: RestoreOptions, mode: RunMode) -> Result<Option<Exit>, RunError> {
+    let (root, id) = (options.root.clone(), options.id.clone());
+    run_made(root, id, mode, || create::restore(options))
 }

@@ -48,16 +48,17 @@ pub struct RunMode {
 /// # Errors
 /// Those of [`RunError`]; the container is then gone.
 pub fn run(options: CreateOptions, mode: RunMode) -> Result<Option<Exit>, RunError> {
-    run_made(options, mode, create_started)
+    let (root, id) = (options.root.clone(), options.id.clone());
+    run_made(root, id, mode, || create_started(options))
 }
 
 /// As [`run`], whichever way the container is made.
 pub(crate) fn run_made(
-    options: CreateOptions,
+    root: PathBuf,
+    id: String,
     mode: RunMode,
-    make: impl FnOnce(CreateOptions) -> Result<Created, CreateError>,
+    make: impl FnOnce() -> Result<Created, CreateError>,
 ) -> Result<Option<Exit>, RunError> {
-    let (root, id) = (options.root.clone(), options.id.clone());
     // Before there is a child, so that no signal for it is lost.
     let signals = if mode.detach {
         None
@@ -68,7 +69,7 @@ pub(crate) fn run_made(
         }
         Some(signals)
     };
-    let created = make(options)?;
+    let created = make()?;
     for warning in &created.warnings {
         crate::log::warn(warning);
     }

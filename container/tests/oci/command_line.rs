@@ -204,12 +204,12 @@ fn what_cannot_be_done_is_refused_with_what_to_do_instead() {
             "[possible values: cgroupfs, systemd, disabled]",
         ),
         (
-            &["checkpoint", "--image-path", "/x", "x"],
-            "checkpoint and restore are not supported",
+            &["checkpoint", "--page-server", "nowhere", "x"],
+            "it must be ADDRESS:PORT",
         ),
         (
-            &["restore", "x"],
-            "checkpoint and restore are not supported",
+            &["restore", "--manage-cgroups-mode", "moon", "x"],
+            "[possible values: soft, full, strict, ignore]",
         ),
     ] {
         let ended = finish(bundle.command(arguments));

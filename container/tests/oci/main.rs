@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failure here is a failed test")]
 
 mod bundle;
+mod checkpoint;
 mod command_line;
 mod devices;
 mod escapes;

@@ -60,7 +60,7 @@ fn assert_clear(ended: &Ended, words: &[&str]) {
 
 const GONE: &[&str] = &[
     "does not exist",
-    "is being created or deleted",
+    "is being created, checkpointed or deleted",
     "it is stopped",
     "is stopped",
 ];

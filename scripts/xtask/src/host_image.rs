@@ -75,7 +75,8 @@ const MODULES: &[&str] = &[
     "cls_u32",
     "cls_matchall",
     "ifb",
-    // What CRIU asks about sockets, where somebody installs it.
+    // What CRIU asks about sockets, and the rules of iptables with which it holds packets back, where
+    // somebody installs it.
     "af_packet_diag",
     "inet_diag",
     "netlink_diag",
@@ -83,6 +84,8 @@ const MODULES: &[&str] = &[
     "tcp_diag",
     "udp_diag",
     "unix_diag",
+    "nft_compat",
+    "xt_mark",
     "overlay",
     "erofs",
     "loop",

@@ -16,6 +16,7 @@ use crate::{debian, paths};
 const PACKAGES: &[&str] = &[
     "apparmor",   // Its parser.
     "criu",       // Checkpoints.
+    "iptables",   // With which CRIU holds packets back.
     "mount",      // umount --recursive.
     "systemd",    // It and systemctl.
     "tar",        // CRIU's, for the files of a tmpfs: busybox's has not its options.
@@ -33,6 +34,21 @@ const PROGRAMS: &[&str] = &[
     "usr/bin/nsenter",
     "usr/bin/unshare",
     "usr/sbin/criu",
+    "usr/sbin/xtables-nft-multi",
+];
+
+/// What programs load by themselves.
+const PLUGINS: &[&str] = &[
+    "usr/lib/x86_64-linux-gnu/xtables/libxt_mark.so",
+    "usr/lib/x86_64-linux-gnu/xtables/libxt_standard.so",
+];
+
+/// Names that a package would give a program when it is configured.
+const NAMES: &[(&str, &str)] = &[
+    ("/usr/sbin/iptables-restore", "xtables-nft-multi"),
+    ("/usr/sbin/iptables-save", "xtables-nft-multi"),
+    ("/usr/sbin/ip6tables-restore", "xtables-nft-multi"),
+    ("/usr/sbin/ip6tables-save", "xtables-nft-multi"),
 ];
 
 /// Where the packages have libraries, for their own loader.
@@ -72,14 +88,22 @@ pub(super) fn install(host: &Machine, archive: &Path) -> Result<()> {
     const PLACE: &str = "/tmp/tools.tar.gz";
     step("Unpack programs for the tests", || {
         host.push(archive, PLACE)?;
-        let script = format!("tar -xzf {PLACE} -C / && rm {PLACE}");
+        let names = NAMES
+            .iter()
+            .map(|(name, program)| format!(" && ln -sf {program} {name}"));
+        let names: String = names.collect();
+        let script = format!("tar -xzf {PLACE} -C / && rm {PLACE}{names}");
         run(&mut host.command(&["sh".to_owned(), "-c".to_owned(), script], false)).map(|_| ())
     })
 }
 
 /// The programs and the libraries that they are loaded with, by their names below the root.
 fn files(root: &Path) -> Result<BTreeSet<String>> {
-    let mut files: BTreeSet<String> = PROGRAMS.iter().map(|name| (*name).to_owned()).collect();
+    let mut files: BTreeSet<String> = PROGRAMS
+        .iter()
+        .chain(PLUGINS)
+        .map(|name| (*name).to_owned())
+        .collect();
     let loader = root.join(LOADER);
     let path = LIBRARIES.map(|library| root.join(library).display().to_string());
     for program in PROGRAMS {
