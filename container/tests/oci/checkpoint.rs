@@ -584,6 +584,53 @@ fn memory_can_stay_where_it_is_until_it_is_used() {
     first.assert_nothing_is_left();
 }
 
+/// As its users do it: a container goes on where it was, and as another from an archive.
+#[test]
+fn podman_checkpoints_and_restores() {
+    let has_podman = Command::new("podman").arg("--version").output().is_ok();
+    if !(is_possible() && has_podman) {
+        return;
+    }
+    let bundle = Bundle::new("true");
+    let ended = bundle.script(
+        r#"podman() {
+            command podman --root $PWD/storage --runroot $PWD/run --storage-driver vfs --log-level error \
+                --runtime ${R%% *} --cgroup-manager cgroupfs --events-backend none "$@"
+        }
+        export HOME=$PWD
+        mkdir -p .config/containers
+        echo '{"default": [{"type": "insecureAcceptAnything"}]}' >.config/containers/policy.json
+        trap 'podman rm --force --time 0 --all >/dev/null' EXIT
+        # Until a container has counted further than that, or for a while.
+        reached() {
+            for i in $(seq 200); do
+                last=$(podman logs $1 | tail -n 1)
+                [ "${last##* }" -gt $2 ] && return
+            done
+            echo "$1 is at $last" >&2
+            false
+        }
+        tar -cf image.tar -C rootfs .
+        podman import --quiet image.tar counting >/dev/null
+        podman run --detach --name first --network none --memory 64m counting \
+            sh -c 'read name </proc/sys/kernel/random/uuid; n=0
+                while echo $name $n; do n=$((n+1)); sleep 0.1; done' >/dev/null
+        reached first 0
+        name=${last%% *}
+        podman container checkpoint --export $PWD/archive.tar.gz first >/dev/null
+        podman ps --all --format '{{.Names}} {{.ExitCode}}'
+        reached first 0
+        podman rm first >/dev/null
+        podman container restore --import $PWD/archive.tar.gz --name second >/dev/null
+        reached second ${last##* }
+        podman ps --format '{{.Names}}'
+        # What was in its memory still is.
+        [ "${last%% *}" = "$name" ]"#,
+    );
+    assert_eq!(ended.status, 0, "{ended:?}");
+    assert_eq!(ended.stdout, "first 0\nsecond\n");
+}
+
 /// Whoever dies in the middle of a checkpoint or a restore leaves a container that runs or one that is
 /// gone, and never half of one.
 #[test]

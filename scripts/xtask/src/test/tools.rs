@@ -1,5 +1,5 @@
 //! Programs of Debian that the tests of hostd-oci use in a simulated host, and what they need, as an archive
-//! to unpack there: systemd, which they start in namespaces of its own, CRIU, and AppArmor's parser.
+//! to unpack there: systemd, which they start in namespaces of its own, CRIU, podman, and AppArmor's parser.
 //!
 //! Not a part of the host image: hostd needs none of them, and the image is held in memory.
 
@@ -18,6 +18,7 @@ const PACKAGES: &[&str] = &[
     "criu",       // Checkpoints.
     "iptables",   // With which CRIU holds packets back.
     "mount",      // umount --recursive.
+    "podman",     // Checkpoints as an engine makes them.
     "systemd",    // It and systemctl.
     "tar",        // CRIU's, for the files of a tmpfs: busybox's has not its options.
     "util-linux", // unshare and nsenter: busybox's know no control groups.
@@ -31,7 +32,9 @@ const PROGRAMS: &[&str] = &[
     "bin/umount",
     "lib/systemd/systemd",
     "sbin/apparmor_parser",
+    "usr/bin/conmon",
     "usr/bin/nsenter",
+    "usr/bin/podman",
     "usr/bin/unshare",
     "usr/sbin/criu",
     "usr/sbin/xtables-nft-multi",
