@@ -1,27 +1,22 @@
 //! Checkpoints, where this host has CRIU, and it works with the kernel.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpListener;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::sys::stat::Mode;
-use nix::unistd::{Pid, mkfifo};
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, Ended, PATIENCE, finish, finish_child, is_own};
+use crate::bundle::{Bundle, Ended, finish, finish_child, is_own};
 use crate::lifecycle::receive_descriptor;
 
 /// Answers each line with it and how many there were before, which is nowhere but in its memory.
-const COUNTING: &str = "n=0; while read line; do echo $n $line; n=$((n+1)); done";
+pub(crate) const COUNTING: &str = "n=0; while read line; do echo $n $line; n=$((n+1)); done";
 
 /// Whether CRIU can be used here. Not every kernel is one that Debian's version works with.
-fn is_possible() -> bool {
+pub(crate) fn is_possible() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
     is_own()
         && *FOUND.get_or_init(|| {
@@ -31,14 +26,14 @@ fn is_possible() -> bool {
 }
 
 /// Ends of pipes that are the standard streams of a container.
-struct Talk {
-    input: ChildStdin,
+pub(crate) struct Talk {
+    pub(crate) input: ChildStdin,
     output: BufReader<ChildStdout>,
 }
 
 impl Talk {
     /// Makes a container with them by a verb that returns when it runs.
-    fn start(bundle: &Bundle, verb: &[&str]) -> Talk {
+    pub(crate) fn start(bundle: &Bundle, verb: &[&str]) -> Talk {
         let log = bundle.path().join("log");
         let mut command = bundle.command(&[&["--log", log.to_str().unwrap()], verb].concat());
         command.arg(&bundle.id).stdin(Stdio::piped());
@@ -54,16 +49,16 @@ impl Talk {
         }
     }
 
-    fn run(bundle: &Bundle) -> Talk {
+    pub(crate) fn run(bundle: &Bundle) -> Talk {
         Talk::start(bundle, &["run", "--detach"])
     }
 
-    fn restore(bundle: &Bundle, images: &Path) -> Talk {
+    pub(crate) fn restore(bundle: &Bundle, images: &Path) -> Talk {
         let images = images.to_str().unwrap();
         Talk::start(bundle, &["restore", "--detach", "--image-path", images])
     }
 
-    fn say(&mut self, line: &str) -> String {
+    pub(crate) fn say(&mut self, line: &str) -> String {
         writeln!(self.input, "{line}").unwrap();
         self.hear()
     }
@@ -75,21 +70,21 @@ impl Talk {
     }
 }
 
-fn images(bundle: &Bundle, name: &str) -> PathBuf {
+pub(crate) fn images(bundle: &Bundle, name: &str) -> PathBuf {
     bundle.path().join(name)
 }
 
-fn checkpoint(bundle: &Bundle, images: &Path, options: &[&str]) -> Ended {
+pub(crate) fn checkpoint(bundle: &Bundle, images: &Path, options: &[&str]) -> Ended {
     let verb = ["checkpoint", "--image-path", images.to_str().unwrap()];
     bundle.verb(&[&verb, options].concat(), &[])
 }
 
-fn assert_checkpointed(bundle: &Bundle, images: &Path, options: &[&str]) {
+pub(crate) fn assert_checkpointed(bundle: &Bundle, images: &Path, options: &[&str]) {
     let ended = checkpoint(bundle, images, options);
     assert_eq!(ended.status, 0, "{ended:?}");
 }
 
-fn exec(bundle: &Bundle, script: &str) -> String {
+pub(crate) fn exec(bundle: &Bundle, script: &str) -> String {
     let ended = bundle.verb(&["exec"], &["sh", "-c", script]);
     assert_eq!(ended.status, 0, "{ended:?}");
     ended.stdout
@@ -394,48 +389,6 @@ fn a_network_that_was_joined_is_joined_again_and_hooks_see_it() {
 }
 
 #[test]
-fn connections_are_kept_where_that_is_asked_for_and_else_the_container_goes_on() {
-    if !is_possible() {
-        return;
-    }
-    let script = "ip link set lo up
-        sleep 1000 | busybox nc -l -p 2000 >/dev/shm/heard &
-        while ! busybox netstat -ltn | grep -q :2000; do busybox usleep 1000; done
-        while read line; do echo $line; echo said $line >&2; done | busybox nc 127.0.0.1 2000";
-    let bundle = Bundle::new(script).with(|config| {
-        for set in ["bounding", "effective", "permitted"] {
-            config["process"]["capabilities"][set] = json!(["CAP_NET_ADMIN"]);
-        }
-    });
-    let mut talk = Talk::run(&bundle);
-    let heard = |count: usize| {
-        let start = Instant::now();
-        loop {
-            let heard = exec(&bundle, "cat /dev/shm/heard 2>/dev/null || true");
-            if heard.lines().count() >= count || start.elapsed() > PATIENCE {
-                return heard;
-            }
-        }
-    };
-    writeln!(talk.input, "one").unwrap();
-    assert_eq!(heard(1), "one\n");
-    let place = images(&bundle, "images");
-    let ended = checkpoint(&bundle, &place, &[]);
-    assert!(
-        ended.status != 0 && ended.stderr.contains("--tcp-established"),
-        "{ended:?}"
-    );
-    writeln!(talk.input, "two").unwrap();
-    assert_eq!(heard(2), "one\ntwo\n");
-    assert_checkpointed(&bundle, &place, &["--tcp-established"]);
-    let images = place.to_str().unwrap();
-    let verb = ["restore", "-d", "--tcp-established", "--image-path", images];
-    let mut talk = Talk::start(&bundle, &verb);
-    writeln!(talk.input, "three").unwrap();
-    assert_eq!(heard(3), "one\ntwo\nthree\n");
-}
-
-#[test]
 fn without_criu_both_are_refused_and_a_container_stays_as_it_is() {
     let bundle = Bundle::new("exec sleep 1000");
     let none = |verb: &[&str]| {
@@ -509,220 +462,4 @@ fn what_is_no_checkpoint_and_who_cannot_have_one_is_refused_by_name() {
     );
     assert!(ended.stderr.contains("restore.log"), "{ended:?}");
     bundle.assert_nothing_is_left();
-}
-
-#[test]
-fn memory_can_stay_where_it_is_until_it_is_used() {
-    if !is_possible() {
-        return;
-    }
-    let (first, second) = (Bundle::new(COUNTING), Bundle::new(COUNTING));
-    let mut talk = Talk::run(&first);
-    assert_eq!(talk.say("one"), "0 one");
-    // Free a moment ago.
-    let port = {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.local_addr().unwrap().port().to_string()
-    };
-    let (place, status, work) = (
-        images(&first, "images"),
-        images(&first, "status"),
-        images(&second, "work"),
-    );
-    fs::create_dir(&work).unwrap();
-    mkfifo(&status, Mode::S_IRWXU).unwrap();
-    let address = format!("127.0.0.1:{port}");
-    let options = [
-        "--lazy-pages",
-        "--status-fd",
-        "9",
-        "--page-server",
-        &address,
-    ];
-    let verb = ["checkpoint", "--image-path", place.to_str().unwrap()];
-    let mut command = first.command(&[&verb[..], &options].concat());
-    command.arg(&first.id);
-    let mut shell = Command::new("sh");
-    let script = format!("exec 9>{}; exec \"$@\"", status.display());
-    shell.args(["-c", &script, "sh"]).arg(command.get_program());
-    let mut dump = shell.args(command.get_args()).spawn().unwrap();
-    let mut byte = [1];
-    let mut ready = fs::File::open(&status).unwrap();
-    ready.read_exact(&mut byte).unwrap();
-    assert_eq!(byte, [0]);
-
-    let mut daemon = Command::new("criu");
-    daemon.args([
-        "lazy-pages",
-        "--page-server",
-        "--address",
-        "127.0.0.1",
-        "--port",
-        &port,
-    ]);
-    daemon.arg("-D").arg(&place).arg("-W").arg(&work);
-    let mut daemon = daemon.stdout(Stdio::null()).spawn().unwrap();
-    let start = Instant::now();
-    while !work.join("lazy-pages.socket").exists() {
-        assert!(start.elapsed() < PATIENCE, "nobody listens for faults");
-        std::thread::yield_now();
-    }
-    let (images, work) = (place.to_str().unwrap(), work.to_str().unwrap());
-    let verb = [
-        "restore",
-        "-d",
-        "--lazy-pages",
-        "--image-path",
-        images,
-        "--work-path",
-        work,
-    ];
-    let mut other = Talk::start(&second, &verb);
-    assert_eq!(other.say("two"), "1 two");
-    assert!(daemon.wait().unwrap().success());
-    assert!(dump.wait().unwrap().success());
-    first.assert_nothing_is_left();
-}
-
-/// As its users do it: a container goes on where it was, and as another from an archive.
-#[test]
-fn podman_checkpoints_and_restores() {
-    let has_podman = Command::new("podman").arg("--version").output().is_ok();
-    if !(is_possible() && has_podman) {
-        return;
-    }
-    let bundle = Bundle::new("true");
-    let ended = bundle.script(
-        r#"podman() {
-            command podman --root $PWD/storage --runroot $PWD/run --storage-driver vfs --log-level error \
-                --runtime ${R%% *} --cgroup-manager cgroupfs --events-backend none "$@"
-        }
-        export HOME=$PWD
-        mkdir -p .config/containers
-        echo '{"default": [{"type": "insecureAcceptAnything"}]}' >.config/containers/policy.json
-        trap 'podman rm --force --time 0 --all >/dev/null' EXIT
-        # Until a container has counted further than that, or for a while.
-        reached() {
-            for i in $(seq 200); do
-                last=$(podman logs $1 | tail -n 1)
-                [ "${last##* }" -gt $2 ] && return
-            done
-            echo "$1 is at $last" >&2
-            false
-        }
-        tar -cf image.tar -C rootfs .
-        podman import --quiet image.tar counting >/dev/null
-        podman run --detach --name first --network none --memory 64m counting \
-            sh -c 'read name </proc/sys/kernel/random/uuid; n=0
-                while echo $name $n; do n=$((n+1)); sleep 0.1; done' >/dev/null
-        reached first 0
-        name=${last%% *}
-        podman container checkpoint --export $PWD/archive.tar.gz first >/dev/null
-        podman ps --all --format '{{.Names}} {{.ExitCode}}'
-        reached first 0
-        podman rm first >/dev/null
-        podman container restore --import $PWD/archive.tar.gz --name second >/dev/null
-        reached second ${last##* }
-        podman ps --format '{{.Names}}'
-        # What was in its memory still is.
-        [ "${last%% *}" = "$name" ]"#,
-    );
-    assert_eq!(ended.status, 0, "{ended:?}");
-    assert_eq!(ended.stdout, "first 0\nsecond\n");
-}
-
-/// Whoever dies in the middle of a checkpoint or a restore leaves a container that runs or one that is
-/// gone, and never half of one.
-#[test]
-fn a_runtime_that_is_killed_leaves_a_whole_container_or_none() {
-    if !is_possible() {
-        return;
-    }
-    let bundle = Bundle::new(COUNTING);
-    let mut talk = Some(Talk::run(&bundle));
-    let mut said = 0;
-    for milliseconds in (0..600).step_by(120) {
-        let place = images(&bundle, "images");
-        let arguments = ["checkpoint", "--image-path", place.to_str().unwrap()];
-        killed_after(bundle.command(&arguments).arg(&bundle.id), milliseconds);
-        wait_for_criu(&place);
-        let state = bundle.verb(&["state"], &[]);
-        let runs = state.stdout.contains("running");
-        if let (Some(talk), true) = (&mut talk, runs) {
-            assert_eq!(talk.say("on"), format!("{said} on"), "{milliseconds} ms");
-            said += 1;
-            continue;
-        }
-        // It was dumped, whether there was still somebody to delete it or not.
-        let ended = bundle.verb(&["delete", "--force"], &[]);
-        assert_eq!(ended.status, 0, "{ended:?}");
-        bundle.assert_nothing_is_left();
-        let mut restored = Talk::restore(&bundle, &place);
-        assert_eq!(
-            restored.say("on"),
-            format!("{said} on"),
-            "{milliseconds} ms"
-        );
-        said += 1;
-        talk = Some(restored);
-    }
-    let place = images(&bundle, "last");
-    assert_checkpointed(&bundle, &place, &[]);
-    for milliseconds in (0..600).step_by(120) {
-        let images = place.to_str().unwrap();
-        let arguments = ["restore", "--detach", "--image-path", images];
-        killed_after(bundle.command(&arguments).arg(&bundle.id), milliseconds);
-        wait_for_criu(&place);
-        let state = bundle.verb(&["state"], &[]);
-        let group = format!("/sys/fs/cgroup/{}/cgroup.procs", bundle.id);
-        let members = fs::read_to_string(group).unwrap_or_default();
-        let runs = state.stdout.contains("\"running\"");
-        assert_eq!(
-            runs,
-            !members.is_empty(),
-            "{milliseconds} ms: {state:?}, {members}"
-        );
-        let ended = bundle.verb(&["delete", "--force"], &[]);
-        assert_eq!(ended.status, 0, "{ended:?}");
-        bundle.assert_nothing_is_left();
-    }
-}
-
-fn killed_after(command: &mut Command, milliseconds: u64) {
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let mut child = command.spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(milliseconds));
-    let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL);
-    child.wait().unwrap();
-}
-
-/// Waits until no CRIU has these images open.
-fn wait_for_criu(images: &Path) {
-    let uses = |process: &Path| {
-        let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
-        let links = fs::read_dir(process.join("fd"))
-            .into_iter()
-            .flatten()
-            .flatten();
-        let mut targets = links.filter_map(|link| fs::read_link(link.path()).ok());
-        name.trim_end() == "criu" && targets.any(|target| target.starts_with(images))
-    };
-    let start = Instant::now();
-    loop {
-        let processes = fs::read_dir("/proc")
-            .unwrap()
-            .map(|entry| entry.unwrap().path());
-        let users: Vec<PathBuf> = processes.filter(|process| uses(process)).collect();
-        if users.is_empty() {
-            return;
-        }
-        assert!(
-            start.elapsed() < PATIENCE,
-            "{users:?} still uses the images"
-        );
-        std::thread::yield_now();
-    }
 }

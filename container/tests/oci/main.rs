@@ -12,6 +12,7 @@ mod hooks;
 mod isolation;
 mod lifecycle;
 mod limits;
+mod migration;
 mod mounts;
 mod namespaces;
 mod network_devices;

@@ -3,11 +3,11 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, finish_child, share_namespace};
+use crate::bundle::{Bundle, finish, finish_child, share_namespace};
 
 #[test]
 fn arguments_and_environment_arrive_as_they_are() {
@@ -238,6 +238,58 @@ fn a_label_that_nobody_would_enforce_is_refused() {
         let bundle = Bundle::new("true").with(|config| config[pointer][field] = json!(""));
         assert_eq!(bundle.run().status, 0);
     }
+}
+
+/// Where the host enforces AppArmor, and has its parser.
+#[test]
+fn a_profile_of_apparmor_holds_for_the_program_and_for_exec() {
+    let enforced = Path::new("/sys/kernel/security/apparmor/profiles").exists();
+    let has_parser = Command::new("apparmor_parser").arg("-V").output().is_ok();
+    if !(enforced && has_parser) {
+        return;
+    }
+    let bundle = Bundle::new("cat /proc/self/attr/current /hidden; exec sleep 1000");
+    let profile = bundle.path().join("profile");
+    let rules = "file, capability, network, mount, umount, signal, ptrace, deny /hidden rw,";
+    let names = ["program", "exec"].map(|name| format!("{}-{name}", bundle.id));
+    let text = names
+        .iter()
+        .map(|name| format!("profile {name} flags=(attach_disconnected) {{ {rules} }}\n"));
+    fs::write(&profile, text.collect::<String>()).unwrap();
+    let parse = |action: &str| {
+        let mut parser = Command::new("apparmor_parser");
+        finish({
+            parser
+                .args([action, "--skip-cache", "--quiet"])
+                .arg(&profile);
+            parser
+        })
+    };
+    let loaded = parse("--replace");
+    assert_eq!(loaded.status, 0, "{loaded:?}");
+    let bundle = bundle.with(|config| config["process"]["apparmorProfile"] = json!(names[0]));
+    fs::write(bundle.rootfs().join("hidden"), "seen\n").unwrap();
+    bundle.start();
+    let script = "cat /proc/self/attr/current /hidden";
+    let run = |options: &[&str]| bundle.verb(&[&["exec"], options].concat(), &["sh", "-c", script]);
+    let (plain, other) = (run(&[]), run(&["--apparmor", &names[1]]));
+    let unknown = run(&["--apparmor", "no-such-profile"]);
+    assert_eq!(bundle.verb(&["delete", "--force"], &[]).status, 0);
+    let bundle = bundle.with(|config| config["process"]["args"] = json!(["sh", "-c", script]));
+    let in_the_foreground = bundle.run();
+    let unloaded = parse("--remove");
+    assert_eq!(unloaded.status, 0, "{unloaded:?}");
+    for (ended, name) in [
+        (in_the_foreground, &names[0]),
+        (plain, &names[0]),
+        (other, &names[1]),
+    ] {
+        assert_eq!(ended.stdout, format!("{name} (enforce)\n"), "{ended:?}");
+        let refused = "can't open '/hidden': Permission denied";
+        assert!(ended.stderr.contains(refused), "{ended:?}");
+    }
+    assert_ne!(unknown.status, 0, "{unknown:?}");
+    assert!(unknown.stderr.contains("security label"), "{unknown:?}");
 }
 
 #[test]
