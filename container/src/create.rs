@@ -34,6 +34,7 @@ use crate::plan::mounts::{MountKind, clone_tree};
 use crate::plan::{Inherited, Plan, PlanError, Setting};
 use crate::process::Process;
 use crate::readiness::{Proxy, ReadinessError, ServiceManager};
+use crate::resctrl::ResctrlError;
 use crate::spec::{Config, SpecError};
 use crate::state::{Home, StateError};
 use crate::systemd::SystemdError;
@@ -188,6 +189,8 @@ pub enum CreateError {
     Start(#[from] StartError),
     #[error(transparent)]
     Criu(#[from] CriuError),
+    #[error(transparent)]
+    Resctrl(#[from] ResctrlError),
     #[error("a process with several threads cannot create a container")]
     Threads,
     #[error("cannot {step}")]
@@ -280,6 +283,7 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
         making.prepare_readiness(&mut plan)?;
     }
     let cgroup = making.make_cgroup(&plan)?;
+    making.make_resctrl(&plan)?;
     let entry = cgroup.entry()?;
     let listener = making.listen(starter)?;
     let cgroups = cgroup_trees(&cgroup, &plan)?;

@@ -32,6 +32,7 @@ pub mod process;
 mod program;
 pub mod readiness;
 mod relay;
+pub mod resctrl;
 mod rights;
 mod root;
 mod rootfs;

@@ -442,6 +442,9 @@ fn remove_abandoned(root: &Path, id: &str) -> Result<bool, StateError> {
                 let _ = cgroup.kill_all();
                 let _ = cgroup.remove();
             }
+            if let Some(groups) = &record.resctrl {
+                let _ = groups.remove();
+            }
         }
         Ok(_) => return Ok(false),
         Err(StateError::NotFound { .. }) => {}

@@ -3,11 +3,11 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::Args;
 use container::log;
 use container::spec::parse_resources;
-use container::verbs::update::update;
+use container::verbs::update::{Shares, update};
 use serde_json::{Map, Value, json};
 
 use super::Global;
@@ -107,15 +107,13 @@ pub(super) struct Update {
     #[arg(
         long,
         value_name = "SCHEMA",
-        hide = true,
-        help = "Refused: no Intel RDT"
+        help = "Share of the L3 caches, as L3:0=7f0;1=1f"
     )]
     l3_cache_schema: Option<String>,
     #[arg(
         long,
         value_name = "SCHEMA",
-        hide = true,
-        help = "Refused: no Intel RDT"
+        help = "Share of the memory bandwidth, as MB:0=20;1=70"
     )]
     mem_bw_schema: Option<String>,
     /// Name of the container
@@ -124,10 +122,6 @@ pub(super) struct Update {
 
 impl Update {
     pub(super) fn run(self, global: &Global) -> Result<i32> {
-        ensure!(
-            self.l3_cache_schema.is_none() && self.mem_bw_schema.is_none(),
-            "Intel RDT is not supported"
-        );
         if self.kernel_memory.is_some() || self.kernel_memory_tcp.is_some() {
             log::warn("limits of kernel memory are ignored: it counts with the other memory");
         }
@@ -136,7 +130,11 @@ impl Update {
             None => self.value()?,
         };
         let resources = parse_resources(&resources)?;
-        update(&global.root, &self.id, &resources)?;
+        let shares = Shares {
+            cache: self.l3_cache_schema,
+            bandwidth: self.mem_bw_schema,
+        };
+        update(&global.root, &self.id, &resources, shares)?;
         Ok(0)
     }
 

@@ -58,6 +58,7 @@ impl Making {
             start_time: 0,
             cgroup: plan.cgroup.clone(),
             scope: plan.scope.as_ref().map(|scope| scope.unit.clone()),
+            resctrl: None,
             shares_mounts: plan.namespaces.shares_mounts(),
             no_new_keyring: options.no_new_keyring,
             annotations: map_or_empty(config.spec.annotations()),
@@ -120,6 +121,15 @@ impl Making {
         Ok(cgroup)
     }
 
+    /// Makes the container's share of caches and memory bandwidth, if it has one.
+    pub(super) fn make_resctrl(&mut self, plan: &Plan) -> Result<(), CreateError> {
+        if let Some(plan) = &plan.resctrl {
+            self.record.resctrl = Some(plan.make()?);
+            self.home().write_record(&self.record)?;
+        }
+        Ok(())
+    }
+
     /// Where the process will wait for `start`, if it shall; and the mark that it is not started.
     pub(super) fn listen(&self, starter: Starter) -> Result<Option<OwnedFd>, CreateError> {
         match starter {
@@ -138,8 +148,14 @@ impl Making {
         self.record.pid = process.pid();
         self.record.start_time = process.start_time();
         let process = self.process.insert(process);
-        let home = self.home.as_ref();
-        Ok(home.map_or(Ok(()), |home| home.write_process(process))?)
+        if let Some(home) = &self.home {
+            home.write_process(process)?;
+        }
+        // Those that it makes are then there, too.
+        match &self.record.resctrl {
+            Some(groups) => Ok(groups.add(self.record.pid)?),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn has_process(&self) -> bool {
@@ -325,6 +341,9 @@ impl Drop for Making {
         }
         if let Some(cgroup) = self.cgroup.take() {
             let _ = cgroup.remove();
+        }
+        if let Some(groups) = self.record.resctrl.take().filter(|_| self.home.is_some()) {
+            let _ = groups.remove();
         }
         self.scope = None;
         if let Some(home) = self.home.take() {

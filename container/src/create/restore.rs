@@ -77,6 +77,7 @@ pub fn restore(options: RestoreOptions) -> Result<Created, CreateError> {
     let console_socket = connect_console(plan.process.terminal.is_some(), &options.stdio)?;
     let mut making = Making::claim(&options, bundle.clone(), &config, &plan)?;
     let cgroup = making.make_cgroup(&plan)?;
+    making.make_resctrl(&plan)?;
     let entry = cgroup.entry()?;
     making.listen(Starter::Creator)?;
     let scaffold = step("make a directory for CRIU", making.make_scaffold())?;

@@ -12,6 +12,7 @@ use oci_spec::runtime::{Hooks, Linux, LinuxPersonalityDomain, LinuxResources, Li
 use rustix::thread::CapabilitySet;
 
 use crate::create::Grouping;
+use crate::resctrl::ResctrlPlan;
 use crate::seccomp::{self, Filter};
 use crate::spec::Config;
 use crate::systemd::ScopePlan;
@@ -27,6 +28,7 @@ pub(crate) mod namespaces;
 pub(crate) mod network;
 pub(crate) mod options;
 pub(crate) mod process;
+pub(crate) mod rdt;
 mod refused;
 
 use devices::DevicePlan;
@@ -70,6 +72,7 @@ pub(crate) struct Plan {
     /// The unit of systemd whose group it is.
     pub(crate) scope: Option<ScopePlan>,
     pub(crate) resources: Option<LinuxResources>,
+    pub(crate) resctrl: Option<ResctrlPlan>,
 }
 
 /// What a plan is made for, beside the configuration.
@@ -126,7 +129,7 @@ impl Plan {
         check_version(spec.version())?;
         let empty = Linux::default_empty();
         let linux = spec.linux().as_ref().unwrap_or(&empty);
-        refuse_unsupported(spec, linux)?;
+        refuse_unsupported(spec)?;
 
         let needed = |field: &str| PlanError::invalid(field, "it is needed");
         let root = spec.root().as_ref().ok_or_else(|| needed("root"))?;
@@ -176,6 +179,7 @@ impl Plan {
             cgroup: group.path,
             scope: group.scope,
             resources: linux.resources().clone(),
+            resctrl: rdt::plan(linux, setting.id)?,
             namespaces,
             mounts,
         })

@@ -5,7 +5,7 @@ use oci_spec::runtime::{Linux, LinuxSeccomp, Spec};
 
 use super::PlanError;
 
-pub(super) fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<(), PlanError> {
+pub(super) fn refuse_unsupported(spec: &Spec) -> Result<(), PlanError> {
     for (field, given, reason) in [
         (
             "vm",
@@ -15,11 +15,6 @@ pub(super) fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<(), PlanE
         ("windows", spec.windows().is_some(), "this is Linux"),
         ("solaris", spec.solaris().is_some(), "this is Linux"),
         ("zos", spec.zos().is_some(), "this is Linux"),
-        (
-            "linux.intelRdt",
-            linux.intel_rdt().is_some(),
-            "Intel RDT (resctrl) is not supported",
-        ),
     ] {
         if given {
             return Err(PlanError::invalid(field, reason));

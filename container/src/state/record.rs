@@ -7,6 +7,8 @@ use jiff::Timestamp;
 use oci_spec::runtime::Hook;
 use serde::{Deserialize, Serialize};
 
+use crate::resctrl::ResctrlGroups;
+
 /// What is known of a container for as long as it exists.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -30,6 +32,9 @@ pub struct Record {
     /// The unit of systemd whose group it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scope: Option<String>,
+    /// Its share of caches and memory bandwidth.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resctrl: Option<ResctrlGroups>,
     /// The container has its caller's mount namespace, which says nothing of its root.
     #[serde(default)]
     pub shares_mounts: bool,

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::hooks::{self, Surroundings};
 use crate::process::Process;
+use crate::resctrl::ResctrlError;
 use crate::state::{Home, Record, StateError, Status};
 use crate::systemd::{Systemd, SystemdError};
 use crate::verbs::state::oci_state;
@@ -37,6 +38,8 @@ pub enum DeleteError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Systemd(#[from] SystemdError),
+    #[error(transparent)]
+    Resctrl(#[from] ResctrlError),
     #[error("cannot kill the first process of `{id}`")]
     Kill { id: String, source: io::Error },
     #[error("the first process of `{id}` was killed, but is still there after {seconds} s")]
@@ -93,6 +96,9 @@ pub fn delete(options: &DeleteOptions) -> Result<Vec<String>, DeleteError> {
     if process.is_some() || !cgroup.remove_if_empty()? {
         end(&options.id, process.as_ref(), &cgroup)?;
         cgroup.remove()?;
+    }
+    if let Some(groups) = &record.resctrl {
+        groups.remove()?;
     }
     if let Some((unit, mut systemd)) = scope {
         systemd.stop(unit)?;

@@ -26,6 +26,7 @@ use crate::plan::process::ProcessPlan;
 use crate::plan::{PlanError, capability};
 use crate::process::Process;
 use crate::program::Program;
+use crate::resctrl::ResctrlError;
 use crate::rights::is_host_root;
 use crate::root::Root;
 use crate::seccomp::{self, Filter};
@@ -116,6 +117,8 @@ pub enum ExecError {
     Died,
     #[error(transparent)]
     Setting(#[from] CreateError),
+    #[error(transparent)]
+    Resctrl(#[from] ResctrlError),
     #[error("cannot {step}")]
     Step {
         step: &'static str,
@@ -189,9 +192,7 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
         Forked::Parent(process) => {
             drop(theirs);
             let child = Child(Some(process));
-            if let Some(unit) = attach {
-                Systemd::connect()?.attach(unit, child.pid())?;
-            }
+            place(child.pid(), attach, &record)?;
             if let Some(path) = &options.pidfd_socket {
                 step("send the pidfd", child.hand_over(path))?;
             }
@@ -205,6 +206,17 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
             let process = child.into_process()?;
             Ok(Executed { process, console })
         }
+    }
+}
+
+/// Puts a process where it cannot be made: into the unit's group, and to the container's share of caches.
+fn place(pid: i32, unit: Option<&str>, record: &Record) -> Result<(), ExecError> {
+    if let Some(unit) = unit {
+        Systemd::connect()?.attach(unit, pid)?;
+    }
+    match &record.resctrl {
+        Some(groups) => Ok(groups.add(pid)?),
+        None => Ok(()),
     }
 }
 
