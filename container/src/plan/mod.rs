@@ -179,7 +179,7 @@ impl Plan {
             cgroup: group.path,
             scope: group.scope,
             resources: linux.resources().clone(),
-            resctrl: rdt::plan(linux, setting.id)?,
+            resctrl: rdt::plan(linux, &config.text, setting.id)?,
             namespaces,
             mounts,
         })

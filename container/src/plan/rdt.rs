@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use oci_spec::runtime::{Linux, LinuxIntelRdt};
+use serde_json::Value;
 
 use super::PlanError;
 use crate::resctrl::{Class, ResctrlPlan, mount_point};
@@ -21,7 +22,11 @@ const RESERVED: [&str; 7] = [
 
 /// # Errors
 /// The field that is wrong, and why; all of it where the host has no such file system.
-pub(super) fn plan(linux: &Linux, id: &str) -> Result<Option<ResctrlPlan>, PlanError> {
+pub(super) fn plan(
+    linux: &Linux,
+    config: &[u8],
+    id: &str,
+) -> Result<Option<ResctrlPlan>, PlanError> {
     let Some(rdt) = linux.intel_rdt() else {
         return Ok(None);
     };
@@ -38,24 +43,36 @@ pub(super) fn plan(linux: &Linux, id: &str) -> Result<Option<ResctrlPlan>, PlanE
                       `mount -t resctrl resctrl /sys/fs/resctrl` was not done";
         PlanError::invalid(field, reason)
     })?;
-    plan_in(root, rdt, id).map(Some)
+    plan_in(root, rdt, config, id).map(Some)
 }
 
-fn plan_in(root: PathBuf, rdt: &LinuxIntelRdt, id: &str) -> Result<ResctrlPlan, PlanError> {
+fn plan_in(
+    root: PathBuf,
+    rdt: &LinuxIntelRdt,
+    text: &[u8],
+    id: &str,
+) -> Result<ResctrlPlan, PlanError> {
     let class = match rdt.clos_id().as_deref().filter(|name| !name.is_empty()) {
         None => Class::Own(id.to_owned()),
         Some("/") => Class::Default,
         Some(name) => Class::Named(checked_name(name)?),
     };
-    // These were one flag for each of two things that are measured, before 1.3.
-    let measured = [rdt.enable_monitoring(), rdt.enable_cmt(), rdt.enable_mbm()];
-    let is_measured = measured.into_iter().flatten().any(|flag| *flag);
+    let is_measured = rdt.enable_monitoring().unwrap_or(false) || was_measured(text);
     Ok(ResctrlPlan {
         root,
         class,
         schemata: schemata(rdt)?,
         monitor: is_measured.then(|| id.to_owned()),
     })
+}
+
+/// Before 1.3 there was a flag for each of two things that are measured, for which the typed form has other
+/// names than the specification.
+fn was_measured(config: &[u8]) -> bool {
+    // It is no JSON only if it is no configuration either.
+    let config: Value = serde_json::from_slice(config).unwrap_or_default();
+    let rdt = &config["linux"]["intelRdt"];
+    rdt["enableCMT"] == true || rdt["enableMBM"] == true
 }
 
 fn checked_name(name: &str) -> Result<String, PlanError> {
@@ -116,7 +133,9 @@ mod tests {
 
     fn planned(text: &str) -> Result<ResctrlPlan, String> {
         let rdt: LinuxIntelRdt = serde_json::from_str(text).unwrap();
-        plan_in(PathBuf::from("/r"), &rdt, "id").map_err(|error| error.to_string())
+        let config = format!(r#"{{"linux": {{"intelRdt": {text}}}}}"#);
+        let planned = plan_in(PathBuf::from("/r"), &rdt, config.as_bytes(), "id");
+        planned.map_err(|error| error.to_string())
     }
 
     #[test]

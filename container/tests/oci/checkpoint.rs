@@ -315,6 +315,23 @@ fn a_stream_that_was_a_file_can_only_be_a_file_again() {
 }
 
 #[test]
+fn a_file_without_a_name_is_kept() {
+    if !is_possible() {
+        return;
+    }
+    let script = format!("cd /dev/shm; echo kept >gone; exec 7<gone; busybox rm gone; {COUNTING}");
+    let bundle = Bundle::new(&script);
+    let mut talk = Talk::run(&bundle);
+    assert_eq!(talk.say("one"), "0 one");
+    let place = images(&bundle, "images");
+    assert_checkpointed(&bundle, &place, &[]);
+    let mut talk = Talk::restore(&bundle, &place);
+    assert_eq!(talk.say("two"), "1 two");
+    let seen = exec(&bundle, "cat /proc/1/fd/7; ls /dev/shm");
+    assert_eq!(seen, "kept\n");
+}
+
+#[test]
 fn users_are_mapped_again_and_groups_of_its_own_come_back() {
     if !is_possible() {
         return;
