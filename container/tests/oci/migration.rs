@@ -190,7 +190,7 @@ fn a_runtime_that_is_killed_leaves_a_whole_container_or_none() {
     let bundle = Bundle::new(COUNTING);
     let mut talk = Some(Talk::run(&bundle));
     let mut said = 0;
-    for milliseconds in (0..600).step_by(120) {
+    for milliseconds in (0..600).step_by(200) {
         let place = images(&bundle, "images");
         let arguments = ["checkpoint", "--image-path", place.to_str().unwrap()];
         killed_after(bundle.command(&arguments).arg(&bundle.id), milliseconds);
@@ -217,7 +217,7 @@ fn a_runtime_that_is_killed_leaves_a_whole_container_or_none() {
     }
     let place = images(&bundle, "last");
     assert_checkpointed(&bundle, &place, &[]);
-    for milliseconds in (0..600).step_by(120) {
+    for milliseconds in (0..600).step_by(200) {
         let images = place.to_str().unwrap();
         let arguments = ["restore", "--detach", "--image-path", images];
         killed_after(bundle.command(&arguments).arg(&bundle.id), milliseconds);

@@ -69,13 +69,7 @@ pub(crate) fn fuzz(arguments: &Arguments) -> Result<()> {
         }
         chosen.retain(|target| arguments.targets.contains(&target.name));
     }
-    for package in PACKAGES {
-        if chosen.iter().any(|target| target.package == package) {
-            step(&format!("Build the fuzz targets of {package}"), || {
-                build(package)
-            })?;
-        }
-    }
+    step("Build the fuzz targets", || build(&chosen))?;
     if let Some(input) = &arguments.input {
         let [target] = chosen.as_slice() else {
             bail!("Name the one target that is to get the input");
@@ -140,7 +134,7 @@ fn target_dir() -> PathBuf {
     paths::target().join("fuzz")
 }
 
-fn build(package: &str) -> Result<()> {
+fn build(targets: &[Target]) -> Result<()> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
     // Without --locked: a new dependency of the VMM is one of this package too, and its lock file is
     // nobody's to remember.
@@ -149,7 +143,10 @@ fn build(package: &str) -> Result<()> {
         .args(["--target", paths::TARGET, "--target-dir"])
         .arg(target_dir())
         .env("RUSTFLAGS", INSTRUMENTATION)
-        .current_dir(paths::root().join(package));
+        .current_dir(paths::root().join("fuzz"));
+    for target in targets {
+        build.args(["--bin", &target.name]);
+    }
     run(&mut build).map(|_| ())
 }
 
