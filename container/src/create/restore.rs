@@ -113,11 +113,10 @@ pub fn restore(options: RestoreOptions) -> Result<Created, CreateError> {
         "remove the directory for CRIU",
         std::fs::remove_dir(&scaffold),
     )?;
-    match restored {
-        Ok(_) => {}
-        Err(Served::Criu(error)) => return Err(error.into()),
-        Err(Served::Caller(error)) => return Err(error),
-    }
+    restored.map_err(|error| match error {
+        Served::Criu(error) => error.into(),
+        Served::Caller(error) => error,
+    })?;
     making.settle(&cgroup, &plan)?;
     if let Some(socket) = &options.pidfd_socket {
         step("send the pidfd", making.hand_over_process(socket))?;

@@ -4,7 +4,6 @@
 //! CRIU sees the container from the host, where a part of what it uses is not the container's own:
 //! sources of bind mounts, namespaces of others, the engine's ends of the standard streams. Each of
 //! these gets a name in a dump, by which it is given again in a restore ([`outside`], [`streams`]).
-//! The images can be exchanged with runc's: names and files are the same.
 
 mod allow;
 mod dump;
@@ -15,6 +14,7 @@ mod streams;
 mod worker;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -30,7 +30,7 @@ pub(crate) use self::dump::Dump;
 pub use self::dump::DumpOptions;
 pub use self::restore::Source;
 pub(crate) use self::restore::{Point, Restore};
-use self::rpc::{Kind, NetworkLock, Options, Request, Response};
+use self::rpc::{Kind, NetworkLock, Options, Request};
 pub(crate) use self::worker::Served;
 use self::worker::{Place, Worker};
 use crate::rights::is_host_root;
@@ -160,12 +160,12 @@ impl Criu {
             ..Request::default()
         };
         let worker = Worker::start(&program, Place::HERE)?;
-        let response = worker.serve(&request, &mut |_, _| Err(CriuError::Rights));
-        let version = match response {
-            Ok(Response { version, .. }) => version,
-            Err(Served::Criu(error) | Served::Caller(error)) => return Err(error),
+        let version = match worker.serve(&request, &mut |_, _| Ok::<_, Infallible>(())) {
+            Ok(response) => response.version.unwrap_or_default(),
+            Err(Served::Criu(error)) => return Err(error),
+            Err(Served::Caller(never)) => match never {},
         };
-        let (major, minor) = version.map_or((0, 0), |version| (version.major, version.minor));
+        let (major, minor) = (version.major, version.minor);
         if (major, minor) < VERSION_MIN {
             return Err(CriuError::TooOld { major, minor });
         }

@@ -62,7 +62,7 @@ pub(crate) enum Point {
 }
 
 impl Restore<'_> {
-    /// Returns the pid of the first process, a child of this one. If `attend` fails CRIU undoes all.
+    /// Restores it; the first process is a child of this one. If `attend` fails CRIU undoes all.
     ///
     /// # Errors
     /// Those of [`CriuError`], and of `attend`; no process is left then.
@@ -70,24 +70,24 @@ impl Restore<'_> {
         &self,
         criu: &Criu,
         attend: &mut dyn FnMut(Point) -> Result<(), E>,
-    ) -> Result<i32, Served<E>> {
+    ) -> Result<(), Served<E>> {
         let Source {
             images, allowed, ..
         } = self.source;
+        outside::refuse(self.spec)?;
         let images = images.open(false, LOG)?;
+        let mut options = options(criu, &images, allowed, self.annotations);
+        let streams = Streams::read(&images).map_err(CriuError::step(
+            "read descriptors.json, which a checkpoint has beside its images",
+        ))?;
+        let failed = CriuError::step("find what the container used of the host");
+        let given = self.describe(&streams, &mut options).map_err(failed)?;
         if let Some(group) = self.root_group {
             let failed = CriuError::step("let the container's root read the images");
             images.let_in(group).map_err(failed)?;
         }
-        outside::refuse(self.spec)?;
         let failed = CriuError::step("make the places of the mounts");
         outside::make_mount_points(self.spec, self.bundle, self.rootfs).map_err(failed)?;
-        let mut options = options(criu, &images, allowed, self.annotations);
-        let failed = CriuError::step("find what the container used of the host");
-        let streams = Streams::read(&images).map_err(CriuError::step(
-            "read descriptors.json, which a checkpoint has beside its images",
-        ))?;
-        let given = self.describe(&streams, &mut options).map_err(failed)?;
         let request = Request {
             kind: Kind::Restore.into(),
             options: Some(options),
@@ -114,10 +114,10 @@ impl Restore<'_> {
                 _ => Ok(()),
             }
         })?;
-        match response.restore {
-            Some(restored) if response.success => Ok(restored.pid),
-            _ => Err(images.failure("restore").into()),
+        if response.success {
+            return Ok(());
         }
+        Err(images.failure("restore").into())
     }
 
     /// Whether CRIU runs in the container's group, and what it makes with it, as it does not care for groups.

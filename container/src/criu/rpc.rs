@@ -162,18 +162,10 @@ pub(super) struct Response {
     pub(super) kind: i32,
     #[prost(bool, required, tag = "2")]
     pub(super) success: bool,
-    #[prost(message, optional, tag = "4")]
-    pub(super) restore: Option<Restored>,
     #[prost(message, optional, tag = "5")]
     pub(super) notify: Option<Notification>,
     #[prost(message, optional, tag = "10")]
     pub(super) version: Option<Version>,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct Restored {
-    #[prost(int32, required, tag = "1")]
-    pub(super) pid: i32,
 }
 
 /// CRIU has come to a point where its caller may do something, and waits.
@@ -220,10 +212,11 @@ mod tests {
 
     #[test]
     fn fields_that_are_not_known_here_are_passed_over() {
-        let bytes = [8, 2, 16, 1, 34, 2, 8, 7, 56, 5];
+        // Field 4 is a message, 7 a number; neither is read here.
+        let bytes = [8, 6, 16, 1, 34, 2, 8, 7, 42, 2, 16, 9, 56, 5];
         let response = Response::decode(bytes.as_slice()).unwrap();
-        assert_eq!(response.kind(), Kind::Restore);
-        assert_eq!(response.restore.unwrap().pid, 7);
+        assert_eq!(response.kind(), Kind::Notify);
+        assert_eq!(response.notify.unwrap().pid(), 9);
         Response::decode([8].as_slice()).unwrap_err();
     }
 }

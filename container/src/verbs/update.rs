@@ -26,7 +26,7 @@ pub enum UpdateError {
     #[error(transparent)]
     Resctrl(#[from] ResctrlError),
     #[error(
-        "container `{id}` has no share of caches to change: its configuration has no linux.intelRdt"
+        "container `{id}` has no share of Intel RDT to change: its configuration has no linux.intelRdt"
     )]
     NoShares { id: String },
 }

@@ -17,6 +17,7 @@ use crate::bundle::{Bundle, PATIENCE};
 use crate::checkpoint::{
     COUNTING, Talk, assert_checkpointed, checkpoint, exec, images, is_possible,
 };
+use crate::systemd::{self, beside_systemd};
 
 #[test]
 fn connections_are_kept_where_that_is_asked_for_and_else_the_container_goes_on() {
@@ -133,6 +134,42 @@ fn memory_can_stay_where_it_is_until_it_is_used() {
     first.assert_nothing_is_left();
 }
 
+#[test]
+fn a_scope_of_systemd_is_made_anew() {
+    if !(is_possible() && systemd::is_possible()) {
+        return;
+    }
+    let bundle = Bundle::new("n=0; while sleep 0.1; do n=$((n+1)); echo $n >/dev/shm/n; done");
+    let bundle = bundle.with(|config| {
+        config["linux"]["cgroupsPath"] = json!("test.slice:unit:name");
+        config["linux"]["resources"]["pids"] = json!({"limit": 30});
+    });
+    let output = beside_systemd(
+        &bundle,
+        true,
+        r#"reached() {
+            for i in $(seq 200); do
+                n=$($R exec $ID cat /dev/shm/n 2>/dev/null) && [ ${n:-0} -gt $1 ] && return
+            done
+            echo "it is at $n" >&2
+            false
+        }
+        R="$R --systemd-cgroup"
+        $R run --detach $ID >/dev/null 2>errors </dev/null || { cat errors >&2; exit 1; }
+        reached 0
+        $R checkpoint --image-path images $ID
+        systemctl show unit-name.scope -p LoadState
+        $R restore --detach --image-path images $ID >/dev/null 2>errors </dev/null || { cat errors >&2; exit 1; }
+        reached $n
+        systemctl show unit-name.scope -p ActiveState,TasksMax
+        grep -c test.slice/unit-name.scope /proc/$($R ps --format json $ID | tr -d '[]' | cut -d, -f1)/cgroup
+        $R delete --force $ID
+        systemctl show unit-name.scope -p LoadState"#,
+    );
+    let expected = "LoadState=not-found\nTasksMax=30\nActiveState=active\n1\nLoadState=not-found\n";
+    assert_eq!(output, expected);
+}
+
 /// As its users do it: a container goes on where it was, and as another from an archive.
 #[test]
 fn podman_checkpoints_and_restores() {
@@ -146,7 +183,7 @@ fn podman_checkpoints_and_restores() {
             command podman --root $PWD/storage --runroot $PWD/run --storage-driver vfs --log-level error \
                 --runtime ${R%% *} --cgroup-manager cgroupfs --events-backend none "$@"
         }
-        export HOME=$PWD
+        export HOME=$PWD TMPDIR=$PWD
         mkdir -p .config/containers
         echo '{"default": [{"type": "insecureAcceptAnything"}]}' >.config/containers/policy.json
         trap 'podman rm --force --time 0 --all >/dev/null' EXIT

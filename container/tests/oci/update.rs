@@ -105,7 +105,7 @@ fn every_flag_of_update_changes_its_limit() {
         (["--memory", "1x"], "`1x` is not a size"),
         (
             ["--l3-cache-schema", "L3:0=f"],
-            "Intel RDT is not supported",
+            "has no share of Intel RDT to change",
         ),
         (["--cpuset-cpus", "4000"], "linux.resources.cpu.cpus"),
         (["--resources", "/nowhere"], "cannot read /nowhere"),
