@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use hostd::image::{Disk, ImageStore};
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
 
@@ -70,6 +70,12 @@ fn in_mount_namespace<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'stat
     thread.join().unwrap()
 }
 
+/// Takes a mount away at once: a child that another thread forks has copies of this process's descriptors until
+/// it executes its program, and with one of a directory in the mount the kernel would call it busy.
+fn detach(target: &Path) {
+    umount2(target, MntFlags::MNT_DETACH).unwrap();
+}
+
 fn overlay(layers: &[PathBuf]) -> BTreeMap<PathBuf, Seen> {
     let layers = layers.to_owned();
     in_mount_namespace(move || {
@@ -90,7 +96,7 @@ fn overlay(layers: &[PathBuf]) -> BTreeMap<PathBuf, Seen> {
         )
         .unwrap();
         let seen = tree(target.path());
-        nix::mount::umount(target.path()).unwrap();
+        detach(target.path());
         seen
     })
 }
@@ -106,7 +112,7 @@ fn mounted(disk: &Disk) -> BTreeMap<PathBuf, Seen> {
             &["-t", disk.fs, "-o", "loop,ro", file, point],
         );
         let seen = tree(target.path());
-        run("mount", "umount", &[point]);
+        detach(target.path());
         seen
     })
 }
