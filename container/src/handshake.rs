@@ -31,6 +31,8 @@ pub(crate) enum Message {
     Console(Option<OwnedFd>),
     /// The listener of the seccomp filter.
     Notify(Option<OwnedFd>),
+    /// A socket to somebody else.
+    Socket(Option<OwnedFd>),
     /// All is set up, but for what needs `start`.
     Ready,
     /// The next that happens is exec: the end of the stream means that it succeeded.
@@ -98,6 +100,7 @@ impl Channel {
             Message::Hooks => (b'h', "", None),
             Message::Console(terminal) => (b'c', "", terminal.as_ref()),
             Message::Notify(listener) => (b'n', "", listener.as_ref()),
+            Message::Socket(socket) => (b's', "", socket.as_ref()),
             Message::Ready => (b'r', "", None),
             Message::Executing => (b'x', "", None),
             Message::Failed(Failure { reason, message }) => {
@@ -135,6 +138,7 @@ impl Channel {
             b'h' => Message::Hooks,
             b'c' => Message::Console(descriptor),
             b'n' => Message::Notify(descriptor),
+            b's' => Message::Socket(descriptor),
             b'r' => Message::Ready,
             b'x' => Message::Executing,
             b'm' => Message::failed(Reason::ProgramNotFound, text),
@@ -235,6 +239,12 @@ pub(crate) fn connect(path: &Path) -> io::Result<Channel> {
     )?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(Channel { socket })
+}
+
+impl From<Channel> for OwnedFd {
+    fn from(channel: Channel) -> Self {
+        channel.socket
+    }
 }
 
 impl AsFd for Channel {

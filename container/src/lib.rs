@@ -22,6 +22,7 @@ mod launch;
 pub mod log;
 mod masks;
 pub mod monitor;
+mod mountinfo;
 mod mounts;
 mod namespaces;
 mod netlink;

@@ -111,7 +111,8 @@ fn open_null() -> io::Result<OwnedFd> {
     Ok(null)
 }
 
-fn find(path: &Path, root: &Root) -> io::Result<Option<OwnedFd>> {
+/// A path of the container, if there is one.
+pub(crate) fn find(path: &Path, root: &Root) -> io::Result<Option<OwnedFd>> {
     match root.find(path) {
         Ok(found) => Ok(Some(found)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -17,7 +17,8 @@ use crate::plan::process::ProcessPlan;
 use crate::sys;
 
 /// Where programs are looked for if the environment has no PATH.
-const PATH_DEFAULT: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const PATH_DEFAULT: &str =
+    "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What is executed.
 #[derive(Debug)]

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::mountinfo::Line;
+
 /// Why a container did not get its share.
 #[derive(Debug, thiserror::Error)]
 pub enum ResctrlError {
@@ -57,6 +59,8 @@ pub(crate) enum Class {
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ResctrlGroups {
+    /// Where the file system is mounted.
+    root: PathBuf,
     class: PathBuf,
     /// The class goes with the container.
     is_own: bool,
@@ -65,68 +69,57 @@ pub struct ResctrlGroups {
 }
 
 impl ResctrlPlan {
-    /// Makes what is not there.
-    ///
-    /// # Errors
-    /// When the class is another one than was asked for, or the processor or the kernel refuses; nothing
-    /// is left then.
-    pub(crate) fn make(&self) -> Result<ResctrlGroups, ResctrlError> {
+    /// The directories that the container will be in.
+    pub(crate) fn groups(&self) -> ResctrlGroups {
         let (class, is_own) = match &self.class {
             Class::Default => (self.root.clone(), false),
             Class::Named(name) => (self.root.join(name), false),
             Class::Own(name) => (self.root.join(name), true),
         };
-        let made = self.make_class(&class)?;
-        let mut groups = ResctrlGroups {
+        let monitor = self.monitor.as_ref();
+        ResctrlGroups {
+            root: self.root.clone(),
+            monitor: monitor.map(|name| class.join("mon_groups").join(name)),
             class,
             is_own,
-            monitor: None,
-        };
-        match self.make_monitor(&mut groups) {
-            Ok(()) => Ok(groups),
-            Err(error) => {
-                if made {
-                    let _ = std::fs::remove_dir(&groups.class);
-                }
-                Err(error)
-            }
         }
     }
 
-    /// Whether it was made, and not there before.
-    fn make_class(&self, class: &Path) -> Result<bool, ResctrlError> {
-        let name = match &self.class {
-            Class::Default => "/",
-            Class::Named(name) | Class::Own(name) => name,
-        };
-        if class.is_dir() {
-            self.compare(name, class)?;
-            return Ok(false);
+    /// Makes of them what is not there.
+    ///
+    /// # Errors
+    /// When the class is another one than was asked for, or the processor or the kernel refuses; nothing
+    /// that was made is left then.
+    pub(crate) fn make(&self, groups: &ResctrlGroups) -> Result<(), ResctrlError> {
+        if groups.class.is_dir() {
+            self.compare(groups)?;
+            return groups.make_monitor();
         }
         if matches!(self.class, Class::Named(_)) && self.schemata.is_empty() {
             return Err(ResctrlError::NoClass {
-                class: name.to_owned(),
+                class: self.class.name().to_owned(),
                 root: self.root.clone(),
             });
         }
-        make_directory(&self.root, class)?;
-        if self.schemata.is_empty() {
-            return Ok(true);
-        }
-        let written = write_schemata(&self.root, class, &self.schemata);
-        written.map(|()| true).inspect_err(|_| {
-            let _ = std::fs::remove_dir(class);
-        })
+        groups.make_directory(&groups.class)?;
+        let filled = if self.schemata.is_empty() {
+            Ok(())
+        } else {
+            groups.update(&self.schemata)
+        };
+        filled
+            .and_then(|()| groups.make_monitor())
+            .inspect_err(|_| {
+                let _ = std::fs::remove_dir(&groups.class);
+            })
     }
 
     /// Whether a class that exists is what was asked for.
-    fn compare(&self, name: &str, class: &Path) -> Result<(), ResctrlError> {
+    fn compare(&self, groups: &ResctrlGroups) -> Result<(), ResctrlError> {
         if self.schemata.is_empty() {
             return Ok(());
         }
-        let path = class.join("schemata");
-        let failed = failed("read", &self.root, &path);
-        let text = std::fs::read_to_string(&path).map_err(failed)?;
+        let text = groups.read_schemata()?;
         let has: BTreeMap<_, _> = text.lines().filter_map(parse).collect();
         let differs = |line: &&String| {
             let asked = parse(line);
@@ -142,20 +135,20 @@ impl ResctrlPlan {
         match self.schemata.iter().find(differs) {
             None => Ok(()),
             Some(line) => Err(ResctrlError::Differs {
-                class: name.to_owned(),
+                class: self.class.name().to_owned(),
                 line: line.clone(),
             }),
         }
     }
+}
 
-    fn make_monitor(&self, groups: &mut ResctrlGroups) -> Result<(), ResctrlError> {
-        let Some(name) = &self.monitor else {
-            return Ok(());
-        };
-        let path = groups.class.join("mon_groups").join(name);
-        make_directory(&self.root, &path)?;
-        groups.monitor = Some(path);
-        Ok(())
+impl Class {
+    /// As `closID` has it.
+    fn name(&self) -> &str {
+        match self {
+            Class::Default => "/",
+            Class::Named(name) | Class::Own(name) => name,
+        }
     }
 }
 
@@ -170,9 +163,7 @@ impl ResctrlGroups {
             .into_iter()
             .flatten()
         {
-            let path = group.join("tasks");
-            let failed = failed("add a process to", &self.class, &path);
-            std::fs::write(&path, pid.to_string()).map_err(failed)?;
+            self.write(&group.join("tasks"), &pid.to_string())?;
         }
         Ok(())
     }
@@ -182,9 +173,13 @@ impl ResctrlGroups {
     /// # Errors
     /// The system call's.
     pub(crate) fn schemata(&self) -> Result<Vec<String>, ResctrlError> {
-        let path = self.class.join("schemata");
-        let text = std::fs::read_to_string(&path).map_err(failed("read", &self.class, &path))?;
+        let text = self.read_schemata()?;
         Ok(text.lines().map(|line| line.trim().to_owned()).collect())
+    }
+
+    fn read_schemata(&self) -> Result<String, ResctrlError> {
+        let path = self.class.join("schemata");
+        std::fs::read_to_string(&path).map_err(|source| self.failed("read", &path, source))
     }
 
     /// Changes what the class may have.
@@ -192,8 +187,8 @@ impl ResctrlGroups {
     /// # Errors
     /// When the processor or the kernel refuses.
     pub(crate) fn update(&self, schemata: &[String]) -> Result<(), ResctrlError> {
-        let root = self.class.parent().unwrap_or(&self.class);
-        write_schemata(root, &self.class, schemata)
+        // In one write, so that the kernel takes all of it or nothing of a line.
+        self.write(&self.class.join("schemata"), &(schemata.join("\n") + "\n"))
     }
 
     /// Removes what is the container's own. Processes that are still there fall back to the default.
@@ -205,38 +200,34 @@ impl ResctrlGroups {
         for path in [self.monitor.as_ref(), own].into_iter().flatten() {
             match std::fs::remove_dir(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(failed("remove", &self.class, path)(error));
+                    return Err(self.failed("remove", path, error));
                 }
                 _ => {}
             }
         }
         Ok(())
     }
-}
 
-fn make_directory(root: &Path, path: &Path) -> Result<(), ResctrlError> {
-    match std::fs::create_dir(path) {
-        // Of a creator that died.
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        made => made.map_err(failed("make", root, path)),
+    fn make_monitor(&self) -> Result<(), ResctrlError> {
+        let path = self.monitor.as_ref();
+        path.map_or(Ok(()), |path| self.make_directory(path))
     }
-}
 
-/// In one write, so that the kernel takes all of it or nothing of a line.
-fn write_schemata(root: &Path, class: &Path, lines: &[String]) -> Result<(), ResctrlError> {
-    let path = class.join("schemata");
-    let text = lines.join("\n") + "\n";
-    std::fs::write(&path, text).map_err(failed("write to", root, &path))
-}
+    fn make_directory(&self, path: &Path) -> Result<(), ResctrlError> {
+        match std::fs::create_dir(path) {
+            // Of a creator that died.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            made => made.map_err(|source| self.failed("make", path, source)),
+        }
+    }
 
-/// The kernel explains the last failure in a file.
-fn failed<'a>(
-    act: &'static str,
-    root: &'a Path,
-    path: &'a Path,
-) -> impl Fn(io::Error) -> ResctrlError + 'a {
-    move |source| {
-        let status = std::fs::read_to_string(root.join("info/last_cmd_status"));
+    fn write(&self, path: &Path, text: &str) -> Result<(), ResctrlError> {
+        std::fs::write(path, text).map_err(|source| self.failed("write to", path, source))
+    }
+
+    /// The kernel explains the last failure in a file.
+    fn failed(&self, act: &'static str, path: &Path, source: io::Error) -> ResctrlError {
+        let status = std::fs::read_to_string(self.root.join("info/last_cmd_status"));
         let status = status.unwrap_or_default();
         let explanation = match status.trim() {
             "" | "ok" => String::new(),
@@ -264,12 +255,10 @@ fn parse(line: &str) -> Option<(&str, BTreeMap<&str, &str>)> {
 
 /// Where the file system is mounted, by the text of /proc/self/mountinfo.
 pub(crate) fn mount_point(mountinfo: &str) -> Option<PathBuf> {
-    mountinfo.lines().find_map(|line| {
-        let (mount, source) = line.split_once(" - ")?;
-        let is_resctrl = source.split(' ').next() == Some("resctrl");
-        let path = mount.split(' ').nth(4)?;
-        is_resctrl.then(|| PathBuf::from(path))
-    })
+    let mut mounts = mountinfo.lines().filter_map(Line::parse);
+    mounts
+        .find(|line| line.kind == "resctrl")
+        .map(|line| line.point())
 }
 
 #[cfg(test)]
@@ -301,13 +290,16 @@ mod tests {
         }
     }
 
+    fn make(plan: &ResctrlPlan) -> Result<ResctrlGroups, ResctrlError> {
+        let groups = plan.groups();
+        plan.make(&groups).map(|()| groups)
+    }
+
     #[test]
     fn a_class_of_the_containers_own_is_made_and_goes_with_it() {
         let root = tree();
         let schemata = ["L3:0=7f0;1=1f", "MB:0=20;1=70"];
-        let groups = plan(root.path(), Class::Own("a".into()), &schemata)
-            .make()
-            .unwrap();
+        let groups = make(&plan(root.path(), Class::Own("a".into()), &schemata)).unwrap();
         let class = root.path().join("a");
         let written = fs::read_to_string(class.join("schemata")).unwrap();
         assert_eq!(written, "L3:0=7f0;1=1f\nMB:0=20;1=70\n");
@@ -336,23 +328,21 @@ mod tests {
         .unwrap();
         let shared = || Class::Named("shared".into());
         for good in [&["L3:0=ff"][..], &["MB:1=100;0=20", "L3:1=07ff"], &[]] {
-            let groups = plan(root.path(), shared(), good).make().unwrap();
+            let groups = make(&plan(root.path(), shared(), good)).unwrap();
             groups.remove().unwrap();
             assert!(class.exists());
         }
         for bad in ["L3:0=fe", "L3:2=ff", "L2:0=ff", "L3"] {
-            let error = plan(root.path(), shared(), &[bad]).make().unwrap_err();
+            let error = make(&plan(root.path(), shared(), &[bad])).unwrap_err();
             assert!(
                 error.to_string().contains(&format!("no `{bad}`")),
                 "{error}"
             );
         }
         let default = plan(root.path(), Class::Default, &["MB:0=100"]);
-        assert_eq!(default.make().unwrap().class, root.path());
-        plan(root.path(), Class::Default, &["MB:0=10"])
-            .make()
-            .unwrap_err();
-        let none = plan(root.path(), Class::Named("none".into()), &[]).make();
+        assert_eq!(make(&default).unwrap().class, root.path());
+        make(&plan(root.path(), Class::Default, &["MB:0=10"])).unwrap_err();
+        let none = make(&plan(root.path(), Class::Named("none".into()), &[]));
         assert!(matches!(none, Err(ResctrlError::NoClass { .. })));
         assert!(!root.path().join("none").exists());
     }
@@ -362,7 +352,7 @@ mod tests {
         let root = tree();
         let mut plan = plan(root.path(), Class::Default, &[]);
         plan.monitor = Some("a".into());
-        let groups = plan.make().unwrap();
+        let groups = make(&plan).unwrap();
         groups.add(77).unwrap();
         let group = root.path().join("mon_groups/a");
         for tasks in [root.path().join("tasks"), group.join("tasks")] {
@@ -374,7 +364,7 @@ mod tests {
         // A class without a directory for it, as where nothing is measured.
         plan.class = Class::Own("b".into());
         fs::write(root.path().join("info/last_cmd_status"), "Out of RMIDs\n").unwrap();
-        let error = plan.make().unwrap_err();
+        let error = make(&plan).unwrap_err();
         assert!(error.to_string().contains("(Out of RMIDs)"), "{error}");
         assert!(!root.path().join("b").exists());
     }

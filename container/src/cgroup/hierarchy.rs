@@ -13,6 +13,7 @@ use std::{
 };
 
 use super::CgroupError;
+use crate::mountinfo::Line;
 
 /// Where hierarchies are mounted by convention. A mount elsewhere is used only where this has none,
 /// since it may be a bind mount into some container's root.
@@ -125,18 +126,14 @@ fn parse(mountinfo: &str) -> Vec<Hierarchy> {
 
 /// The mount's device number, which names the hierarchy, and the hierarchy.
 fn parse_line(line: &str) -> Option<(&str, Hierarchy)> {
-    let (mount, source) = line.split_once(" - ")?;
-    let mut mount = mount.split(' ').skip(2);
-    let device = mount.next()?;
-    let root = PathBuf::from(unescape(mount.nth(1)?));
-    let mut source = source.split(' ');
-    let version = match source.next()? {
+    let line = Line::parse(line)?;
+    let version = match line.kind {
         "cgroup" => Version::V1,
         "cgroup2" => Version::V2,
         _ => return None,
     };
-    let controllers = source
-        .nth(1)?
+    let controllers = line
+        .options
         .split(',')
         .filter(|option| V1_CONTROLLERS.contains(option))
         .map(str::to_owned)
@@ -144,24 +141,9 @@ fn parse_line(line: &str) -> Option<(&str, Hierarchy)> {
     let hierarchy = Hierarchy {
         version,
         controllers,
-        root,
+        root: line.point(),
     };
-    Some((device, hierarchy))
-}
-
-/// Undoes the kernel's octal escapes of space, tab, newline and backslash.
-fn unescape(field: &str) -> String {
-    let mut text = field.to_owned();
-    // The backslash is last: what it gives must not be read again.
-    for (escape, plain) in [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\134", "\\"),
-    ] {
-        text = text.replace(escape, plain);
-    }
-    text
+    Some((line.device, hierarchy))
 }
 
 /// A checked path of a control group below the root of every hierarchy; never empty, since the
@@ -262,7 +244,6 @@ mod tests {
             summary(text),
             [(Version::V2, String::new(), "/sys/fs/cgroup".into())]
         );
-        assert_eq!(unescape("/srv/a\\040root\\134040"), "/srv/a root\\040");
     }
 
     #[test]

@@ -9,9 +9,9 @@ use container::criu::{Allowed, CgroupsMode, DumpOptions, Images, PageServer, Sou
 use container::log;
 use container::process::copy_inherited;
 use container::verbs;
-use container::verbs::run::RunMode;
 
 use super::Global;
+use super::create::{Attendance, Place};
 
 /// What both have in common.
 #[derive(Args, Debug)]
@@ -121,33 +121,10 @@ pub(super) struct Checkpoint {
 pub(super) struct Restore {
     #[command(flatten)]
     common: Common,
-    /// Directory of the bundle: config.json and, usually, the root file system
-    #[arg(short, long, value_name = "DIR", default_value = ".")]
-    bundle: PathBuf,
-    /// Configuration in place of the bundle's config.json, looked for in the bundle
-    #[arg(short = 'f', long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Unix socket that gets the other side of the terminal
-    #[arg(long, value_name = "SOCKET")]
-    console_socket: Option<PathBuf>,
-    /// Unix socket that gets a pidfd of the first process
-    #[arg(long, value_name = "SOCKET")]
-    pidfd_socket: Option<PathBuf>,
-    /// File to write the pid of the first process to
-    #[arg(long, value_name = "FILE")]
-    pid_file: Option<PathBuf>,
-    /// Accepted as runc does; a root that cannot be pivoted from is handled without it
-    #[arg(long)]
-    no_pivot: bool,
-    /// Do not delete the container at its end
-    #[arg(long)]
-    keep: bool,
-    /// Return as soon as the container runs
-    #[arg(short, long)]
-    detach: bool,
-    /// Do not become the parent of processes that the container leaves without one
-    #[arg(long)]
-    no_subreaper: bool,
+    #[command(flatten)]
+    place: Place,
+    #[command(flatten)]
+    attendance: Attendance,
     /// Security label in place of the one that was dumped
     #[arg(long, value_name = "TYPE:NAME")]
     lsm_profile: Option<String>,
@@ -183,19 +160,15 @@ impl Checkpoint {
 
 impl Restore {
     pub(super) fn run(self, global: &Global) -> Result<i32> {
-        let mode = RunMode {
-            detach: self.detach,
-            keep: self.keep,
-            no_subreaper: self.no_subreaper,
-        };
+        let (place, mode) = (self.place, self.attendance.mode());
         let options = RestoreOptions {
             root: global.root.clone(),
             id: self.id,
-            bundle: self.bundle,
-            config: self.config,
-            stdio: super::stdio(self.console_socket, !mode.detach),
-            pid_file: self.pid_file,
-            pidfd_socket: self.pidfd_socket,
+            bundle: place.bundle,
+            config: place.config,
+            stdio: super::stdio(place.console_socket, !mode.detach),
+            pid_file: place.pid_file,
+            pidfd_socket: place.pidfd_socket,
             grouping: global.grouping(),
             from: Source {
                 criu: global.criu.clone(),

@@ -12,33 +12,64 @@ use container::verbs::run::RunMode;
 
 use super::Global;
 
+/// What all that make a container have in common.
+#[derive(Args, Debug)]
+pub(super) struct Place {
+    /// Directory of the bundle: config.json and, usually, the root file system
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    pub(super) bundle: PathBuf,
+    /// Configuration in place of the bundle's config.json, looked for in the bundle
+    #[arg(short = 'f', long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// Unix socket that gets the other side of the terminal
+    #[arg(long, value_name = "SOCKET")]
+    pub(super) console_socket: Option<PathBuf>,
+    /// Unix socket that gets a pidfd of the first process
+    #[arg(long, value_name = "SOCKET")]
+    pub(super) pidfd_socket: Option<PathBuf>,
+    /// File to write the pid of the first process to
+    #[arg(long, value_name = "FILE")]
+    pub(super) pid_file: Option<PathBuf>,
+    /// Accepted as runc does; a root that cannot be pivoted from is handled without it
+    #[arg(long)]
+    no_pivot: bool,
+}
+
+/// What becomes of a container that runs.
+#[derive(Args, Debug)]
+pub(super) struct Attendance {
+    /// Return as soon as the container runs
+    #[arg(short, long)]
+    detach: bool,
+    /// Do not delete the container at its end
+    #[arg(long)]
+    keep: bool,
+    /// Do not become the parent of processes that the container leaves without one
+    #[arg(long)]
+    no_subreaper: bool,
+}
+
+impl Attendance {
+    pub(super) fn mode(&self) -> RunMode {
+        RunMode {
+            detach: self.detach,
+            keep: self.keep,
+            no_subreaper: self.no_subreaper,
+        }
+    }
+}
+
 /// What `create` and `run` have in common.
 #[derive(Args, Debug)]
 struct Making {
-    /// Directory of the bundle: config.json and, usually, the root file system
-    #[arg(short, long, value_name = "DIR", default_value = ".")]
-    bundle: PathBuf,
-    /// Configuration in place of the bundle's config.json, looked for in the bundle
-    #[arg(short = 'f', long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Unix socket that gets the other side of the terminal
-    #[arg(long, value_name = "SOCKET")]
-    console_socket: Option<PathBuf>,
-    /// Unix socket that gets a pidfd of the first process
-    #[arg(long, value_name = "SOCKET")]
-    pidfd_socket: Option<PathBuf>,
-    /// File to write the pid of the first process to
-    #[arg(long, value_name = "FILE")]
-    pid_file: Option<PathBuf>,
+    #[command(flatten)]
+    place: Place,
     /// Pass this many descriptors more than the standard streams
     #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u16,
     /// Keep the caller's session keyring
     #[arg(long)]
     no_new_keyring: bool,
-    /// Accepted as runc does; a root that cannot be pivoted from is handled without it
-    #[arg(long)]
-    no_pivot: bool,
     /// Name of the container
     id: String,
 }
@@ -53,15 +84,8 @@ pub(super) struct Create {
 pub(super) struct Run {
     #[command(flatten)]
     making: Making,
-    /// Return as soon as the container runs
-    #[arg(short, long)]
-    detach: bool,
-    /// Do not delete the container at its end
-    #[arg(long)]
-    keep: bool,
-    /// Do not become the parent of processes that the container leaves without one
-    #[arg(long)]
-    no_subreaper: bool,
+    #[command(flatten)]
+    attendance: Attendance,
 }
 
 #[derive(Args, Debug)]
@@ -78,14 +102,14 @@ impl Making {
         Ok(CreateOptions {
             root: global.root.clone(),
             id: self.id,
-            bundle: self.bundle,
-            config: self.config,
+            bundle: self.place.bundle,
+            config: self.place.config,
             env: activated.map(super::activation).unwrap_or_default(),
-            stdio: super::stdio(self.console_socket, stays),
+            stdio: super::stdio(self.place.console_socket, stays),
             executable: None,
             descriptors: super::preserved(preserved)?,
-            pid_file: self.pid_file,
-            pidfd_socket: self.pidfd_socket,
+            pid_file: self.place.pid_file,
+            pidfd_socket: self.place.pidfd_socket,
             no_new_keyring: self.no_new_keyring,
             grouping: global.grouping(),
             service_manager: ServiceManager::from_environment()?,
@@ -114,11 +138,7 @@ impl Start {
 
 impl Run {
     pub(super) fn run(self, global: &Global) -> Result<i32> {
-        let mode = RunMode {
-            detach: self.detach,
-            keep: self.keep,
-            no_subreaper: self.no_subreaper,
-        };
+        let mode = self.attendance.mode();
         let exit = verbs::run::run(self.making.options(global, !mode.detach)?, mode)?;
         Ok(exit.map_or(0, container::process::Exit::status))
     }

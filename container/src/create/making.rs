@@ -123,11 +123,16 @@ impl Making {
 
     /// Makes the container's share of caches and memory bandwidth, if it has one.
     pub(super) fn make_resctrl(&mut self, plan: &Plan) -> Result<(), CreateError> {
-        if let Some(plan) = &plan.resctrl {
-            self.record.resctrl = Some(plan.make()?);
-            self.home().write_record(&self.record)?;
-        }
-        Ok(())
+        let Some(plan) = &plan.resctrl else {
+            return Ok(());
+        };
+        // Recorded first, so that what a killed creator leaves is found.
+        let groups = self.record.resctrl.insert(plan.groups()).clone();
+        self.home().write_record(&self.record)?;
+        // What was not made is not to be unmade.
+        Ok(plan
+            .make(&groups)
+            .inspect_err(|_| self.record.resctrl = None)?)
     }
 
     /// Where the process will wait for `start`, if it shall; and the mark that it is not started.
@@ -342,11 +347,11 @@ impl Drop for Making {
         if let Some(cgroup) = self.cgroup.take() {
             let _ = cgroup.remove();
         }
-        if let Some(groups) = self.record.resctrl.take().filter(|_| self.home.is_some()) {
-            let _ = groups.remove();
-        }
         self.scope = None;
         if let Some(home) = self.home.take() {
+            if let Some(groups) = &self.record.resctrl {
+                let _ = groups.remove();
+            }
             let _ = home.remove();
         }
         // What hooks set up is theirs to undo, also if one of them failed.

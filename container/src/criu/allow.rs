@@ -2,7 +2,7 @@
 
 use libc::CLONE_NEWNET;
 
-use super::rpc::{self, CgroupMode, Options};
+use super::rpc::{self, Options};
 
 /// Options that dump and restore have in common.
 #[derive(Clone, Debug, Default)]
@@ -22,18 +22,18 @@ pub struct Allowed {
     pub lazy_pages: bool,
 }
 
-/// What is done about control groups below the container's own.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+/// What is done about control groups below the container's own, by CRIU's numbers.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, prost::Enumeration)]
+#[repr(i32)]
 pub enum CgroupsMode {
-    /// Those that are not there are made, with the settings that they had.
-    #[default]
-    Soft,
+    /// Those that are not there are made, with the settings that they had. The default.
+    Soft = 3,
     /// All are given the settings that they had.
-    Full,
+    Full = 4,
     /// None may be there.
-    Strict,
+    Strict = 5,
     /// Nothing: all processes come to be in the container's own group.
-    Ignore,
+    Ignore = 0,
 }
 
 /// Where pages are sent to.
@@ -52,13 +52,7 @@ impl Allowed {
         options.auto_dedup = Some(self.auto_dedup);
         options.lazy_pages = Some(self.lazy_pages);
         options.empty_ns = self.empty_network.then_some(CLONE_NEWNET.unsigned_abs());
-        let mode = match self.cgroups {
-            CgroupsMode::Soft => CgroupMode::Soft,
-            CgroupsMode::Full => CgroupMode::Full,
-            CgroupsMode::Strict => CgroupMode::Strict,
-            CgroupsMode::Ignore => CgroupMode::Ignore,
-        };
-        options.manage_cgroups_mode = Some(mode.into());
+        options.manage_cgroups_mode = Some(self.cgroups.into());
     }
 }
 

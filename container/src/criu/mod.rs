@@ -33,6 +33,7 @@ pub(crate) use self::restore::{Point, Restore};
 use self::rpc::{Kind, NetworkLock, Options, Request};
 pub(crate) use self::worker::Served;
 use self::worker::{Place, Worker};
+use crate::program::PATH_DEFAULT;
 use crate::rights::is_host_root;
 use crate::sys::place_descriptor;
 
@@ -192,7 +193,7 @@ fn look(name: &Path) -> Option<PathBuf> {
     if name.components().count() > 1 {
         return Some(name.to_owned()).filter(is_program);
     }
-    let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into());
+    let path = std::env::var_os("PATH").unwrap_or_else(|| PATH_DEFAULT.into());
     std::env::split_paths(&path)
         .map(|directory| directory.join(name))
         .find(is_program)

@@ -2,17 +2,18 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 
 use super::CriuError;
 use super::rpc::JoinNamespace;
 use crate::cgroup::Cgroup;
-use crate::plan::devices;
+use crate::masks;
+use crate::plan::devices::{self, DevicePlan};
 use crate::plan::options::Options;
 use crate::root::Root;
 
@@ -21,25 +22,8 @@ const NULL: &str = "/dev/null";
 
 /// What CRIU cannot bring back, or would bring back as something else.
 pub(super) fn refuse(spec: &Spec) -> Result<(), CriuError> {
-    let namespaces = || {
-        spec.linux()
-            .iter()
-            .filter_map(|linux| linux.namespaces().as_ref())
-    };
-    let mut own_mounts = false;
-    for (index, namespace) in namespaces().flatten().enumerate() {
-        let is_joined = is_given(namespace.path().as_deref());
-        let kind = namespace.typ();
-        own_mounts |= kind == LinuxNamespaceType::Mount && !is_joined;
-        if is_joined
-            && matches!(
-                kind,
-                LinuxNamespaceType::Mount
-                    | LinuxNamespaceType::User
-                    | LinuxNamespaceType::Cgroup
-                    | LinuxNamespaceType::Time
-            )
-        {
+    for (index, kind, _) in spec.linux().iter().flat_map(joined) {
+        if joining(kind) == Joining::Impossible {
             return Err(CriuError::unsupported(
                 format!("linux.namespaces[{index}].path"),
                 format!(
@@ -48,7 +32,12 @@ pub(super) fn refuse(spec: &Spec) -> Result<(), CriuError> {
             ));
         }
     }
-    if !own_mounts {
+    let namespaces = spec
+        .linux()
+        .iter()
+        .filter_map(|linux| linux.namespaces().as_ref());
+    let is_mount = |namespace: &LinuxNamespace| namespace.typ() == LinuxNamespaceType::Mount;
+    if !namespaces.flatten().any(is_mount) {
         let reason = "a checkpoint needs a mount namespace of the container's own";
         return Err(CriuError::unsupported("linux.namespaces", reason));
     }
@@ -77,25 +66,27 @@ fn options(mount: &Mount) -> Options {
     Options::parse(mount.options().iter().flatten().map(String::as_str))
 }
 
-fn is_given(path: Option<&Path>) -> bool {
-    path.is_some_and(|path| !path.as_os_str().is_empty())
+/// A bind mount: what it shows is somebody else's.
+fn is_bind(mount: &Mount) -> bool {
+    let options = options(mount);
+    (options.bind.is_some() || mount.typ().as_deref() == Some("bind")) && !options.remount
 }
 
-/// The bind mounts: what they show is somebody else's.
 fn binds(spec: &Spec) -> impl Iterator<Item = &Mount> {
-    spec.mounts().iter().flatten().filter(|mount| {
-        let options = options(mount);
-        (options.bind.is_some() || mount.typ().as_deref() == Some("bind")) && !options.remount
-    })
+    spec.mounts()
+        .iter()
+        .flatten()
+        .filter(|mount| is_bind(mount))
 }
 
-/// The devices that may be the host's nodes, bound, as in a user namespace.
-fn device_paths(spec: &Spec) -> impl Iterator<Item = PathBuf> {
+/// The devices that may be the host's nodes, bound, as in a user namespace: they are where the host has them.
+fn devices(spec: &Spec) -> impl Iterator<Item = String> {
     let linux = spec.linux().as_ref();
     let given = linux.and_then(|linux| linux.devices().as_deref());
     // They were checked when the container was made.
     let planned = devices::plan(given.unwrap_or_default(), true).unwrap_or_default();
-    planned.into_iter().map(|device| device.path)
+    let mount = |device: DevicePlan| format!("mnt[{0}]:{0}", device.path.display());
+    planned.into_iter().map(mount)
 }
 
 /// The mounts of control groups, which are the host's: of each the place below a mount, its name, and where
@@ -125,38 +116,28 @@ pub(super) fn mounts(spec: &Spec, cgroup: &Cgroup, pid: i32) -> io::Result<Vec<S
     let mut external = Vec::new();
     for mount in binds(spec) {
         let name = mount.destination().display();
-        let (place, _) = resolve(&root, mount.destination())?;
+        let place = place(&root.find(mount.destination())?)?;
         external.push(format!("mnt[{}]:{name}", place.display()));
     }
-    for (place, name, _) in cgroups(spec, cgroup) {
-        let (place, _) = resolve(&root, &place)?;
+    for (path, name, _) in cgroups(spec, cgroup) {
+        let place = place(&root.find(&path)?)?;
         external.push(format!("mnt[{}]:{name}", place.display()));
     }
     for path in masked_paths(spec) {
-        match resolve(&root, path) {
-            Ok((place, kind)) if !kind.is_dir() => {
-                external.push(format!("mnt[{}]:{NULL}", place.display()));
-            }
-            Ok(_) => {}
-            // It is not in this container.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) if error.kind() == io::ErrorKind::NotADirectory => {}
-            Err(error) => return Err(error),
+        let Some(found) = masks::find(path, &root)? else {
+            continue;
+        };
+        if !FileType::from_raw_mode(fstat(&found)?.st_mode).is_dir() {
+            external.push(format!("mnt[{}]:{NULL}", place(&found)?.display()));
         }
     }
-    for path in device_paths(spec) {
-        external.push(format!("mnt[{0}]:{0}", path.display()));
-    }
+    external.extend(devices(spec));
     Ok(external)
 }
 
-/// Where a path of the container leads, without its links, and to what.
-fn resolve(root: &Root, path: &Path) -> io::Result<(PathBuf, FileType)> {
-    let found = root.find(path)?;
-    let kind = FileType::from_raw_mode(fstat(&found)?.st_mode);
-    // The kernel tells the path in the mount namespace that the file is in.
-    let path = fs::read_link(format!("/proc/self/fd/{}", found.as_fd().as_raw_fd()))?;
-    Ok((path, kind))
+/// The path of an open file, without links, in the mount namespace that it is in.
+fn place(file: &OwnedFd) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 fn masked_paths(spec: &Spec) -> impl Iterator<Item = &Path> {
@@ -177,8 +158,7 @@ pub(super) fn sources(spec: &Spec, cgroup: &Cgroup, bundle: &Path) -> Vec<String
     });
     let cgroups = cgroups(spec, cgroup).into_iter();
     let cgroups = cgroups.map(|(_, name, path)| format!("mnt[{name}]:{}", path.display()));
-    let devices = device_paths(spec).map(|path| format!("mnt[{0}]:{0}", path.display()));
-    let mut external: Vec<String> = binds.chain(cgroups).chain(devices).collect();
+    let mut external: Vec<String> = binds.chain(cgroups).chain(devices(spec)).collect();
     let null = format!("mnt[{NULL}]:{NULL}");
     if masked_paths(spec).next().is_some() && !external.contains(&null) {
         external.push(null);
@@ -196,21 +176,20 @@ pub(super) fn make_mount_points(spec: &Spec, bundle: &Path, rootfs: &Path) -> io
             let place = Path::new("/").join(other.destination());
             destination != place && destination.starts_with(place)
         });
-        let is_bound = |mount: &Mount| binds(spec).any(|bind| std::ptr::eq(bind, mount));
         let source = |mount: &Mount| mount.source().as_ref().map(|source| bundle.join(source));
         let (root, inside) = match around {
             None => (rootfs.to_owned(), destination),
             Some(around) => {
                 let place = Path::new("/").join(around.destination());
                 let inside = destination.strip_prefix(place).map_err(io::Error::other)?;
-                match source(around).filter(|_| is_bound(around)) {
+                match source(around).filter(|_| is_bind(around)) {
                     Some(source) => (source, inside.to_owned()),
                     None => continue,
                 }
             }
         };
         let root = Root::open_host(&root)?;
-        let is_file = is_bound(mount) && source(mount).is_some_and(|source| source.is_file());
+        let is_file = is_bind(mount) && source(mount).is_some_and(|source| source.is_file());
         if is_file {
             root.make_file(&inside)?;
         } else {
@@ -220,37 +199,48 @@ pub(super) fn make_mount_points(spec: &Spec, bundle: &Path, rootfs: &Path) -> io
     Ok(())
 }
 
-/// The name of a namespace that is not the container's own.
-fn namespace_key(kind: LinuxNamespaceType) -> Option<(&'static str, &'static str)> {
+/// What is done about a namespace that the container was told to join.
+#[derive(Eq, PartialEq)]
+enum Joining {
+    /// A dump leaves it out: its file in /proc/PID/ns, and the name by which a restore is given another.
+    Outside(&'static str, &'static str),
+    /// It is dumped, and not used: a restore joins another by its path.
+    ByPath,
+    Impossible,
+}
+
+fn joining(kind: LinuxNamespaceType) -> Joining {
     match kind {
-        LinuxNamespaceType::Network => Some(("net", "extRootNetNS")),
-        LinuxNamespaceType::Pid => Some(("pid", "extRootPidNS")),
+        LinuxNamespaceType::Network => Joining::Outside("net", "extRootNetNS"),
+        LinuxNamespaceType::Pid => Joining::Outside("pid", "extRootPidNS"),
+        LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts => Joining::ByPath,
         LinuxNamespaceType::Mount
         | LinuxNamespaceType::User
         | LinuxNamespaceType::Cgroup
-        | LinuxNamespaceType::Time
-        | LinuxNamespaceType::Ipc
-        | LinuxNamespaceType::Uts => None,
+        | LinuxNamespaceType::Time => Joining::Impossible,
     }
 }
 
-/// The namespaces that a container was told to join.
-fn joined(linux: &Linux) -> impl Iterator<Item = (LinuxNamespaceType, &Path)> {
-    linux.namespaces().iter().flatten().filter_map(|namespace| {
+/// The namespaces that a container was told to join: number, type and path.
+fn joined(linux: &Linux) -> impl Iterator<Item = (usize, LinuxNamespaceType, &Path)> {
+    let namespaces = linux.namespaces().iter().flatten().enumerate();
+    namespaces.filter_map(|(index, namespace)| {
         let path = namespace.path().as_deref();
-        Some((namespace.typ(), path.filter(|path| is_given(Some(path)))?))
+        let path = path.filter(|path| !path.as_os_str().is_empty())?;
+        Some((index, namespace.typ(), path))
     })
 }
 
 /// Those that a dump leaves out.
 pub(super) fn namespaces(spec: &Spec, pid: i32) -> io::Result<Vec<String>> {
-    let joined = spec.linux().iter().flat_map(joined);
-    let external = joined.filter_map(|(kind, _)| {
-        let (name, key) = namespace_key(kind)?;
-        let stat = fs::metadata(format!("/proc/{pid}/ns/{name}"));
-        Some(stat.map(|stat| format!("{name}[{}]:{key}", stat.ino())))
-    });
-    external.collect()
+    let mut external = Vec::new();
+    for (_, kind, _) in spec.linux().iter().flat_map(joined) {
+        if let Joining::Outside(name, key) = joining(kind) {
+            let stat = fs::metadata(format!("/proc/{pid}/ns/{name}"))?;
+            external.push(format!("{name}[{}]:{key}", stat.ino()));
+        }
+    }
+    Ok(external)
 }
 
 /// Descriptors by the names of what they replace.
@@ -259,16 +249,18 @@ pub(super) type Given = Vec<(String, OwnedFd)>;
 /// What a restore uses for them: by descriptor, or by path.
 pub(super) fn replaced_namespaces(spec: &Spec) -> io::Result<(Given, Vec<JoinNamespace>)> {
     let (mut given, mut paths) = (Vec::new(), Vec::new());
-    for (kind, path) in spec.linux().iter().flat_map(joined) {
-        match namespace_key(kind) {
-            Some((_, key)) => {
+    for (_, kind, path) in spec.linux().iter().flat_map(joined) {
+        match joining(kind) {
+            Joining::Outside(_, key) => {
                 let flags = OFlags::RDONLY | OFlags::CLOEXEC;
                 given.push((key.to_owned(), openat(CWD, path, flags, Mode::empty())?));
             }
-            None => paths.push(JoinNamespace {
+            Joining::ByPath => paths.push(JoinNamespace {
                 kind: kind.to_string(),
                 file: path.display().to_string(),
             }),
+            // It was refused.
+            Joining::Impossible => {}
         }
     }
     Ok((given, paths))

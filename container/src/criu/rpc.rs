@@ -1,5 +1,7 @@
 //! CRIU's messages, as far as they are used here: `images/rpc.proto` of CRIU, which numbers the fields.
 
+use super::CgroupsMode;
+
 /// A request of this runtime, or its answer to a notification.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Request {
@@ -72,7 +74,7 @@ pub(super) struct Options {
     pub(super) rst_sibling: Option<bool>,
     #[prost(message, repeated, tag = "27")]
     pub(super) inherit_fd: Vec<InheritFd>,
-    #[prost(enumeration = "CgroupMode", optional, tag = "34")]
+    #[prost(enumeration = "CgroupsMode", optional, tag = "34")]
     pub(super) manage_cgroups_mode: Option<i32>,
     /// `TYPE[ID]:VALUE`: resources that are not the container's own.
     #[prost(string, repeated, tag = "37")]
@@ -135,16 +137,6 @@ pub(super) struct JoinNamespace {
     pub(super) kind: String,
     #[prost(string, required, tag = "2")]
     pub(super) file: String,
-}
-
-/// What is done about control groups.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, prost::Enumeration)]
-#[repr(i32)]
-pub(super) enum CgroupMode {
-    Ignore = 0,
-    Soft = 3,
-    Full = 4,
-    Strict = 5,
 }
 
 /// What holds packets back while connections are dumped.

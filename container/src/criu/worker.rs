@@ -16,7 +16,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 
 use super::CriuError;
 use super::rpc::{Kind, Notification, Request, Response};
-use crate::handshake::Channel;
+use crate::handshake::{self, Channel};
 use crate::launch;
 use crate::process::Process;
 use crate::sys::{self, Cloned};
@@ -175,7 +175,7 @@ fn execute(program: &Path, place: Place<'_>, telling: &Channel) -> io::Error {
         sys::reset_broken_pipe();
         (place.prepare)()?;
         let (caller, own) = Channel::pair()?;
-        telling.send_packet(&[IoSlice::new(b"socket")], Some(caller.as_fd()))?;
+        telling.send(&handshake::Message::Socket(Some(caller.into())))?;
         for descriptor in place.descriptors.iter().copied().chain([own.as_fd()]) {
             fcntl_setfd(descriptor, FdFlags::empty())?;
         }
@@ -198,15 +198,13 @@ fn execute(program: &Path, place: Place<'_>, telling: &Channel) -> io::Error {
 fn await_execution(report: &Channel) -> io::Result<Channel> {
     let mut socket = None;
     loop {
-        let mut packet = vec![0; report.await_packet()?.min(MESSAGE_BYTES_MAX)];
-        let (length, descriptor) = report.receive_packet(&mut packet)?;
-        match (length, descriptor) {
-            (0, _) => return socket.ok_or_else(|| io::ErrorKind::UnexpectedEof.into()),
-            (_, Some(descriptor)) => socket = Some(Channel::new(descriptor)),
-            // The first byte tells that it failed.
-            (length, None) => {
-                let text = String::from_utf8_lossy(&packet[1..length]);
-                return Err(io::Error::other(text.into_owned()));
+        match report.receive()? {
+            Some(handshake::Message::Socket(descriptor)) => socket = descriptor,
+            Some(handshake::Message::Failed(failure)) => return Err(io::Error::other(failure)),
+            Some(other) => return Err(io::Error::other(format!("unexpected: {other:?}"))),
+            None => {
+                let socket = socket.ok_or(io::ErrorKind::UnexpectedEof)?;
+                return Ok(Channel::new(socket));
             }
         }
     }

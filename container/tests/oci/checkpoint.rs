@@ -53,9 +53,8 @@ impl Talk {
         Talk::start(bundle, &["run", "--detach"])
     }
 
-    pub(crate) fn restore(bundle: &Bundle, images: &Path) -> Talk {
-        let images = images.to_str().unwrap();
-        Talk::start(bundle, &["restore", "--detach", "--image-path", images])
+    pub(crate) fn restore(bundle: &Bundle, images: &Path, options: &[&str]) -> Talk {
+        Talk::start(bundle, &[&restoring(images), options].concat())
     }
 
     pub(crate) fn say(&mut self, line: &str) -> String {
@@ -68,6 +67,12 @@ impl Talk {
         self.output.read_line(&mut answer).unwrap();
         answer.trim_end().to_owned()
     }
+}
+
+/// The verb that makes a container from images, in the background.
+pub(crate) fn restoring(images: &Path) -> [&str; 4] {
+    let images = images.to_str().unwrap();
+    ["restore", "--detach", "--image-path", images]
 }
 
 pub(crate) fn images(bundle: &Bundle, name: &str) -> PathBuf {
@@ -129,7 +134,7 @@ fn a_container_goes_on_where_it_was_with_all_that_it_had() {
     fs::remove_dir(bundle.rootfs().join("data")).unwrap();
     fs::remove_file(bundle.rootfs().join("etc/file")).unwrap();
 
-    let mut talk = Talk::restore(&bundle, &place);
+    let mut talk = Talk::restore(&bundle, &place, &[]);
     assert_eq!(talk.say("two"), "1 two");
     assert_eq!(seen(), before);
     assert_eq!(exec(&bundle, "cat /dev/shm/file; cat /proc/keys"), "kept\n");
@@ -169,7 +174,7 @@ fn a_container_can_go_on_and_live_again_as_another() {
     assert_eq!(talk.say("two"), "1 two");
 
     let second = Bundle::new(COUNTING);
-    let mut other = Talk::restore(&second, &place);
+    let mut other = Talk::restore(&second, &place, &[]);
     assert_eq!(other.say("again"), "1 again");
     assert_eq!(talk.say("three"), "2 three");
     let own = |bundle: &Bundle| {
@@ -180,16 +185,8 @@ fn a_container_can_go_on_and_live_again_as_another() {
     assert!(own(&first).contains(&first.id), "{}", own(&first));
     // CRIU is not asked about groups: all are then in the container's.
     assert_eq!(second.verb(&["delete", "--force"], &[]).status, 0);
-    let place = place.to_str().unwrap();
-    let verb = [
-        "restore",
-        "-d",
-        "--manage-cgroups-mode",
-        "ignore",
-        "--image-path",
-        place,
-    ];
-    let mut other = Talk::start(&second, &verb);
+    let options = ["--manage-cgroups-mode", "ignore"];
+    let mut other = Talk::restore(&second, &place, &options);
     assert_eq!(other.say("again"), "1 again");
     assert!(own(&second).contains(&second.id), "{}", own(&second));
 }
@@ -226,7 +223,7 @@ fn memory_that_was_written_before_is_not_written_again() {
         pages(&late),
         pages(&early)
     );
-    let mut talk = Talk::restore(&bundle, &late);
+    let mut talk = Talk::restore(&bundle, &late, &[]);
     assert_eq!(talk.say("three"), "2 three");
 }
 
@@ -255,8 +252,7 @@ fn a_terminal_is_handed_over_again() {
     assert_eq!(lines.next().unwrap().unwrap(), "0 one");
     let place = images(&bundle, "images");
     assert_checkpointed(&bundle, &place, &[]);
-    let images = place.to_str().unwrap();
-    let (mut input, mut lines) = master(&["restore", "--detach", "--image-path", images]);
+    let (mut input, mut lines) = master(&restoring(&place));
     writeln!(input, "two").unwrap();
     assert_eq!(lines.next().unwrap().unwrap(), "1 two");
     assert_eq!(
@@ -299,17 +295,11 @@ fn a_stream_that_was_a_file_can_only_be_a_file_again() {
     assert_eq!(bundle.quiet(&["run", "--detach"]).status, 0);
     let place = images(&bundle, "images");
     assert_checkpointed(&bundle, &place, &[]);
-    let restore = [
-        "restore",
-        "--detach",
-        "--image-path",
-        place.to_str().unwrap(),
-    ];
-    let ended = bundle.verb(&restore, &[]);
+    let ended = bundle.verb(&restoring(&place), &[]);
     let message = "standard error was a file, and can only be a file again";
     assert!(ended.stderr.contains(message), "{ended:?}");
     bundle.assert_nothing_is_left();
-    let ended = bundle.quiet(&restore);
+    let ended = bundle.quiet(&restoring(&place));
     assert_eq!(ended.status, 0, "{ended:?}");
     assert_eq!(bundle.state()["status"], "running");
 }
@@ -325,7 +315,7 @@ fn a_file_without_a_name_is_kept() {
     assert_eq!(talk.say("one"), "0 one");
     let place = images(&bundle, "images");
     assert_checkpointed(&bundle, &place, &[]);
-    let mut talk = Talk::restore(&bundle, &place);
+    let mut talk = Talk::restore(&bundle, &place, &[]);
     assert_eq!(talk.say("two"), "1 two");
     let seen = exec(&bundle, "cat /proc/1/fd/7; ls /dev/shm");
     assert_eq!(seen, "kept\n");
@@ -354,7 +344,7 @@ fn users_are_mapped_again_and_groups_of_its_own_come_back() {
     assert_eq!(talk.say("one"), "0 one");
     let place = images(&bundle, "images");
     assert_checkpointed(&bundle, &place, &[]);
-    let mut talk = Talk::restore(&bundle, &place);
+    let mut talk = Talk::restore(&bundle, &place, &[]);
     assert_eq!(talk.say("two"), "1 two");
     let pid = &bundle.state()["pid"];
     let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
@@ -388,7 +378,7 @@ fn a_network_that_was_joined_is_joined_again_and_hooks_see_it() {
     assert_eq!(talk.say("one"), "0 one");
     let place = images(&bundle, "images");
     assert_checkpointed(&bundle, &place, &[]);
-    let mut talk = Talk::restore(&bundle, &place);
+    let mut talk = Talk::restore(&bundle, &place, &[]);
     assert_eq!(talk.say("two"), "1 two");
     let state = bundle.state();
     assert_eq!(link(&state["pid"]), link(&holder.state()["pid"]));
@@ -408,9 +398,9 @@ fn a_network_that_was_joined_is_joined_again_and_hooks_see_it() {
 #[test]
 fn without_criu_both_are_refused_and_a_container_stays_as_it_is() {
     let bundle = Bundle::new("exec sleep 1000");
-    let none = |verb: &[&str]| {
+    let refused = |criu: &str, verb: &str| {
         let ended = finish({
-            let mut command = bundle.command(&[&["--criu", "/no/criu"], verb].concat());
+            let mut command = bundle.command(&["--criu", criu, verb]);
             command.arg(&bundle.id);
             command
         });
@@ -422,19 +412,15 @@ fn without_criu_both_are_refused_and_a_container_stays_as_it_is() {
         assert!(ended.stderr.contains("does not exist"), "{ended:?}");
         bundle.start();
         let missing = "there is no program `/no/criu`: install it";
-        let message = none(&["checkpoint"]);
+        let message = refused("/no/criu", "checkpoint");
         assert!(message.contains(missing), "{message}");
         assert_eq!(bundle.state()["status"], "running");
         assert_eq!(bundle.verb(&["delete", "--force"], &[]).status, 0);
-        let message = none(&["restore"]);
+        let message = refused("/no/criu", "restore");
         assert!(message.contains(missing), "{message}");
         // What does not speak CRIU's language is none.
-        let ended = finish({
-            let mut command = bundle.command(&["--criu", "/bin/true", "restore"]);
-            command.arg(&bundle.id);
-            command
-        });
-        assert!(ended.stderr.contains("cannot hear from CRIU"), "{ended:?}");
+        let message = refused("/bin/true", "restore");
+        assert!(message.contains("cannot hear from CRIU"), "{message}");
         bundle.assert_nothing_is_left();
     }
 }
@@ -455,7 +441,7 @@ fn what_is_no_checkpoint_and_who_cannot_have_one_is_refused_by_name() {
     let ended = bundle.quiet(&["restore", "--detach"]);
     assert!(ended.stderr.contains("already exists"), "{ended:?}");
     assert_eq!(bundle.verb(&["delete", "--force"], &[]).status, 0);
-    let ended = bundle.quiet(&["restore", "--detach", "--image-path", "/no/images"]);
+    let ended = bundle.quiet(&restoring(Path::new("/no/images")));
     assert!(
         ended
             .stderr
@@ -465,12 +451,7 @@ fn what_is_no_checkpoint_and_who_cannot_have_one_is_refused_by_name() {
     bundle.assert_nothing_is_left();
     fs::create_dir(&place).unwrap();
     fs::write(place.join("descriptors.json"), "[]").unwrap();
-    let ended = bundle.quiet(&[
-        "restore",
-        "--detach",
-        "--image-path",
-        place.to_str().unwrap(),
-    ]);
+    let ended = bundle.quiet(&restoring(&place));
     assert!(
         ended
             .stderr

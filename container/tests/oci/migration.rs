@@ -15,7 +15,7 @@ use serde_json::json;
 
 use crate::bundle::{Bundle, PATIENCE};
 use crate::checkpoint::{
-    COUNTING, Talk, assert_checkpointed, checkpoint, exec, images, is_possible,
+    COUNTING, Talk, assert_checkpointed, checkpoint, exec, images, is_possible, restoring,
 };
 use crate::systemd::{self, beside_systemd};
 
@@ -54,9 +54,7 @@ fn connections_are_kept_where_that_is_asked_for_and_else_the_container_goes_on()
     writeln!(talk.input, "two").unwrap();
     assert_eq!(heard(2), "one\ntwo\n");
     assert_checkpointed(&bundle, &place, &["--tcp-established"]);
-    let images = place.to_str().unwrap();
-    let verb = ["restore", "-d", "--tcp-established", "--image-path", images];
-    let mut talk = Talk::start(&bundle, &verb);
+    let mut talk = Talk::restore(&bundle, &place, &["--tcp-established"]);
     writeln!(talk.input, "three").unwrap();
     assert_eq!(heard(3), "one\ntwo\nthree\n");
 }
@@ -117,17 +115,8 @@ fn memory_can_stay_where_it_is_until_it_is_used() {
         assert!(start.elapsed() < PATIENCE, "nobody listens for faults");
         std::thread::yield_now();
     }
-    let (images, work) = (place.to_str().unwrap(), work.to_str().unwrap());
-    let verb = [
-        "restore",
-        "-d",
-        "--lazy-pages",
-        "--image-path",
-        images,
-        "--work-path",
-        work,
-    ];
-    let mut other = Talk::start(&second, &verb);
+    let options = ["--lazy-pages", "--work-path", work.to_str().unwrap()];
+    let mut other = Talk::restore(&second, &place, &options);
     assert_eq!(other.say("two"), "1 two");
     assert!(daemon.wait().unwrap().success());
     assert!(dump.wait().unwrap().success());
@@ -243,7 +232,7 @@ fn a_runtime_that_is_killed_leaves_a_whole_container_or_none() {
         let ended = bundle.verb(&["delete", "--force"], &[]);
         assert_eq!(ended.status, 0, "{ended:?}");
         bundle.assert_nothing_is_left();
-        let mut restored = Talk::restore(&bundle, &place);
+        let mut restored = Talk::restore(&bundle, &place, &[]);
         assert_eq!(
             restored.say("on"),
             format!("{said} on"),
@@ -255,9 +244,10 @@ fn a_runtime_that_is_killed_leaves_a_whole_container_or_none() {
     let place = images(&bundle, "last");
     assert_checkpointed(&bundle, &place, &[]);
     for milliseconds in (0..600).step_by(200) {
-        let images = place.to_str().unwrap();
-        let arguments = ["restore", "--detach", "--image-path", images];
-        killed_after(bundle.command(&arguments).arg(&bundle.id), milliseconds);
+        killed_after(
+            bundle.command(&restoring(&place)).arg(&bundle.id),
+            milliseconds,
+        );
         wait_for_criu(&place);
         let state = bundle.verb(&["state"], &[]);
         let group = format!("/sys/fs/cgroup/{}/cgroup.procs", bundle.id);
