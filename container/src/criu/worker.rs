@@ -128,8 +128,11 @@ impl Worker {
 
     fn send(&self, request: &Request) -> Result<(), CriuError> {
         let bytes = request.encode_to_vec();
-        let sent = self.channel.send_packet(&[IoSlice::new(&bytes)], None);
-        sent.map_err(CriuError::step("ask CRIU"))
+        match self.channel.send_packet(&[IoSlice::new(&bytes)], None) {
+            // It is gone; what it had to say is still there to be received.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            sent => sent.map_err(CriuError::step("ask CRIU")),
+        }
     }
 
     fn receive(&self) -> Result<Option<(Response, Option<OwnedFd>)>, CriuError> {
