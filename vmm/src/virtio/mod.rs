@@ -10,6 +10,7 @@ pub mod block;
 mod chain;
 pub mod counters;
 mod discard;
+mod io_ring;
 pub mod mem;
 pub mod net;
 pub mod pci;

@@ -1,8 +1,10 @@
 //! virtio-net (virtio 1.2, section 5.1) on a tap: one pair of queues, checksum and segmentation
 //! offloads, merged receive buffers. Frames move between the tap and guest memory without a copy.
 
+mod batch;
 mod handle;
 mod offer;
+mod sending;
 mod state;
 mod throttle;
 pub mod vhost;
@@ -21,6 +23,7 @@ use vm_memory::GuestMemoryMmap;
 use self::handle::{Counters, count};
 pub use self::handle::{NetHandle, NetStats};
 use self::offer::{config_space, features, offloads, set_offloads};
+use self::sending::Sending;
 use self::throttle::{Lane, Throttle};
 use super::chain::{Chain, IoList, give_back_together, take_all};
 use super::state::{DeviceState, StateError};
@@ -62,10 +65,7 @@ pub struct Net {
     mac: [u8; 6],
     mtu: Option<u16>,
     receiving: Receiving,
-    /// Frames that the tap has not taken yet.
-    sending: VecDeque<Chain>,
-    /// The tap takes no frame at the moment.
-    blocked: bool,
+    sending: Sending,
     /// The interface is gone: the guest has a cable that leads nowhere.
     lost: bool,
     throttle: Throttle,
@@ -126,8 +126,7 @@ impl Net {
                 room_wanted: SMALL_FRAME_BYTES,
                 starved: false,
             },
-            sending: VecDeque::new(),
-            blocked: false,
+            sending: Sending::new(),
             lost: false,
             throttle: Throttle::new(NetLimits::default())?,
             moved: false,
@@ -228,37 +227,29 @@ impl Net {
         Ok(Received::Frame)
     }
 
-    /// Sends frames while the tap takes them; whether buffers were used.
+    /// Sends frames while the tap takes them and the limits let them pass; whether buffers were used.
     fn send(&mut self, queue: &mut Queue, mem: &GuestMemoryMmap) -> Result<bool, DeviceError> {
         let mut any = false;
-        self.blocked = false;
-        while let Some(chain) = self.sending.front() {
-            let bytes = chain.readable_bytes();
-            let sent = if self.lost || !(FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&bytes) {
-                Err(io::ErrorKind::InvalidData.into())
-            } else if !self.throttle.opens(Lane::Send).map_err(timer)? {
-                break;
-            } else {
-                let mut list = IoList::new();
-                list.push_readable(chain, 0, bytes);
-                list.write_to(self.tap.as_fd())
-            };
-            match sent {
-                Ok(_) => {
-                    self.throttle.charge(Lane::Send, bytes - HEADER_BYTES);
-                    count(&self.counters.sent_frames, 1);
-                    count(&self.counters.sent_bytes, bytes - HEADER_BYTES);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.blocked = true;
-                    break;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => count(&self.counters.sent_dropped, 1),
+        self.sending.blocked = false;
+        while !self.sending.blocked {
+            let mut frames = 0;
+            while let Some(frame) = self.sending.next_of_batch(frames)
+                && self.throttle.opens(Lane::Send).map_err(timer)?
+            {
+                let bytes = frame.readable_bytes().saturating_sub(HEADER_BYTES);
+                self.throttle.charge(Lane::Send, bytes);
+                frames += 1;
             }
-            chain.give_back(TRANSMIT, queue, mem, 0)?;
-            self.sending.pop_front();
-            any = true;
+            if frames == 0 {
+                break;
+            }
+            let tap = (!self.lost).then_some(self.tap.as_fd());
+            let sent = self.sending.send(frames, tap);
+            count(&self.counters.sent_frames, sent.frames);
+            count(&self.counters.sent_bytes, sent.bytes);
+            count(&self.counters.sent_dropped, sent.dropped);
+            give_back_together(TRANSMIT, queue, mem, &sent.used)?;
+            any |= !sent.used.is_empty();
         }
         Ok(any)
     }
@@ -376,9 +367,9 @@ impl VirtioDevice for Net {
             }
             self.receiving.starved && self.receive(queue, mem)?
         } else {
-            let held = self.sending.len();
+            let held = self.sending.frames.len();
             take_all(index, queue, mem, held, |chain| {
-                self.sending.push_back(chain);
+                self.sending.frames.push_back(chain);
             })?;
             self.send(queue, mem)?
         };
@@ -398,7 +389,7 @@ impl VirtioDevice for Net {
         let receiving = &self.receiving;
         let room = !receiving.buffers.is_empty() && receiving.pending.is_none();
         let readable = room && !self.throttle.closed(Lane::Receive);
-        let writable = self.blocked;
+        let writable = self.sending.blocked;
         if self.lost {
             return Vec::new();
         }
@@ -427,7 +418,7 @@ impl VirtioDevice for Net {
             self.throttle.retry(token).map_err(timer)?;
         }
         let received = self.receive(receive, mem)?;
-        let waits = self.blocked || self.throttle.closed(Lane::Send);
+        let waits = self.sending.blocked || self.throttle.closed(Lane::Send);
         let sent = waits && self.send(transmit, mem)?;
         Ok(Signal::queue_if(RECEIVE, received).and(Signal::queue_if(TRANSMIT, sent)))
     }
@@ -436,8 +427,7 @@ impl VirtioDevice for Net {
         self.receiving.buffers.clear();
         self.receiving.pending = None;
         self.receiving.starved = false;
-        self.sending.clear();
-        self.blocked = false;
+        self.sending.forget();
         self.throttle.forget();
         self.moved = false;
     }

@@ -22,9 +22,7 @@ use io_uring::{IoUring, opcode};
 
 use super::engine::Completed;
 use super::request::{Kind, Operation, Progress};
-
-/// How often in a row the kernel may refuse a submission for want of resources.
-const BUSY_RETRIES_MAX: u32 = 1000;
+use crate::virtio::io_ring::{self, BUSY_RETRIES_MAX, byte_count, is_busy};
 
 /// A ring, and what is in flight in it.
 pub(crate) struct Ring {
@@ -58,13 +56,8 @@ impl fmt::Debug for Ring {
 impl Ring {
     /// Sets up a ring for `depth` operations on `file`.
     pub(crate) fn new(file: Arc<File>, depth: u16) -> io::Result<Ring> {
-        let ring = build(depth)?;
-        // Buffers and iovecs must be the kernel's once submitted (Linux 5.5).
-        if !ring.params().is_feature_submit_stable() {
-            return Err(io::ErrorKind::Unsupported.into());
-        }
         Ok(Ring {
-            ring,
+            ring: io_ring::build(depth)?,
             slots: (0..depth).map(|_| Slot::default()).collect(),
             free: (0..depth).rev().collect(),
             file,
@@ -132,9 +125,7 @@ impl Ring {
             let slot = u16::try_from(entry.user_data()).ok()?;
             let place = self.slots.get_mut(usize::from(slot))?;
             let operation = place.operation.as_mut()?;
-            let result = usize::try_from(entry.result())
-                .map_err(|_| io::Error::from_raw_os_error(-entry.result()));
-            match operation.advance(&result) {
+            match operation.advance(&io_ring::outcome(entry.result())) {
                 Progress::Again => self.push(slot),
                 Progress::Finished(status) => {
                     let operation = place.operation.take()?;
@@ -222,22 +213,4 @@ impl Slot {
                 .build(),
         }
     }
-}
-
-/// A ring that runs completions when we enter the kernel anyway, where Linux knows how (5.19).
-fn build(depth: u16) -> io::Result<IoUring> {
-    IoUring::builder()
-        .setup_submit_all()
-        .setup_coop_taskrun()
-        .build(depth.into())
-        .or_else(|_| IoUring::new(depth.into()))
-}
-
-fn is_busy(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY))
-}
-
-/// What is cut off here is done in a second step: the kernel stops at 2 GiB anyway.
-fn byte_count(bytes: usize) -> u32 {
-    u32::try_from(bytes).unwrap_or(u32::MAX)
 }

@@ -38,7 +38,7 @@ impl Net {
             mtu: self.mtu,
             limits: self.throttle.shared().get(),
         })?;
-        Ok(state.holding([self.receiving.buffers.len(), self.sending.len()]))
+        Ok(state.holding([self.receiving.buffers.len(), self.sending.frames.len()]))
     }
 
     pub(super) fn restore_state(&mut self, own: &Value) -> Result<(), StateError> {
