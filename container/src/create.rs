@@ -302,7 +302,7 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
                 channel: theirs,
                 record,
                 listener,
-                entry,
+                entry: Some(entry),
                 stdio: options.stdio,
                 inherited: Inherited {
                     executable: options.executable,

@@ -44,8 +44,8 @@ pub(crate) struct Wiring {
     pub(crate) channel: Channel,
     /// What hooks hear of the container.
     pub(crate) record: &'static Record,
-    /// The way into the cgroup.
-    pub(crate) entry: Entry,
+    /// The way into the cgroup, until it was gone.
+    pub(crate) entry: Option<Entry>,
     /// Where `start` will connect. Without it the creator itself starts the container.
     pub(crate) listener: Option<OwnedFd>,
     pub(crate) stdio: Stdio,
@@ -63,7 +63,7 @@ pub(crate) fn run(plan: &Plan, mut wiring: Wiring) -> ! {
         Ok(prepared) => prepared,
         Err(error) => launch::fail(&wiring.channel, &*error),
     };
-    match await_start(wiring) {
+    match await_start(wiring, &prepared.program) {
         Ok((starter, descriptors)) => match launch(plan, prepared, &starter, descriptors) {
             Ok(never) => match never {},
             Err(error) => launch::fail(&starter, &*error),
@@ -86,7 +86,9 @@ struct Prepared {
 fn prepare(plan: &Plan, wiring: &mut Wiring) -> Result<Prepared, Error> {
     sys::reset_signal_handlers();
     SigSet::empty().thread_set_mask()?;
-    step("enter the cgroup", wiring.entry.join())?;
+    if let Some(entry) = wiring.entry.take() {
+        step("enter the cgroup", entry.join())?;
+    }
     sys::reset_affinity();
     let labels = LabelFile::open_all(&plan.process.labels)?;
     wiring.channel.await_proceed()?;
@@ -160,13 +162,27 @@ fn state_for_hooks(plan: &Plan, record: &Record) -> String {
 }
 
 /// Tells the creator that all is set up, and waits until someone says that the program may run.
-fn await_start(wiring: Wiring) -> io::Result<(Channel, Vec<OwnedFd>)> {
+///
+/// Others may join the container's namespaces meanwhile, and with the right to trace they can follow the
+/// descriptors of this process: it keeps none that leads to the host, of ours or of the caller's.
+fn await_start(wiring: Wiring, program: &Program) -> io::Result<(Channel, Vec<OwnedFd>)> {
     let Wiring {
         channel,
         listener,
         inherited,
-        ..
+        entry,
+        stdio,
+        cgroups,
+        record: _,
+        keyring: _,
     } = wiring;
+    // Whatever else owns descriptors is the creator's, copied, and is never dropped here.
+    drop((entry, stdio, cgroups));
+    let mut kept: Vec<_> = inherited.descriptors.iter().map(AsFd::as_fd).collect();
+    kept.push(channel.as_fd());
+    kept.extend(listener.as_ref().map(AsFd::as_fd));
+    kept.extend(program.descriptor());
+    sys::close_from(3, &kept)?;
     channel.send(&Message::Ready)?;
     channel.await_proceed()?;
     let Some(listener) = listener else {

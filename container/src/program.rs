@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::ffi::{CStr, CString, OsStr};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -29,6 +29,14 @@ pub(crate) enum Program {
 }
 
 impl Program {
+    /// What must stay open until it is executed.
+    pub(crate) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Paths(_) => None,
+            Self::Descriptor(file) => Some(file.as_fd()),
+        }
+    }
+
     /// Finds the program that `args[0]` names, as the container sees its file tree. The user is not taken
     /// on yet, and may have less rights, or others: what is not certain is left to [`Program::execute`].
     pub(crate) fn find(process: &ProcessPlan) -> Result<Self, LaunchError> {

@@ -90,7 +90,8 @@ impl Entry {
     }
 
     /// Moves the calling thread, which must be its process's only one, into the v1 groups. Does
-    /// nothing but write(2), so it may be called between clone and exec.
+    /// nothing but write(2), so it may be called between clone and exec. The caller is
+    /// to drop the entry then: the container has no use for directories of the host's.
     ///
     /// # Errors
     ///

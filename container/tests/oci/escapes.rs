@@ -82,3 +82,44 @@ fn a_hook_in_the_container_is_never_one_of_the_host() {
     let ended = finish(with_open_root(&command));
     assert_eq!((ended.status, ended.stdout.as_str()), (1, ""), "{ended:?}");
 }
+
+#[test]
+fn a_created_container_has_nothing_of_the_host_open() {
+    let bundle = Bundle::new("true").with(|config| {
+        config["mounts"].as_array_mut().unwrap().extend([
+            json!({"destination": "/sys/fs/cgroup", "type": "cgroup"}),
+            json!({"destination": "/source", "source": "source", "options": ["bind"]}),
+        ]);
+        // Who may trace the first process may follow its descriptors.
+        for set in ["bounding", "effective", "permitted"] {
+            config["process"]["capabilities"][set] = json!(["CAP_SYS_PTRACE"]);
+        }
+    });
+    fs::create_dir(bundle.path().join("source")).unwrap();
+    fs::write(bundle.path().join("secret"), "secret\n").unwrap();
+    let mut create = bundle.command(&["create"]);
+    create.arg(&bundle.id);
+    let mut create = with_open_root(&create);
+    create.stdout(Stdio::null()).stderr(Stdio::null());
+    assert!(create.status().unwrap().success());
+
+    let path = format!("/proc/{}/fd", bundle.state()["pid"]);
+    let mut sockets = 0;
+    for entry in fs::read_dir(path).unwrap() {
+        let entry = entry.unwrap();
+        let number: u32 = entry.file_name().to_str().unwrap().parse().unwrap();
+        let target = fs::read_link(entry.path()).unwrap();
+        let is_socket = target.to_str().unwrap().starts_with("socket:");
+        assert!(number < 3 || is_socket, "{number} is {}", target.display());
+        sockets += u32::from(is_socket);
+    }
+    // `start` is awaited at one.
+    assert!(sockets > 0);
+    let script = format!(
+        "for fd in /proc/1/fd/*; do cat $fd/{}{}/secret; done; test -r /proc/1/environ && echo traced",
+        "../".repeat(16),
+        bundle.path().display()
+    );
+    let ended = bundle.verb(&["exec"], &["/bin/sh", "-c", &script]);
+    assert_eq!(ended.stdout, "traced\n", "{ended:?}");
+}
