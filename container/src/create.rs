@@ -30,6 +30,7 @@ use crate::init::{self, Wiring};
 use crate::mounts::CgroupTrees;
 use crate::namespaces::{self, Forked};
 use crate::network_devices::NetworkDeviceError;
+use crate::plan::capability;
 use crate::plan::mounts::{MountKind, clone_tree};
 use crate::plan::{Inherited, Plan, PlanError, Setting};
 use crate::process::Process;
@@ -352,7 +353,7 @@ fn read(
     bundle: &Path,
     check: bool,
 ) -> Result<(Config, Plan), CreateError> {
-    let config = match &options.config {
+    let mut config = match &options.config {
         Some(file) => Config::load_file(&bundle.join(file))?,
         None => Config::load(bundle)?,
     };
@@ -366,6 +367,12 @@ fn read(
     let mut plan = Plan::new(&config, &setting)?;
     let added = options.env.iter().map(String::as_str).map(CString::new);
     plan.process.env.extend(added.flatten());
+    let process = config.spec.process().as_ref();
+    let asked = process.and_then(|process| process.capabilities().as_ref());
+    let available = capability::available_in(&plan.namespaces);
+    config
+        .warnings
+        .extend(capability::withheld(asked, available));
     Ok((config, plan))
 }
 

@@ -140,6 +140,7 @@ fn make_one(
             let tree = new_file_system(name, source, &mount.options, existing.as_ref(), hint)?;
             if name == "tmpfs" && mount.options.copy_up {
                 copy_contents(destination.as_fd(), tree.as_fd())?;
+                set_all(tree.as_fd(), mount.options.attributes, &mount.options)?;
             }
             check_destination(mount, &destination)?;
             if let Some((propagation, recursive)) = mount.options.propagation {
@@ -240,7 +241,11 @@ fn new_file_system(
             fsconfig_set_string(&context, "mode", format!("{mode:o}"))?;
         }
         fsconfig_create(&context)?;
-        let attributes = options.attributes.set | options.recursive.set;
+        let mut attributes = options.attributes.set | options.recursive.set;
+        if options.copy_up {
+            // What is to be read only is filled first.
+            attributes &= !MOUNT_ATTR_RDONLY;
+        }
         let attributes = u32::try_from(attributes).map_err(io::Error::other)?;
         let attributes = MountAttrFlags::from_bits_retain(attributes);
         Ok(fsmount(

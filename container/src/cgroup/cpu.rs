@@ -56,12 +56,11 @@ fn plan_v1(directory: &Path, cpu: &LinuxCpu, shares: Option<u64>) -> Vec<Setting
         file,
         cpu.realtime_runtime().and_then(signed),
     );
-    set(
-        "cpu.idle",
-        "cpu.idle",
-        cpu.idle().map(|idle| idle.to_string()),
-    );
+    let idle = cpu.idle().map(|idle| idle.to_string());
+    let (wakes, sleeps) = split_idle(idle);
+    set("cpu.idle", "cpu.idle", wakes);
     set("cpu.shares", "cpu.shares", shares.and_then(text));
+    set("cpu.idle", "cpu.idle", sleeps);
     set(
         "cpu.period",
         "cpu.cfs_period_us",
@@ -98,16 +97,16 @@ fn plan_v2(
     }
     let mut settings = Vec::new();
     let mut set = |field, file, value| settings.push(Setting::new(field, directory, file, value));
-    // A weight is refused while the group is idle, so idle goes first.
-    if let Some(idle) = cpu.idle() {
-        set("cpu.idle", "cpu.idle", idle.to_string());
-    }
-    if let Some(shares) = shares {
-        set(
-            "cpu.shares",
-            "cpu.weight",
-            weight_of_shares(shares).to_string(),
-        );
+    let (wakes, sleeps) = split_idle(cpu.idle().map(|idle| idle.to_string()));
+    let weight = shares.map(|shares| weight_of_shares(shares).to_string());
+    for (field, file, value) in [
+        ("cpu.idle", "cpu.idle", wakes),
+        ("cpu.shares", "cpu.weight", weight),
+        ("cpu.idle", "cpu.idle", sleeps),
+    ] {
+        if let Some(value) = value {
+            set(field, file, value);
+        }
     }
     let quota = cpu.quota().filter(|quota| *quota != 0);
     let period = cpu.period().filter(|period| *period != 0);
@@ -124,6 +123,16 @@ fn plan_v2(
         set("cpu.burst", "cpu.max.burst", burst.to_string());
     }
     Ok(settings)
+}
+
+/// What is to be written to cpu.idle before the weight, and what after it: the kernel refuses a weight
+/// while the group is idle.
+fn split_idle(idle: Option<String>) -> (Option<String>, Option<String>) {
+    if idle.as_deref() == Some("0") {
+        (idle, None)
+    } else {
+        (None, idle)
+    }
 }
 
 /// The text for cpu.max: what is not asked for stays as it is in `present`.

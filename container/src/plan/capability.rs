@@ -121,6 +121,30 @@ impl Capabilities {
     }
 }
 
+/// The capabilities that are asked for and that `available` lacks, as a warning: the specification wants
+/// them to be warned of, and not to be an error.
+pub(crate) fn withheld(
+    asked: Option<&LinuxCapabilities>,
+    available: CapabilitySet,
+) -> Option<String> {
+    let asked = Capabilities::new(asked, CapabilitySet::all());
+    let lacking = (asked.bounding | asked.effective | asked.permitted | asked.inheritable)
+        .union(asked.ambient)
+        .difference(available);
+    let names: Vec<String> = (0..COUNT)
+        .zip(names())
+        .filter(|(index, _)| lacking.bits() & (1 << index) != 0)
+        .map(|(_, name)| name)
+        .collect();
+    let warning = || {
+        format!(
+            "ignoring unavailable capabilities: {}: this process does not have them to give",
+            names.join(", ")
+        )
+    };
+    (!names.is_empty()).then(warning)
+}
+
 /// What the calling process itself may do: it cannot give more.
 pub(crate) fn available() -> CapabilitySet {
     capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.permitted)
@@ -168,6 +192,13 @@ mod tests {
             serde_json::from_str(r#"{"bounding":["CAP_KILL","CAP_SYS_ADMIN"]}"#).unwrap();
         let sets = Capabilities::new(Some(&asked), CapabilitySet::KILL);
         assert_eq!(sets.bounding, CapabilitySet::KILL);
+        let warning = withheld(Some(&asked), CapabilitySet::KILL).unwrap();
+        assert!(
+            warning.contains("capabilities: CAP_SYS_ADMIN:"),
+            "{warning}"
+        );
+        assert_eq!(withheld(Some(&asked), CapabilitySet::all()), None);
+        assert_eq!(withheld(None, CapabilitySet::empty()), None);
     }
 
     #[test]

@@ -56,7 +56,8 @@ const ATTRIBUTES: &[(&str, bool, u64)] = &[
 /// Options of the access time, which is a field of its own and not a bit.
 const ACCESS_TIMES: &[(&str, u64)] = &[
     ("relatime", MOUNT_ATTR_RELATIME),
-    ("norelatime", MOUNT_ATTR_STRICTATIME),
+    // As mount(8) and runc have it: without any of these the kernel's own choice is `relatime`.
+    ("norelatime", MOUNT_ATTR_RELATIME),
     ("noatime", MOUNT_ATTR_NOATIME),
     ("atime", MOUNT_ATTR_RELATIME),
     ("strictatime", MOUNT_ATTR_STRICTATIME),

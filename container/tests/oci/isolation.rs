@@ -252,21 +252,24 @@ fn a_file_can_be_bound_where_the_image_has_a_dangling_link() {
 
 #[test]
 fn a_tmpfs_has_its_size_and_takes_up_what_it_hides_if_asked() {
-    let bundle = Bundle::new("cat /up/file; ls /bare; stat -c %a /bare; grep ' /bare ' /proc/self/mounts")
+    let script = "cat /up/file /sealed/file; touch /sealed/file 2>&1 | grep -c Read-only; \
+                  ls /bare; stat -c %a /bare; grep ' /bare ' /proc/self/mounts";
+    let bundle = Bundle::new(script)
         .with(|config| {
             let tmpfs = |destination: &str, options: Value| {
                 json!({"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": options})
             };
             let mounts = config["mounts"].as_array_mut().unwrap();
             mounts.push(tmpfs("/up", json!(["tmpcopyup", "nosuid"])));
+            mounts.push(tmpfs("/sealed", json!(["tmpcopyup", "ro"])));
             mounts.push(tmpfs("/bare", json!(["size=64k", "nosuid"])));
         });
-    for directory in ["up", "bare"] {
+    for directory in ["up", "sealed", "bare"] {
         fs::create_dir(bundle.rootfs().join(directory)).unwrap();
         fs::write(bundle.rootfs().join(directory).join("file"), "text\n").unwrap();
     }
     let output = bundle.output();
-    assert!(output.starts_with("text\n755\n"), "{output}");
+    assert!(output.starts_with("text\ntext\n1\n755\n"), "{output}");
     assert!(output.contains("size=64k"), "{output}");
 }
 

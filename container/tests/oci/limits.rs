@@ -80,7 +80,7 @@ const CASES: &[(&str, &str, &str, Shown, Shown)] = &[
         Some(("cpu.max.burst", "10000")),
     ),
     (
-        r#"{"cpu": {"idle": 1}}"#,
+        r#"{"cpu": {"idle": 1, "shares": 512}}"#,
         "cpu.idle",
         "cpu",
         Some(("cpu.idle", "1")),

@@ -101,6 +101,7 @@ fn every_attribute_of_a_new_file_system_is_set() {
         ("noatime", "noatime"),
         ("nodiratime", "nodiratime"),
         ("relatime", "relatime"),
+        ("norelatime", "relatime"),
         ("nosymfollow", "nosymfollow"),
         ("sync", "sync"),
         ("mode=711", "mode=711"),
