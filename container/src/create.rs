@@ -292,7 +292,7 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
     // Before the fork: the child may be in a pid namespace with others at once.
     step("stop being traceable", harden())?;
     let clone_into = entry.clone_into().filter(|_| !making.joins_later());
-    let forked = namespaces::fork(&plan.namespaces, clone_into, &ours, &theirs);
+    let forked = namespaces::fork(&plan.namespaces, clone_into, None, &ours, &theirs);
     match step("make the container's first process", forked)? {
         Forked::Child => {
             drop(ours);

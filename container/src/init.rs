@@ -44,7 +44,7 @@ pub(crate) struct Wiring {
     pub(crate) channel: Channel,
     /// What hooks hear of the container.
     pub(crate) record: &'static Record,
-    /// The way into the cgroup, until it was gone.
+    /// The way into the cgroup, until it is taken.
     pub(crate) entry: Option<Entry>,
     /// Where `start` will connect. Without it the creator itself starts the container.
     pub(crate) listener: Option<OwnedFd>,

@@ -18,6 +18,7 @@ use crate::handshake::{Channel, Message, Reason};
 use crate::plan::namespaces::{Kind, NamespacePlan};
 use crate::process::Process;
 use crate::rights::is_host_root;
+use crate::rootfs;
 use crate::sys::{self, Cloned};
 
 /// Which side of a [`fork`] this is.
@@ -29,18 +30,32 @@ pub(crate) enum Forked {
     Child,
 }
 
+/// How a process gets into a pid namespace where others may see it, and with the right to trace could
+/// follow its root and its descriptors: with nothing of the host's. A helper does what has to be done
+/// outside, and then makes it.
+pub(crate) struct Discretion<'a> {
+    /// Done first, outside of all namespaces.
+    pub(crate) settle: &'a dyn Fn() -> io::Result<()>,
+    /// The root directory, where the mount namespace does not say which it is.
+    pub(crate) root: Option<BorrowedFd<'a>>,
+    /// What the process keeps, beside its end of the channel. What owns any other descriptor must be
+    /// forgotten in it, not dropped: they are closed.
+    pub(crate) kept: Vec<BorrowedFd<'a>>,
+}
+
 /// Forks the first process. `ours` and `theirs` are the ends of the channel between the two; `cgroup`
-/// is a cgroup of v2 that it shall start in.
+/// is a cgroup of v2 that it shall start in. With an `unseen` plan there is a `discretion`.
 ///
 /// The caller must have a single thread.
 pub(crate) fn fork(
     plan: &NamespacePlan,
     cgroup: Option<BorrowedFd<'_>>,
+    discretion: Option<&Discretion<'_>>,
     ours: &Channel,
     theirs: &Channel,
 ) -> io::Result<Forked> {
     if needs_helper(plan) {
-        return fork_by_helper(plan, cgroup, ours, theirs);
+        return fork_by_helper(plan, cgroup, discretion, ours, theirs);
     }
     // A pid namespace is joined by the parent, for its next children, and left again.
     let own_pid_namespace = match plan.joined(Kind::PID) {
@@ -129,7 +144,8 @@ fn first_mapped(own: &OwnedFd, file: &str) -> io::Result<u32> {
 /// What is joined beside a new user namespace is its creator's, and so are the rights to join it. And a pid
 /// namespace that is joined without the rights of the host's root cannot be left again.
 fn needs_helper(plan: &NamespacePlan) -> bool {
-    plan.joined(Kind::USER).is_some()
+    plan.unseen
+        || plan.joined(Kind::USER).is_some()
         || plan.makes(Kind::TIME)
         || (plan.makes(Kind::USER) && !plan.joined.is_empty())
         || (plan.joined(Kind::PID).is_some() && !is_host_root())
@@ -143,13 +159,14 @@ fn made_by_clone(plan: &NamespacePlan) -> u64 {
 fn fork_by_helper(
     plan: &NamespacePlan,
     cgroup: Option<BorrowedFd<'_>>,
+    discretion: Option<&Discretion<'_>>,
     ours: &Channel,
     theirs: &Channel,
 ) -> io::Result<Forked> {
     // The cgroup is entered by the helper, and inherited: afterwards the right to may be gone.
     match sys::clone3(0, cgroup)? {
         Cloned::Child => {
-            let made = help(plan, theirs);
+            let made = help(plan, discretion, theirs);
             match made {
                 Ok(Cloned::Child) => Ok(Forked::Child),
                 Ok(Cloned::Parent { pid, pidfd }) => {
@@ -227,7 +244,14 @@ fn hear(ours: &Channel, helper: &OwnedFd) -> io::Result<Option<Message>> {
 /// A namespace can be joined by who has rights over its owner, a user namespace. Whose the namespaces are
 /// cannot be told: they may be the caller's, as the network of another container on the host, or the
 /// container's own. So the caller's rights are tried first, and then those in the user namespace.
-fn help(plan: &NamespacePlan, theirs: &Channel) -> io::Result<Cloned> {
+fn help(
+    plan: &NamespacePlan,
+    discretion: Option<&Discretion<'_>>,
+    theirs: &Channel,
+) -> io::Result<Cloned> {
+    if let Some(discretion) = discretion {
+        (discretion.settle)()?;
+    }
     let own = own_process()?;
     let mut denied = Vec::new();
     for (kind, file) in plan.joined.iter().filter(|(kind, _)| *kind != Kind::USER) {
@@ -257,6 +281,14 @@ fn help(plan: &NamespacePlan, theirs: &Channel) -> io::Result<Cloned> {
     }
     for (kind, file) in denied {
         set_namespace(kind, file).map_err(|error| named(kind, error))?;
+    }
+    drop(own);
+    if let Some(discretion) = discretion {
+        // Now, as a mount namespace that is joined brings its root along.
+        discretion.root.map_or(Ok(()), rootfs::change_root)?;
+        let channel = std::iter::once(theirs.as_fd());
+        let kept: Vec<_> = channel.chain(discretion.kept.iter().copied()).collect();
+        sys::close_from(3, &kept)?;
     }
     let rest = made_by_clone(plan) & !(Kind::USER.0 | Kind::TIME.0);
     sys::clone3(rest | sys::CLONE_PARENT, None)

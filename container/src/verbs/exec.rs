@@ -1,40 +1,35 @@
 //! `exec`: runs one more process in a container.
 
+mod entering;
+
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use nix::sys::signal::SigSet;
 use oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec, Spec};
-use rustix::process::setsid;
-use rustix::thread::{CpuSet, sched_setaffinity};
 
+use self::entering::{Wiring, enter, settle};
 use crate::cgroup::{Cgroup, CgroupError, Entry};
 use crate::create::{CreateError, Stdio, connect_console, harden, write_pid_file};
-use crate::environment;
 use crate::handshake::{Channel, Failure, Message};
-use crate::label::LabelFile;
 use crate::launch;
 use crate::log;
-use crate::namespaces::{self, Forked};
+use crate::namespaces::{self, Discretion, Forked};
 use crate::notify;
 use crate::plan::memory::{self, MemoryPolicy};
 use crate::plan::namespaces::NamespacePlan;
 use crate::plan::process::ProcessPlan;
 use crate::plan::{PlanError, capability};
 use crate::process::Process;
-use crate::program::Program;
 use crate::resctrl::ResctrlError;
 use crate::rights::is_host_root;
-use crate::root::Root;
 use crate::seccomp::{self, Filter};
 use crate::spec::{Config, SpecError, load_process};
 use crate::state::{Home, Record, StateError, Status};
-use crate::sys;
 use crate::systemd::{Systemd, SystemdError};
-use crate::tty::{self, Terminal};
+use crate::tty;
 use crate::verbs::inside::Inside;
 use crate::verbs::start::{StartError, await_exec};
 
@@ -157,31 +152,29 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
     let (ours, theirs) = step("make a socket pair", Channel::pair())?;
     // Before the fork: the child is in the container's pid namespace at once.
     step("stop being traceable", harden())?;
-    let fork = |cgroup| namespaces::fork(inside.namespaces(), cgroup, &ours, &theirs);
-    // From a session of the user, which lies below a group of root's, only systemd may lead into the scope.
-    let scope = record.scope.as_deref();
-    let scope = scope.filter(|_| options.cgroups.is_empty() && !is_host_root());
-    let mut attach = None;
-    let forked = match fork(entry.clone_into()) {
-        Err(error)
-            if error.kind() == io::ErrorKind::ResourceBusy && entry.otherwise().is_some() =>
-        {
-            fork(entry.otherwise())
-        }
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && scope.is_some() => {
-            attach = scope;
-            fork(None)
-        }
-        forked => forked,
+    let ways = Ways {
+        options: &options,
+        plan: &plan,
+        record: &record,
+        inside: &inside,
+        entry: &entry,
     };
-    match step("make the process", forked)? {
+    let (forked, attach) = step("make the process", ways.fork(&ours, &theirs))?;
+    match forked {
         Forked::Child => {
-            drop((ours, home, init));
+            let outside = (ours, home, init, console_socket);
+            let inside = if inside.namespaces().unseen {
+                // It is inside, and has none of these open.
+                std::mem::forget((outside, inside, entry));
+                None
+            } else {
+                drop(outside);
+                Some((inside, entry))
+            };
             let keyring = format!("_ses.{}", options.id);
             let keyring = (!record.no_new_keyring).then(|| CString::new(keyring).ok());
             let wiring = Wiring {
                 channel: theirs,
-                entry,
                 inside,
                 stdio: options.stdio,
                 descriptors: options.descriptors,
@@ -205,6 +198,46 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
             }
             let process = child.into_process()?;
             Ok(Executed { process, console })
+        }
+    }
+}
+
+/// The ways into the container.
+struct Ways<'a> {
+    options: &'a ExecOptions,
+    plan: &'a ExecPlan,
+    record: &'a Record,
+    inside: &'a Inside,
+    entry: &'a Entry,
+}
+
+impl<'a> Ways<'a> {
+    /// Makes the process, and says to which unit of systemd it is still to be attached.
+    fn fork(&self, ours: &Channel, theirs: &Channel) -> io::Result<(Forked, Option<&'a str>)> {
+        let settle = || settle(self.plan, self.entry);
+        let streams = self.options.stdio.streams().into_iter().flatten();
+        let descriptors = self.options.descriptors.iter().map(AsFd::as_fd);
+        let discretion = Discretion {
+            settle: &settle,
+            root: self.inside.root(),
+            kept: streams.chain(descriptors).collect(),
+        };
+        let namespaces = self.inside.namespaces();
+        let discretion = namespaces.unseen.then_some(&discretion);
+        let fork = |cgroup| namespaces::fork(namespaces, cgroup, discretion, ours, theirs);
+        let otherwise = self.entry.otherwise();
+        // From a session of the user, which lies below a group of root's, only systemd may lead into the
+        // scope.
+        let scope = self.record.scope.as_deref();
+        let scope = scope.filter(|_| self.options.cgroups.is_empty() && !is_host_root());
+        match fork(self.entry.clone_into()) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && otherwise.is_some() => {
+                Ok((fork(otherwise)?, None))
+            }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied && scope.is_some() => {
+                Ok((fork(None)?, scope))
+            }
+            forked => Ok((forked?, None)),
         }
     }
 }
@@ -393,98 +426,9 @@ impl Drop for Child {
     }
 }
 
-/// What connects the process to the outside.
-struct Wiring {
-    channel: Channel,
-    entry: Entry,
-    inside: Inside,
-    stdio: Stdio,
-    descriptors: Vec<OwnedFd>,
-    keyring: Option<CString>,
-}
-
-type Error = Box<dyn std::error::Error>;
-
-/// The process's side: enters the container and becomes the program. Never returns.
-fn enter(plan: &ExecPlan, wiring: Wiring) -> ! {
-    let Wiring {
-        channel,
-        entry,
-        inside,
-        stdio,
-        descriptors,
-        keyring,
-    } = wiring;
-    let prepare = || -> Result<(Program, bool), Error> {
-        sys::reset_signal_handlers();
-        SigSet::empty().thread_set_mask()?;
-        let (before, after) = &plan.process.affinity;
-        set_affinity(before.as_ref())?;
-        entry.join()?;
-        // A directory of the host's: the container has no use for it.
-        drop(entry);
-        if before.is_none() && after.is_none() {
-            sys::reset_affinity();
-        }
-        set_affinity(after.as_ref())?;
-        let labels = LabelFile::open_all(&plan.process.labels)?;
-        channel.await_proceed()?;
-        inside.enter()?;
-        setsid()?;
-        if let Some(name) = &keyring {
-            launch::join_keyring(name)?;
-        }
-        for label in labels {
-            label.write()?;
-        }
-        set_streams(plan, &stdio, &channel)?;
-        let in_directory = launch::try_directory(&plan.process)?;
-        let memory_policy = plan.memory_policy.as_ref();
-        launch::set_attributes(&plan.process, plan.personality, memory_policy)?;
-        let program = Program::find(&plan.process)?;
-        channel.send(&Message::Ready)?;
-        channel.await_proceed()?;
-        Ok((program, in_directory))
-    };
-    let (program, in_directory) = prepare().unwrap_or_else(|error| launch::fail(&channel, &*error));
-    let ending = launch::Ending {
-        process: &plan.process,
-        filter: plan.filter.as_ref(),
-        env: environment::environment(&plan.process),
-        program,
-        has_identity: false,
-        in_directory,
-        start_hooks: &[],
-        state: "",
-    };
-    match ending.launch(&channel, descriptors) {
-        Ok(never) => match never {},
-        Err(error) => launch::fail(&channel, &error),
-    }
-}
-
 fn seccomp_agent(plan: &ExecPlan, record: &Record, pid: i32, listener: &OwnedFd) -> io::Result<()> {
     let Some(seccomp) = &plan.seccomp else {
         return Ok(());
     };
     notify::hand_over(seccomp, record, Status::Running, pid, listener)
-}
-
-fn set_affinity(processors: Option<&CpuSet>) -> Result<(), Error> {
-    let Some(processors) = processors else {
-        return Ok(());
-    };
-    sched_setaffinity(None, processors)
-        .map_err(|error| format!("cannot set process.execCPUAffinity: {error}").into())
-}
-
-fn set_streams(plan: &ExecPlan, stdio: &Stdio, channel: &Channel) -> Result<(), Error> {
-    let Some(size) = plan.process.terminal else {
-        return Ok(stdio.take_on()?);
-    };
-    let Terminal { master, slave } =
-        Terminal::open(&Root::current()?, size, plan.process.user.uid)?;
-    tty::take_on(slave.as_fd())?;
-    channel.send(&Message::Console(Some(master)))?;
-    Ok(())
 }

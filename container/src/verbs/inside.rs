@@ -1,7 +1,7 @@
 //! What a further process enters: the namespaces and the root of a container's first one.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{CWD, Mode, OFlags, fstat, openat};
 use rustix::io::Errno;
@@ -37,7 +37,11 @@ impl Inside {
         &self.namespaces
     }
 
-    /// The part of a child that was forked into [`Inside::namespaces`].
+    pub(crate) fn root(&self) -> Option<BorrowedFd<'_>> {
+        self.root.as_ref().map(AsFd::as_fd)
+    }
+
+    /// The part of a child that was forked into [`Inside::namespaces`], if nobody there can see it.
     pub(crate) fn enter(self) -> io::Result<()> {
         namespaces::enter(&self.namespaces)?;
         // Now, as a mount namespace that is joined brings its root along.
@@ -60,6 +64,7 @@ fn open_namespaces(init: &Process) -> io::Result<NamespacePlan> {
             plan.joined.push((kind, theirs));
         }
     }
+    plan.unseen = plan.joined(Kind::PID).is_some();
     Ok(plan)
 }
 
