@@ -2,10 +2,12 @@
 
 use std::io;
 
-use io_uring::IoUring;
+use io_uring::squeue::Entry;
+use io_uring::types::Fd;
+use io_uring::{IoUring, opcode};
 
-/// How often in a row the kernel may refuse a submission for want of resources.
-pub(crate) const BUSY_RETRIES_MAX: u32 = 1000;
+/// How often the kernel may refuse what is submitted together, for want of resources.
+const BUSY_RETRIES_MAX: u32 = 1000;
 
 /// A ring for `depth` operations, that runs completions when we enter the kernel anyway, where Linux
 /// knows how (5.19).
@@ -29,6 +31,48 @@ pub(crate) fn build(depth: u16) -> io::Result<IoUring> {
 /// Whether a submission was refused for want of resources.
 pub(crate) fn is_busy(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY))
+}
+
+/// Submits what is to be submitted, as much as the kernel takes, and waits for `wanted` completions, or
+/// less. `refusals` counts how often it took nothing, from zero.
+///
+/// # Errors
+///
+/// If the kernel refuses for another reason, or too often.
+pub(crate) fn submit(ring: &IoUring, wanted: usize, refusals: &mut u32) -> io::Result<()> {
+    match ring.submit_and_wait(wanted) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        Err(error) if is_busy(&error) && *refusals < BUSY_RETRIES_MAX => {
+            *refusals += 1;
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// A write of `ranges` with RWF flags. Several ranges are put into `place`, which is to stay as it is until
+/// the write was submitted.
+pub(crate) fn write(
+    file: Fd,
+    ranges: &[libc::iovec],
+    place: &mut Vec<libc::iovec>,
+    position: u64,
+    flags: i32,
+) -> Entry {
+    if let [one] = ranges {
+        let (start, bytes) = (one.iov_base.cast_const().cast(), byte_count(one.iov_len));
+        return opcode::Write::new(file, start, bytes)
+            .offset(position)
+            .rw_flags(flags)
+            .build();
+    }
+    place.clear();
+    place.extend_from_slice(ranges);
+    opcode::Writev::new(file, place.as_ptr(), byte_count(place.len()))
+        .offset(position)
+        .rw_flags(flags)
+        .build()
 }
 
 /// A length as operations have it. What is cut off here is done in a second step: the kernel stops at

@@ -22,7 +22,7 @@ use io_uring::{IoUring, opcode};
 
 use super::engine::Completed;
 use super::request::{Kind, Operation, Progress};
-use crate::virtio::io_ring::{self, BUSY_RETRIES_MAX, byte_count, is_busy};
+use crate::virtio::io_ring::{self, byte_count, is_busy};
 
 /// A ring, and what is in flight in it.
 pub(crate) struct Ring {
@@ -108,12 +108,7 @@ impl Ring {
     pub(crate) fn submit(&mut self) -> io::Result<()> {
         let mut refusals = 0;
         while self.has_unsubmitted() {
-            match self.ring.submit() {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if is_busy(&error) && refusals < BUSY_RETRIES_MAX => refusals += 1,
-                Err(error) => return Err(error),
-            }
+            io_ring::submit(&self.ring, 0, &mut refusals)?;
         }
         Ok(())
     }
@@ -185,26 +180,16 @@ impl Slot {
                     .offset(position)
                     .build()
             }
-            (Kind::Write { .. }, [one]) => {
-                opcode::Write::new(file, one.iov_base.cast(), byte_count(one.iov_len))
-                    .offset(position)
-                    .rw_flags(operation.write_flags())
-                    .build()
-            }
-            (Kind::Read | Kind::Write { .. }, many) => {
+            (Kind::Read, many) => {
                 self.iovecs.clear();
                 self.iovecs.extend_from_slice(many);
-                let (start, count) = (self.iovecs.as_ptr(), byte_count(self.iovecs.len()));
-                if operation.kind == Kind::Read {
-                    opcode::Readv::new(file, start, count)
-                        .offset(position)
-                        .build()
-                } else {
-                    opcode::Writev::new(file, start, count)
-                        .offset(position)
-                        .rw_flags(operation.write_flags())
-                        .build()
-                }
+                opcode::Readv::new(file, self.iovecs.as_ptr(), byte_count(many.len()))
+                    .offset(position)
+                    .build()
+            }
+            (Kind::Write { .. }, ranges) => {
+                let flags = operation.write_flags();
+                io_ring::write(file, ranges, &mut self.iovecs, position, flags)
             }
             (Kind::Flush, _) => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
             (Kind::Zero { .. }, _) => opcode::Fallocate::new(file, operation.bytes as u64)

@@ -12,12 +12,12 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use io_uring::IoUring;
 use io_uring::types::Fd;
-use io_uring::{IoUring, opcode};
 use smallvec::{SmallVec, smallvec};
 
 use crate::virtio::chain::{Chain, IoList};
-use crate::virtio::io_ring::{self, BUSY_RETRIES_MAX, byte_count, is_busy};
+use crate::virtio::io_ring;
 
 /// The most frames at a time. Few enough for a driver to have half its queue back while the other
 /// half is sent.
@@ -73,22 +73,8 @@ impl Batch {
         for (frame, iovecs) in frames.zip(&mut self.iovecs) {
             let mut list = IoList::new();
             list.push_readable(frame, 0, usize::MAX);
-            let entry = match list.iovecs() {
-                [one] => {
-                    let (start, bytes) = (one.iov_base.cast_const().cast(), one.iov_len);
-                    opcode::Write::new(tap, start, byte_count(bytes))
-                        .rw_flags(libc::RWF_NOWAIT)
-                        .build()
-                }
-                many => {
-                    iovecs.clear();
-                    iovecs.extend_from_slice(many);
-                    opcode::Writev::new(tap, iovecs.as_ptr(), byte_count(many.len()))
-                        .rw_flags(libc::RWF_NOWAIT)
-                        .build()
-                }
-            };
-            let entry = entry.user_data(count as u64);
+            let entry = io_ring::write(tap, list.iovecs(), iovecs, 0, libc::RWF_NOWAIT)
+                .user_data(count as u64);
             // SAFETY: `frames` are borrowed, and with them their memory, until this function returns;
             // the ranges are not touched until then. All has completed by then, unless the ring fails:
             // then the kernel has its own copy of the ranges, as `io_ring::build` made sure, and only
@@ -120,12 +106,7 @@ impl Batch {
             if missing == 0 {
                 return Ok(results.into_iter().map(io_ring::outcome).collect());
             }
-            match self.ring.submit_and_wait(missing) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if is_busy(&error) && refusals < BUSY_RETRIES_MAX => refusals += 1,
-                Err(error) => return Err(error),
-            }
+            io_ring::submit(&self.ring, missing, &mut refusals)?;
         }
     }
 }

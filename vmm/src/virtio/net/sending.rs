@@ -58,8 +58,8 @@ impl Sending {
         self.frames.get(index).filter(|_| index < FRAMES_MAX)
     }
 
-    /// Sends the first `count` frames, at most [`FRAMES_MAX`]; without a tap, which must be non-blocking, they are lost. Those that the
-    /// tap has no room for stay, and [`blocked`](Self::blocked) says so.
+    /// Sends the first `count` frames, at most [`FRAMES_MAX`], to a non-blocking tap; without one they are
+    /// lost. Those that the tap has no room for stay, and [`blocked`](Self::blocked) says so.
     pub(super) fn send(&mut self, count: usize, tap: Option<BorrowedFd<'_>>) -> Sent {
         let mut outcomes = self.write(count, tap).into_iter();
         let mut sent = Sent::default();
