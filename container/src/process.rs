@@ -44,9 +44,10 @@ impl Exit {
 }
 
 impl Process {
-    /// A child that was just made, so that its pid cannot have been given to another.
+    /// A child that nobody has waited for, so that its pid cannot have been given to another. It may have
+    /// ended.
     pub(crate) fn from_child(pid: i32, pidfd: OwnedFd) -> io::Result<Self> {
-        let start_time = start_time(pid)?.ok_or(Errno::SRCH)?;
+        let start_time = stat(pid)?.ok_or(Errno::SRCH)?.start_time;
         Ok(Self {
             pid,
             start_time,
@@ -160,6 +161,21 @@ pub fn copy_inherited(number: i32) -> io::Result<OwnedFd> {
 /// # Errors
 /// When its stat file cannot be read or understood.
 pub fn start_time(pid: i32) -> io::Result<Option<u64>> {
+    let lives = |stat: &Stat| !stat.has_ended;
+    Ok(stat(pid)?.filter(lives).map(|stat| stat.start_time))
+}
+
+/// What a stat file tells of a process.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct Stat {
+    /// It may wait to be reaped.
+    has_ended: bool,
+    /// In clock ticks since boot.
+    start_time: u64,
+}
+
+/// Nothing if there is no such process.
+fn stat(pid: i32) -> io::Result<Option<Stat>> {
     let path = format!("/proc/{pid}/stat");
     // Read at once: the kernel would make the text anew for each part.
     let mut text = Vec::with_capacity(STAT_BYTES);
@@ -169,18 +185,21 @@ pub fn start_time(pid: i32) -> io::Result<Option<u64>> {
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
         Err(error) => return Err(error),
     };
-    parse_stat(&text).ok_or_else(|| io::Error::other(format!("{path} is malformed")))
+    let malformed = || io::Error::other(format!("{path} is malformed"));
+    parse_stat(&text).map(Some).ok_or_else(malformed)
 }
 
 /// Fields 3 (state) and 22 (start time) of a stat file: the name before them may hold any character,
-/// also `)`. The inner option is nothing for a process that has ended but was not reaped.
-fn parse_stat(text: &[u8]) -> Option<Option<u64>> {
+/// also `)`.
+fn parse_stat(text: &[u8]) -> Option<Stat> {
     let name_end = text.iter().rposition(|byte| *byte == b')')?;
     let rest = str::from_utf8(text.get(name_end + 1..)?).ok()?;
     let mut fields = rest.split_ascii_whitespace();
     let state = fields.next()?;
-    let start: u64 = fields.nth(18)?.parse().ok()?;
-    Some((!matches!(state, "Z" | "X" | "x")).then_some(start))
+    Some(Stat {
+        has_ended: matches!(state, "Z" | "X" | "x"),
+        start_time: fields.nth(18)?.parse().ok()?,
+    })
 }
 
 #[cfg(test)]
@@ -190,15 +209,31 @@ mod tests {
     #[test]
     fn a_stat_line_is_read_whatever_the_name_is() {
         let rest = "1 1 1 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4242 99 1";
-        for (name, state, expected) in [
-            ("sh", "S", Some(Some(4242))),
-            ("a) R (b", "S", Some(Some(4242))),
-            ("sh", "Z", Some(None)),
+        for (name, state, has_ended) in [
+            ("sh", "S", false),
+            ("a) R (b", "S", false),
+            ("sh", "Z", true),
         ] {
             let line = format!("7 ({name}) {state} {rest}");
-            assert_eq!(parse_stat(line.as_bytes()), expected, "{line}");
+            let expected = Stat {
+                has_ended,
+                start_time: 4242,
+            };
+            assert_eq!(parse_stat(line.as_bytes()), Some(expected), "{line}");
         }
         assert_eq!(parse_stat(b"7 (sh"), None);
+    }
+
+    #[test]
+    fn a_child_may_have_ended_before_it_is_looked_at() {
+        let sys::Cloned::Parent { pid, pidfd } = sys::clone3(0, None).unwrap() else {
+            sys::exit_now(7);
+        };
+        let flags = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        waitid(WaitId::PidFd(pidfd.as_fd()), flags).unwrap();
+        assert_eq!(start_time(pid).unwrap(), None);
+        let child = Process::from_child(pid, pidfd).unwrap();
+        assert_eq!(child.wait().unwrap(), Exit::Code(7));
     }
 
     #[test]
