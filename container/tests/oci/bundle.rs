@@ -129,6 +129,12 @@ impl Bundle {
     /// A shell of the host in a mount and network namespace of its own, from which nothing reaches the
     /// host. `$RUN` and `$CREATE` are this container's verbs, `$R` is the runtime, `$ID` the id.
     pub(crate) fn script(&self, script: &str) -> Ended {
+        self.script_of_steps(1, script)
+    }
+
+    /// The same with a script of as many commands that take their time, such as an engine's: each may take
+    /// as long as anything.
+    pub(crate) fn script_of_steps(&self, steps: u32, script: &str) -> Ended {
         let words = |verb: &str| {
             let command = self.command(&[verb]);
             let words = std::iter::once(command.get_program()).chain(command.get_args());
@@ -154,7 +160,7 @@ impl Bundle {
             .env("ID", &self.id)
             .current_dir(self.path())
             .stdin(Stdio::null());
-        finish(shell)
+        finish_within(shell, PATIENCE * steps)
     }
 
     /// Runs a verb on this container to its end.
@@ -288,21 +294,29 @@ pub(crate) fn copy_program(from: &Path, to: &Path) {
 }
 
 /// Runs a command to its end, but not for ever.
-pub(crate) fn finish(mut command: Command) -> Ended {
+pub(crate) fn finish(command: Command) -> Ended {
+    finish_within(command, PATIENCE)
+}
+
+fn finish_within(mut command: Command, limit: Duration) -> Ended {
     let child = command
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    finish_child(child)
+    end_within(child, limit)
 }
 
 /// Waits for a child, but not for ever.
-pub(crate) fn finish_child(mut child: Child) -> Ended {
+pub(crate) fn finish_child(child: Child) -> Ended {
+    end_within(child, PATIENCE)
+}
+
+fn end_within(mut child: Child, limit: Duration) -> Ended {
     let pid = Pid::from_raw(child.id().cast_signed());
     let (done, waiter) = std::sync::mpsc::channel::<()>();
     let watchdog = std::thread::spawn(move || {
-        if waiter.recv_timeout(PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+        if waiter.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
             let _ = kill(pid, Signal::SIGKILL);
         }
     });

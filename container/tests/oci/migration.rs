@@ -167,7 +167,9 @@ fn podman_checkpoints_and_restores() {
         return;
     }
     let bundle = Bundle::new("true");
-    let ended = bundle.script(
+    // Commands of podman, of which each takes a second or more where it is emulated.
+    let ended = bundle.script_of_steps(
+        11,
         r#"podman() {
             command podman --root $PWD/storage --runroot $PWD/run --storage-driver vfs --log-level error \
                 --runtime ${R%% *} --cgroup-manager cgroupfs --events-backend none "$@"
@@ -192,11 +194,11 @@ fn podman_checkpoints_and_restores() {
                 while echo $name $n; do n=$((n+1)); sleep 0.1; done' >/dev/null
         reached first 0
         name=${last%% *}
-        podman container checkpoint --compress none --export $PWD/archive.tar first >/dev/null
+        podman container checkpoint --export $PWD/archive.tar.gz first >/dev/null
         podman ps --all --format '{{.Names}} {{.ExitCode}}'
         reached first 0
         podman rm first >/dev/null
-        podman container restore --import $PWD/archive.tar --name second >/dev/null
+        podman container restore --import $PWD/archive.tar.gz --name second >/dev/null
         reached second ${last##* }
         podman ps --format '{{.Names}}'
         # What was in its memory still is.
