@@ -30,16 +30,18 @@ use crate::init::{self, Wiring};
 use crate::mounts::CgroupTrees;
 use crate::namespaces::{self, Forked};
 use crate::network_devices::NetworkDeviceError;
+use crate::open_files::Raised;
 use crate::plan::capability;
-use crate::plan::mounts::{MountKind, clone_tree};
+use crate::plan::mounts::{MountKind, MountPlan, clone_tree};
 use crate::plan::{Inherited, Plan, PlanError, Setting};
 use crate::process::Process;
 use crate::readiness::{Proxy, ReadinessError, ServiceManager};
+use crate::relay::Relay;
 use crate::resctrl::ResctrlError;
 use crate::spec::{Config, SpecError};
 use crate::state::{Home, StateError};
 use crate::systemd::SystemdError;
-use crate::verbs::delete::{DeleteOptions, delete};
+use crate::verbs::delete::delete_failed;
 use crate::verbs::start::{StartError, await_exec, hand_over_listener, run_poststart};
 
 use self::making::Making;
@@ -230,13 +232,12 @@ pub fn create_started(options: CreateOptions) -> Result<Created, CreateError> {
     match await_start(&root, &id, manager.as_ref(), &channel) {
         Ok(proxy) => Ok(Created { proxy, ..created }),
         Err(error) => {
-            // What is reported is the first error; the second could only be that something is left.
-            let _ = delete(&DeleteOptions {
-                root,
-                id,
-                force: true,
-            });
+            delete_failed(&root, &id);
             let _ = created.process.wait();
+            if let Some(Ok(mut relay)) = created.console.map(Relay::new) {
+                // What a hook had to say before it failed.
+                relay.drain();
+            }
             Err(error)
         }
     }
@@ -257,7 +258,7 @@ fn await_start(
         hand_over_listener(&home, &record, &listener)
     })?;
     home.mark_started()?;
-    run_poststart(&home, &record)?;
+    run_poststart(&record).map_err(StartError::from)?;
     Ok(proxy)
 }
 
@@ -276,7 +277,7 @@ fn make(options: CreateOptions, starter: Starter) -> Result<(Created, Channel), 
     let (config, mut plan) = read(&options, &bundle, false)?;
     // What reads and checks a configuration is half of the program, and done.
     footprint::forget_code();
-    idmap::apply(&plan.mounts)?;
+    idmap::apply(&plan.mounts, &plan.namespaces)?;
     let console_socket = connect_console(plan.process.terminal.is_some(), &options.stdio)?;
 
     let mut making = Making::claim(&options, bundle, &config, &plan)?;
@@ -364,7 +365,9 @@ fn read(
         grouping: options.grouping,
         check,
     };
+    let raised = Raised::for_mounts(&config);
     let mut plan = Plan::new(&config, &setting)?;
+    raised.keep_from(&mut plan.process);
     let added = options.env.iter().map(String::as_str).map(CString::new);
     plan.process.env.extend(added.flatten());
     let process = config.spec.process().as_ref();
@@ -420,19 +423,16 @@ pub(crate) fn connect_console(
 }
 
 /// What a `cgroup` mount will show, if there is one.
-fn cgroup_trees(cgroup: &Cgroup, plan: &Plan) -> Result<CgroupTrees, CreateError> {
-    if !plan
-        .mounts
-        .iter()
-        .any(|mount| matches!(mount.what, MountKind::Cgroup))
-    {
-        return Ok(CgroupTrees::new());
-    }
+fn cgroup_trees(cgroup: &Cgroup, plan: &Plan) -> Result<Vec<CgroupTrees>, CreateError> {
     let open = |(name, path): (String, PathBuf)| {
         let tree = clone_tree(CWD, &path, false);
         step("copy the mount of the cgroup", tree).map(|tree| (name, tree))
     };
-    cgroup.views().into_iter().map(open).collect()
+    let shows = |mount: &&MountPlan| matches!(mount.what, MountKind::Cgroup);
+    let mounts = plan.mounts.iter().filter(shows);
+    mounts
+        .map(|_| cgroup.views().into_iter().map(open).collect())
+        .collect()
 }
 
 /// Written under another name first, so that whoever waits for the file finds it whole.

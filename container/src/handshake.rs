@@ -58,6 +58,8 @@ pub enum Reason {
     ProgramNotFound,
     /// The program is there, but the kernel does not execute it.
     ProgramNotExecutable,
+    /// A hook failed.
+    Hook,
     /// Something else, of which nothing but the message is known.
     Other,
 }
@@ -107,6 +109,7 @@ impl Channel {
                 let tag = match reason {
                     Reason::ProgramNotFound => b'm',
                     Reason::ProgramNotExecutable => b'u',
+                    Reason::Hook => b'k',
                     Reason::Other => b'e',
                 };
                 (tag, message, None)
@@ -143,6 +146,7 @@ impl Channel {
             b'x' => Message::Executing,
             b'm' => Message::failed(Reason::ProgramNotFound, text),
             b'u' => Message::failed(Reason::ProgramNotExecutable, text),
+            b'k' => Message::failed(Reason::Hook, text),
             b'e' => Message::failed(Reason::Other, text),
             _ => return Err(io::Error::other("a message of an unknown kind")),
         }))

@@ -3,7 +3,8 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use crate::plan::mounts::{IdMap, MountKind, MountPlan, Tree};
+use crate::plan::mounts::{MountKind, MountPlan, Owners, Tree};
+use crate::plan::namespaces::{Kind, NamespacePlan};
 use crate::users;
 
 /// Why a mount could not be mapped.
@@ -15,9 +16,9 @@ pub struct IdMapError {
 }
 
 /// Maps the trees that want it, before they are attached anywhere.
-pub(crate) fn apply(mounts: &[MountPlan]) -> Result<(), IdMapError> {
+pub(crate) fn apply(mounts: &[MountPlan], namespaces: &NamespacePlan) -> Result<(), IdMapError> {
     // Most often the same for all.
-    let mut made: Option<(&IdMap, OwnedFd)> = None;
+    let mut made: Option<(&Owners, OwnedFd)> = None;
     for mount in mounts {
         let (
             Some(map),
@@ -34,11 +35,22 @@ pub(crate) fn apply(mounts: &[MountPlan]) -> Result<(), IdMapError> {
             source,
         };
         let namespace = match made {
-            Some((known, namespace)) if known.maps_like(map) => namespace,
-            _ => users::with_maps(&map.uid_map, &map.gid_map).map_err(failed)?,
+            Some((known, namespace)) if *known == map.owners => namespace,
+            _ => namespace_of(&map.owners, namespaces).map_err(failed)?,
         };
         users::map_owners(tree, map.recursive, namespace.as_fd()).map_err(failed)?;
-        made = Some((map, namespace));
+        made = Some((&map.owners, namespace));
     }
     Ok(())
+}
+
+/// A user namespace that has the mapping.
+fn namespace_of(owners: &Owners, namespaces: &NamespacePlan) -> io::Result<OwnedFd> {
+    match owners {
+        Owners::Mapped { uid_map, gid_map } => users::with_maps(uid_map, gid_map),
+        Owners::OfJoined => match namespaces.joined(Kind::USER) {
+            Some(joined) => joined.try_clone(),
+            None => Err(io::Error::other("no user namespace is joined")),
+        },
+    }
 }

@@ -50,7 +50,7 @@ pub(crate) struct Wiring {
     pub(crate) listener: Option<OwnedFd>,
     pub(crate) stdio: Stdio,
     pub(crate) inherited: Inherited,
-    pub(crate) cgroups: CgroupTrees,
+    pub(crate) cgroups: Vec<CgroupTrees>,
     /// The name of a session keyring to start; none to keep the caller's.
     pub(crate) keyring: Option<std::ffi::CString>,
 }
@@ -183,6 +183,8 @@ fn await_start(wiring: Wiring, program: &Program) -> io::Result<(Channel, Vec<Ow
     kept.extend(listener.as_ref().map(AsFd::as_fd));
     kept.extend(program.descriptor());
     sys::close_from(3, &kept)?;
+    // Who only waits has nothing to lose.
+    sys::end_when_asked();
     channel.send(&Message::Ready)?;
     channel.await_proceed()?;
     let Some(listener) = listener else {

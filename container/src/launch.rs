@@ -61,10 +61,10 @@ impl LaunchError {
                 Reason::ProgramNotFound
             }
             Self::Execute { .. } => Reason::ProgramNotExecutable,
+            Self::Hook(_) => Reason::Hook,
             Self::WorkingDirectory { .. }
             | Self::Outside { .. }
             | Self::Filter(_)
-            | Self::Hook(_)
             | Self::Step { .. } => Reason::Other,
         }
     }
@@ -262,15 +262,8 @@ fn drop_bounding(keep: CapabilitySet) -> Result<(), LaunchError> {
 
 fn set_user(user: &UserPlan) -> Result<(), LaunchError> {
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
-    let groups: Vec<Gid> = user
-        .groups
-        .iter()
-        .map(|group| Gid::from_raw(*group))
-        .collect();
-    match set_thread_groups(&groups) {
-        // In a user namespace of a user without rights, groups can be neither set nor given up.
-        Err(rustix::io::Errno::PERM) if groups.is_empty() => {}
-        result => step("set the groups", result)?,
+    if !user.keep_groups {
+        set_groups(&user.groups)?;
     }
     step("set the group id", set_thread_res_gid(gid, gid, gid))?;
     step("set the user id", set_thread_res_uid(uid, uid, uid))?;
@@ -280,6 +273,16 @@ fn set_user(user: &UserPlan) -> Result<(), LaunchError> {
         umask(Mode::from_raw_mode(0o022));
     }
     Ok(())
+}
+
+fn set_groups(groups: &[u32]) -> Result<(), LaunchError> {
+    let groups = groups.iter().map(|group| Gid::from_raw(*group));
+    let groups: Vec<Gid> = groups.collect();
+    match set_thread_groups(&groups) {
+        // In a user namespace of a user without rights, groups can be neither set nor given up.
+        Err(rustix::io::Errno::PERM) if groups.is_empty() => Ok(()),
+        result => step("set the groups", result),
+    }
 }
 
 fn set_capability_sets(asked: &Capabilities) -> Result<(), LaunchError> {

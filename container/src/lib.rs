@@ -28,6 +28,7 @@ mod namespaces;
 mod netlink;
 mod network_devices;
 mod notify;
+mod open_files;
 mod plan;
 pub mod process;
 mod program;

@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::slice;
 
 use libc::{MOUNT_ATTR_RDONLY, MS_SHARED, MS_SLAVE};
 use rustix::fs::{
@@ -56,17 +57,18 @@ pub(crate) struct MountError {
 /// get. One without a name is a cgroup v2 hierarchy, alone.
 pub(crate) type CgroupTrees = Vec<(String, OwnedFd)>;
 
-/// Makes them. With `spread` a mount that is to be shared is shared with the host; without it, only with
+/// Makes them; `cgroups` are those of each `cgroup` mount. With `spread` a mount that is to be shared is shared with the host; without it, only with
 /// what the container makes of it, as with the other runtimes.
 pub(crate) fn make(
     mounts: &[MountPlan],
     root: &Root,
-    cgroups: &CgroupTrees,
+    cgroups: &[CgroupTrees],
     spread: bool,
 ) -> Result<(), MountError> {
+    let mut cgroups = cgroups.iter();
     for mount in mounts {
         let mut hint = String::new();
-        make_one(mount, root, cgroups, spread, &mut hint).map_err(|source| MountError {
+        make_one(mount, root, &mut cgroups, spread, &mut hint).map_err(|source| MountError {
             field: mount.field.clone(),
             what: match &mount.what {
                 MountKind::Bind { .. } => "the source".to_owned(),
@@ -103,7 +105,7 @@ pub(crate) fn finish(mounts: &[MountPlan], root: &Root) -> Result<(), MountError
 fn make_one(
     mount: &MountPlan,
     root: &Root,
-    cgroups: &CgroupTrees,
+    cgroups: &mut slice::Iter<'_, CgroupTrees>,
     spread: bool,
     hint: &mut String,
 ) -> io::Result<()> {
@@ -148,7 +150,10 @@ fn make_one(
             }
             attach_at(tree.as_fd(), destination, Path::new(""))
         }
-        MountKind::Cgroup => make_cgroup(mount, root, cgroups),
+        MountKind::Cgroup => {
+            let trees = cgroups.next().map_or(&[][..], Vec::as_slice);
+            make_cgroup(mount, root, trees)
+        }
         MountKind::Remount => {
             let target = root.find(&mount.destination)?;
             if !mount.options.data.is_empty() {
@@ -293,9 +298,9 @@ fn kernel_messages(context: &OwnedFd) -> String {
 }
 
 /// Shows the container its control groups.
-fn make_cgroup(mount: &MountPlan, root: &Root, cgroups: &CgroupTrees) -> io::Result<()> {
+fn make_cgroup(mount: &MountPlan, root: &Root, cgroups: &[(String, OwnedFd)]) -> io::Result<()> {
     let destination = root.make_directory(&mount.destination)?;
-    if let [(name, tree)] = cgroups.as_slice()
+    if let [(name, tree)] = cgroups
         && name.is_empty()
     {
         check_destination(mount, &destination)?;

@@ -89,7 +89,7 @@ pub(crate) fn fork(
 pub(crate) fn enter(plan: &NamespacePlan) -> io::Result<()> {
     if !needs_helper(plan) {
         if plan.makes(Kind::USER) {
-            become_root(&own_process()?)?;
+            become_root(&own_process()?, plan.keep_groups)?;
         }
         join(plan, |kind| kind != Kind::PID)?;
     }
@@ -103,9 +103,11 @@ pub(crate) fn enter(plan: &NamespacePlan) -> io::Result<()> {
 /// In a user namespace, the ids are the overflow ids until the mapped root is taken on; or, where nobody is
 /// mapped to root, the first that is mapped. The process has all rights there in any case. `own` is
 /// [`own_process`].
-fn become_root(own: &OwnedFd) -> io::Result<()> {
-    // Not allowed where the mapping was written by a user without rights; the groups stay then.
-    let _ = set_thread_groups(&[]);
+fn become_root(own: &OwnedFd, keep_groups: bool) -> io::Result<()> {
+    if !keep_groups {
+        // Not allowed where the mapping was written by a user without rights; the groups stay then.
+        let _ = set_thread_groups(&[]);
+    }
     let set_group = |gid| {
         let gid = Gid::from_raw(gid);
         set_thread_res_gid(gid, gid, gid)
@@ -277,7 +279,7 @@ fn help(
         }
     }
     if plan.has(Kind::USER) {
-        become_root(&own)?;
+        become_root(&own, plan.keep_groups)?;
     }
     for (kind, file) in denied {
         set_namespace(kind, file).map_err(|error| named(kind, error))?;

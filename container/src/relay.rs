@@ -30,11 +30,16 @@ pub(crate) struct Relay {
 impl Relay {
     pub(crate) fn new(master: OwnedFd) -> io::Result<Self> {
         fcntl_setfl(&master, fcntl_getfl(&master)? | OFlags::NONBLOCK)?;
+        let shown = isatty(rustix::stdio::stdout());
         let stdin = rustix::stdio::stdin();
         let saved = if isatty(stdin) {
             let saved = tcgetattr(stdin)?;
             let mut raw = saved.clone();
             raw.make_raw();
+            if !shown {
+                // What is written there is no terminal's output, but what somebody has to say.
+                raw.output_modes = saved.output_modes;
+            }
             tcsetattr(stdin, OptionalActions::Now, &raw)?;
             Some(saved)
         } else {

@@ -102,7 +102,6 @@ impl Config {
         if let Some(process) = value.get_mut("process") {
             correct_process(process);
         }
-        drop_empty_policy(&mut value);
         let mut spec = location::read(&value).map_err(|misfit| {
             let reason = policy_words(&misfit.field) + &misfit.reason;
             let whole = misfit.field.is_empty().then(|| "the whole".to_owned());
@@ -192,18 +191,6 @@ fn ambient_in_vain(spec: &Spec) -> Vec<String> {
         )
     };
     names.into_iter().map(warn).collect()
-}
-
-/// A memory policy that says nothing is none.
-fn drop_empty_policy(config: &mut Value) {
-    let linux = config.get_mut("linux").and_then(Value::as_object_mut);
-    if let Some(linux) = linux
-        && linux
-            .get("memoryPolicy")
-            .is_some_and(|policy| *policy == serde_json::json!({}))
-    {
-        linux.remove("memoryPolicy");
-    }
 }
 
 /// Words that tell a wrong memory policy from other errors, as runc's do.

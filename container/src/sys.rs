@@ -195,14 +195,31 @@ pub(crate) fn reset_signal_handlers() {
     set_signal_action(Signal::SIGPIPE, SigHandler::SigIgn);
 }
 
+/// Has this process end by the signals with which one is asked to end. The first process of a pid namespace
+/// would otherwise not hear of them. The program that it executes does as it likes.
+pub(crate) fn end_when_asked() {
+    extern "C" fn end(number: libc::c_int) {
+        // As a shell reports the end by a signal.
+        exit_now(128 + number)
+    }
+    for number in [
+        Signal::SIGHUP,
+        Signal::SIGINT,
+        Signal::SIGQUIT,
+        Signal::SIGTERM,
+    ] {
+        set_signal_action(number, SigHandler::Handler(end));
+    }
+}
+
 /// The last of them, for a process that is about to execute another program.
 pub(crate) fn reset_broken_pipe() {
     set_signal_action(Signal::SIGPIPE, SigHandler::SigDfl);
 }
 
 fn set_signal_action(number: Signal, action: SigHandler) {
-    // SAFETY: neither the default action nor none runs code of this process. It cannot fail for a signal
-    // that exists and can be caught.
+    // SAFETY: neither the default action nor none runs code of this process, and the one handler there is
+    // only makes a system call. It cannot fail for a signal that exists and can be caught.
     let _ = unsafe { signal::signal(number, action) };
 }
 

@@ -9,7 +9,9 @@ use std::path::Path;
 use rustix::fs::{Mode, OFlags, fchmod, fchown, fstatfs};
 use rustix::process::{Gid, Uid, ioctl_tiocsctty};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
-use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::termios::{
+    OptionalActions, OutputModes, Winsize, isatty, tcgetattr, tcsetattr, tcsetwinsize,
+};
 
 use crate::handshake::send_descriptor;
 use crate::plan::mounts::clone_tree;
@@ -64,6 +66,27 @@ pub(crate) fn take_on(slave: BorrowedFd<'_>) -> io::Result<()> {
     rustix::stdio::dup2_stdout(slave)?;
     rustix::stdio::dup2_stderr(slave)?;
     Ok(())
+}
+
+/// Hands the master to the engine that listens at `socket`; without one, it is what
+/// [`Relay`](crate::relay::Relay) gets.
+pub(crate) fn hand_on(socket: Option<&UnixStream>, master: OwnedFd) -> io::Result<Option<OwnedFd>> {
+    let Some(socket) = socket else {
+        if !isatty(rustix::stdio::stdout()) {
+            keep_line_ends(&master)?;
+        }
+        return Ok(Some(master));
+    };
+    hand_over(socket, &master).map(|()| None)
+}
+
+/// Has a terminal write the ends of lines as they are, as with runc: whoever reads them in a pipe or a file
+/// expects those of the program, and not a carriage return before each. Where the output goes to a terminal
+/// the container's does as any other, so that programs that use the whole screen look right.
+fn keep_line_ends(terminal: &OwnedFd) -> io::Result<()> {
+    let mut modes = tcgetattr(terminal)?;
+    modes.output_modes.remove(OutputModes::ONLCR);
+    Ok(tcsetattr(terminal, OptionalActions::Now, &modes)?)
 }
 
 /// Connects to an engine's console socket and hands it the master.

@@ -222,12 +222,10 @@ impl Making {
                     self.run_hooks(plan)?;
                     let _ = proceed();
                 }
-                Some(Message::Console(Some(master))) => match console_socket {
-                    Some(socket) => {
-                        step("hand over the terminal", tty::hand_over(socket, &master))?;
-                    }
-                    None => console = Some(master),
-                },
+                Some(Message::Console(Some(master))) => {
+                    let kept = tty::hand_on(console_socket, master);
+                    console = step("hand over the terminal", kept)?;
+                }
                 Some(Message::Ready) => {
                     return Ok(console);
                 }

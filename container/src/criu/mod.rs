@@ -55,7 +55,7 @@ const PARENTS_MAX: usize = 64;
 /// Options that hosts set for all their containers, as for runc.
 const CONFIG_FILE: &str = "/etc/criu/runc.conf";
 /// The annotation that names another file; empty for none.
-const CONFIG_ANNOTATION: &str = "org.criu.config";
+pub(crate) const CONFIG_ANNOTATION: &str = "org.criu.config";
 
 /// Why a container was not checkpointed or restored.
 #[derive(Debug, thiserror::Error)]

@@ -83,7 +83,7 @@ impl MonitorError {
         match failure.reason {
             Reason::ProgramNotFound => Some(127),
             Reason::ProgramNotExecutable => Some(126),
-            Reason::Other => None,
+            Reason::Hook | Reason::Other => None,
         }
     }
 }

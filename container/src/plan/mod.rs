@@ -1,7 +1,6 @@
 //! From what was asked to what will be done: every value checked, every file opened, before anything is
 //! made. Making a [`Plan`] changes nothing on the host.
 
-use std::collections::HashMap;
 use std::fmt::Display;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -30,6 +29,7 @@ pub(crate) mod options;
 pub(crate) mod process;
 pub(crate) mod rdt;
 mod refused;
+mod sysctl;
 
 use devices::DevicePlan;
 use group::GroupPlan;
@@ -39,6 +39,8 @@ use namespaces::{Kind, NamespacePlan};
 use network::NetworkDevicePlan;
 use process::ProcessPlan;
 use refused::{check_listener, check_version, mount_label, refuse_unsupported};
+
+pub(crate) const KEEP_GROUPS: &str = "run.oci.keep_original_groups";
 
 /// What will be done.
 #[derive(Debug)]
@@ -134,13 +136,15 @@ impl Plan {
         let needed = |field: &str| PlanError::invalid(field, "it is needed");
         let root = spec.root().as_ref().ok_or_else(|| needed("root"))?;
         let process = spec.process().as_ref().ok_or_else(|| needed("process"))?;
-        let namespaces = NamespacePlan::new(linux)?;
+        let mut namespaces = NamespacePlan::new(linux)?;
+        namespaces.keep_groups = keeps_groups(spec);
         let available = capability::available_in(&namespaces);
         let privileged = capability::available().contains(CapabilitySet::SYS_ADMIN);
         let copy = privileged && !setting.check;
         let (rootfs_path, rootfs) = mounts::open_rootfs(root, setting.bundle, copy)?;
         let surroundings = Surroundings {
             linux,
+            namespaces: &namespaces,
             label: mount_label(linux)?,
             bundle: setting.bundle,
             privileged,
@@ -153,6 +157,8 @@ impl Plan {
         if namespaces.shares_mounts() {
             refuse_unbindable(&mounts)?;
         }
+        let mut process = ProcessPlan::new(process, available)?;
+        process.user.keep_groups = namespaces.keep_groups;
         let device_defaults = has_device_defaults(&mounts, setting.bare);
         let group = GroupPlan::new(linux, spec.annotations().as_ref(), setting)?;
         Ok(Self {
@@ -167,10 +173,14 @@ impl Plan {
             device_links: device_defaults,
             masked_paths: paths("linux.maskedPaths", linux.masked_paths())?,
             readonly_paths: paths("linux.readonlyPaths", linux.readonly_paths())?,
-            sysctl: sysctl(linux.sysctl().as_ref(), &namespaces)?,
+            sysctl: sysctl::plan(
+                linux.sysctl().as_ref(),
+                &namespaces,
+                spec.domainname().as_deref(),
+            )?,
             hostname: host_name("hostname", spec.hostname(), &namespaces)?,
             domainname: host_name("domainname", spec.domainname(), &namespaces)?,
-            process: ProcessPlan::new(process, available)?,
+            process,
             personality: personality(linux)?,
             memory_policy: memory::plan(linux)?,
             network_devices: network::plan(linux, &namespaces)?,
@@ -184,6 +194,14 @@ impl Plan {
             mounts,
         })
     }
+}
+
+/// Whether the caller's additional groups stay: with them a user without rights has what only they open. The
+/// annotation is crun's, and what podman makes of `--group-add keep-groups`.
+pub(crate) fn keeps_groups(spec: &Spec) -> bool {
+    let annotations = spec.annotations().as_ref();
+    let given = annotations.and_then(|annotations| annotations.get(KEEP_GROUPS));
+    given.is_some_and(|value| value == "1")
 }
 
 /// A `Linux` section without any of the defaults that oci-spec's `Default` has.
@@ -252,76 +270,6 @@ fn paths(field: &str, list: &Option<Vec<String>>) -> Result<Vec<PathBuf>, PlanEr
         ))
     };
     list.iter().flatten().enumerate().map(check).collect()
-}
-
-/// Settings of the kernel that are a namespace's own. Any other would change the host.
-fn sysctl(
-    settings: Option<&HashMap<String, String>>,
-    namespaces: &NamespacePlan,
-) -> Result<Vec<(PathBuf, String)>, PlanError> {
-    const IPC: &[&str] = &[
-        "kernel/msgmax",
-        "kernel/msgmnb",
-        "kernel/msgmni",
-        "kernel/sem",
-        "kernel/shmall",
-        "kernel/shmmax",
-        "kernel/shmmni",
-        "kernel/shm_rmid_forced",
-    ];
-    let mut checked = Vec::new();
-    for (name, value) in settings.into_iter().flatten() {
-        let field = || format!("linux.sysctl.{name}");
-        let path = sysctl_path(name);
-        let kind = if path.starts_with("net/") {
-            Kind::NETWORK
-        } else if IPC.contains(&path.as_str()) || path.starts_with("fs/mqueue/") {
-            Kind::IPC
-        } else if path == "kernel/domainname" {
-            Kind::UTS
-        } else if path.starts_with("user/") {
-            Kind::USER
-        } else {
-            return Err(PlanError::value(
-                field(),
-                value,
-                "the setting is the host's; a container has those of its namespaces: net.*, user.*, \
-                 fs.mqueue.*, those of System V IPC and kernel.domainname; kernel.hostname is hostname's",
-            ));
-        };
-        if !namespaces.has(kind) {
-            let allowed = format!(
-                "the setting needs a {} namespace of the container's own",
-                kind.file_name()
-            );
-            return Err(PlanError::value(field(), value, &allowed));
-        }
-        if path.split('/').any(|part| matches!(part, "" | "." | "..")) {
-            return Err(PlanError::value(
-                field(),
-                name,
-                "it is no name of a setting",
-            ));
-        }
-        checked.push((PathBuf::from(path), value.clone()));
-    }
-    Ok(checked)
-}
-
-/// sysctl(8): the first of `.` and `/` in the name is the separator; the other one is then a part of
-/// the names, and stands for itself turned around.
-fn sysctl_path(name: &str) -> String {
-    match name.find(['.', '/']) {
-        Some(at) if name.as_bytes()[at] == b'.' => name
-            .chars()
-            .map(|letter| match letter {
-                '.' => '/',
-                '/' => '.',
-                letter => letter,
-            })
-            .collect(),
-        _ => name.to_owned(),
-    }
 }
 
 fn host_name(
@@ -393,42 +341,4 @@ pub(crate) struct Inherited {
     pub(crate) executable: Option<OwnedFd>,
     /// They become 3, 4, ….
     pub(crate) descriptors: Vec<OwnedFd>,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_setting_of_the_host_is_refused() {
-        let namespaces = NamespacePlan {
-            new: Kind::NETWORK.0,
-            ..NamespacePlan::default()
-        };
-        let check = |name: &str| {
-            let settings = HashMap::from([(name.to_owned(), "1".to_owned())]);
-            sysctl(Some(&settings), &namespaces)
-        };
-        let path = |name| check(name).unwrap().remove(0).0;
-        assert_eq!(
-            path("net.ipv4.ip_forward"),
-            Path::new("net/ipv4/ip_forward")
-        );
-        assert_eq!(
-            path("net/ipv4/conf/eth0.1/rp_filter"),
-            Path::new("net/ipv4/conf/eth0.1/rp_filter")
-        );
-        assert_eq!(
-            path("net.ipv4.conf.eth0/1.rp_filter"),
-            Path::new("net/ipv4/conf/eth0.1/rp_filter")
-        );
-        for bad in [
-            "kernel.panic",
-            "kernel.shmmax",
-            "net.ipv4/../../kernel",
-            "vm.swappiness",
-        ] {
-            assert!(check(bad).is_err(), "{bad}");
-        }
-    }
 }

@@ -10,7 +10,7 @@ use rustix::fs::{CWD, FileType, OFlags, fstat};
 use rustix::mount::{OpenTreeFlags, open_tree};
 
 use super::PlanError;
-use super::namespaces::map_text;
+use super::namespaces::{Kind, NamespacePlan, map_text};
 use super::options::{Bind, Options};
 
 /// One mount to make.
@@ -27,20 +27,21 @@ pub(crate) struct MountPlan {
     pub(crate) read_only_last: bool,
 }
 
-/// How the owners of a mount's files are mapped: the texts of uid_map and gid_map.
-#[derive(Debug, Eq, PartialEq)]
+/// How the owners of a mount's files are mapped.
+#[derive(Debug)]
 pub(crate) struct IdMap {
-    pub(crate) uid_map: String,
-    pub(crate) gid_map: String,
+    pub(crate) owners: Owners,
     /// For the mounts below, too.
     pub(crate) recursive: bool,
 }
 
-impl IdMap {
-    /// Whether one user namespace serves both.
-    pub(crate) fn maps_like(&self, other: &Self) -> bool {
-        (&self.uid_map, &self.gid_map) == (&other.uid_map, &other.gid_map)
-    }
+/// Who are the owners of a file through a mount.
+#[derive(Debug, Eq, PartialEq)]
+pub(crate) enum Owners {
+    /// By texts of uid_map and gid_map.
+    Mapped { uid_map: String, gid_map: String },
+    /// Those that the user namespace which the container joins has for them.
+    OfJoined,
 }
 
 #[derive(Debug)]
@@ -100,6 +101,7 @@ pub(crate) fn clone_tree(
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Surroundings<'a> {
     pub(crate) linux: &'a Linux,
+    pub(crate) namespaces: &'a NamespacePlan,
     /// SELinux's label of the mounts.
     pub(crate) label: Option<&'a str>,
     pub(crate) bundle: &'a Path,
@@ -121,11 +123,11 @@ impl MountPlan {
         surroundings: &Surroundings<'_>,
     ) -> Result<Self, PlanError> {
         let Surroundings {
-            linux,
             label,
             bundle,
             privileged,
             copy,
+            ..
         } = *surroundings;
         let field = format!("mounts[{index}]");
         let options = mount.options().iter().flatten().map(String::as_str);
@@ -160,7 +162,7 @@ impl MountPlan {
         };
         refuse_in_vain(&field, &what, &options)?;
         options.data.extend(label_option(&what, label));
-        let id_map = id_map(&field, mount, &options, linux)?;
+        let id_map = id_map(&field, mount, &options, surroundings)?;
         if id_map.is_some() && !(privileged && matches!(what, MountKind::Bind { .. })) {
             return Err(PlanError::value(
                 format!("{field}.type"),
@@ -227,11 +229,19 @@ fn id_map(
     field: &str,
     mount: &Mount,
     options: &Options,
-    linux: &Linux,
+    surroundings: &Surroundings<'_>,
 ) -> Result<Option<IdMap>, PlanError> {
+    let linux = surroundings.linux;
+    let recursive = options.id_map.unwrap_or(false);
     let own = (mount.uid_mappings(), mount.gid_mappings());
     let (uids, gids) = match (own, options.id_map) {
         ((None, None), None) => return Ok(None),
+        ((None, None), Some(_)) if surroundings.namespaces.joined(Kind::USER).is_some() => {
+            return Ok(Some(IdMap {
+                owners: Owners::OfJoined,
+                recursive,
+            }));
+        }
         ((None, None), Some(_)) => (linux.uid_mappings(), linux.gid_mappings()),
         (own, _) => own,
     };
@@ -244,10 +254,8 @@ fn id_map(
             return Err(PlanError::invalid(format!("{field}.{name}"), reason));
         }
     }
-    let recursive = options.id_map.unwrap_or(false);
     Ok(Some(IdMap {
-        uid_map,
-        gid_map,
+        owners: Owners::Mapped { uid_map, gid_map },
         recursive,
     }))
 }

@@ -68,6 +68,8 @@ pub(crate) struct NamespacePlan {
     pub(crate) gid_map: String,
     /// The text of /proc/PID/timens_offsets; may be empty.
     pub(crate) time_offsets: String,
+    /// The caller's additional groups stay in a user namespace.
+    pub(crate) keep_groups: bool,
     /// The process must be inside before others in its pid namespace see it.
     pub(crate) unseen: bool,
 }

@@ -44,6 +44,8 @@ pub(crate) struct UserPlan {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) groups: Vec<u32>,
+    /// The caller's additional groups stay, in place of `groups`.
+    pub(crate) keep_groups: bool,
     pub(crate) umask: Option<u32>,
 }
 
@@ -95,6 +97,7 @@ impl ProcessPlan {
                 uid: user.uid(),
                 gid: user.gid(),
                 groups: user.additional_gids().clone().unwrap_or_default(),
+                keep_groups: false,
                 umask: user.umask(),
             },
             capabilities: Capabilities::new(process.capabilities().as_ref(), available),

@@ -1,10 +1,11 @@
 //! `delete`: removes what is left of a container.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::hooks::{self, Surroundings};
+use crate::log;
 use crate::process::Process;
 use crate::resctrl::ResctrlError;
 use crate::state::{Home, Record, StateError, Status};
@@ -105,6 +106,18 @@ pub fn delete(options: &DeleteOptions) -> Result<Vec<String>, DeleteError> {
     }
     home.remove()?;
     Ok(run_poststop(&record))
+}
+
+/// Deletes a container that did not come to be what it was to be. What is reported is why that is so; what
+/// fails now can only be warned of.
+pub(crate) fn delete_failed(root: &Path, id: &str) {
+    let deleted = delete(&DeleteOptions {
+        root: root.to_path_buf(),
+        id: id.to_owned(),
+        force: true,
+    });
+    let warnings = deleted.unwrap_or_else(|error| vec![crate::error::chain(&error)]);
+    warnings.iter().for_each(|warning| log::warn(warning));
 }
 
 /// The container's scope, if it has one that lasts, and who is to stop it.

@@ -21,7 +21,7 @@ use crate::notify;
 use crate::plan::memory::{self, MemoryPolicy};
 use crate::plan::namespaces::NamespacePlan;
 use crate::plan::process::ProcessPlan;
-use crate::plan::{PlanError, capability};
+use crate::plan::{PlanError, capability, keeps_groups};
 use crate::process::Process;
 use crate::resctrl::ResctrlError;
 use crate::rights::is_host_root;
@@ -139,7 +139,7 @@ pub fn exec(options: ExecOptions) -> Result<Executed, ExecError> {
     let config = Config::load_file(&home.config_path())?;
     let inside = step(
         "open the container's namespaces",
-        Inside::open(&init, &record),
+        Inside::open(&init, &record, keeps_groups(&config.spec)),
     )?;
     let plan = plan(&options.what, &config.spec, inside.namespaces())?;
     let console_socket = connect_console(plan.process.terminal.is_some(), &options.stdio)?;
@@ -271,6 +271,7 @@ fn plan(what: &What, spec: &Spec, namespaces: &NamespacePlan) -> Result<ExecPlan
     };
     let available = capability::available_in(namespaces);
     let mut process = ProcessPlan::new(&process, available)?;
+    process.user.keep_groups = namespaces.keep_groups;
     if let What::Changed(changes) = what {
         for name in &changes.capabilities {
             if !process.capabilities.add(name) {
@@ -395,12 +396,10 @@ impl Child {
         let mut console = None;
         loop {
             match step("hear from the process", channel.receive())? {
-                Some(Message::Console(Some(master))) => match console_socket {
-                    Some(socket) => {
-                        step("hand over the terminal", tty::hand_over(socket, &master))?;
-                    }
-                    None => console = Some(master),
-                },
+                Some(Message::Console(Some(master))) => {
+                    let kept = tty::hand_on(console_socket, master);
+                    console = step("hand over the terminal", kept)?;
+                }
                 Some(Message::Ready) => break,
                 Some(Message::Failed(failure)) => return Err(failure.into()),
                 Some(_) => {}

@@ -2,6 +2,8 @@
 
 use serde_json::{Value, json};
 
+use crate::criu;
+use crate::plan::KEEP_GROUPS;
 use crate::plan::capability;
 use crate::plan::options;
 
@@ -61,6 +63,14 @@ const MEMORY_FLAGS: [&str; 3] = [
     "MPOL_F_STATIC_NODES",
 ];
 
+/// What a configuration may have in its annotations to get around other parts of it: who takes configurations
+/// from others should not take these. One that ends with a dot is the beginning of many.
+const UNSAFE_ANNOTATIONS: [&str; 3] = [
+    criu::CONFIG_ANNOTATION,
+    "org.systemd.property.",
+    KEEP_GROUPS,
+];
+
 /// The features structure of the runtime specification 1.1 and later.
 pub fn features() -> Value {
     json!({
@@ -92,7 +102,11 @@ pub fn features() -> Value {
             "mountExtensions": {"idmap": {"enabled": true}},
             "netDevices": {"enabled": true},
             "memoryPolicy": {"modes": MEMORY_MODES, "flags": MEMORY_FLAGS}
-        }
+        },
+        "annotations": {
+            "org.hostd.oci.version": env!("CARGO_PKG_VERSION")
+        },
+        "potentiallyUnsafeConfigAnnotations": UNSAFE_ANNOTATIONS
     })
 }
 

@@ -21,10 +21,13 @@ pub(crate) struct Inside {
 }
 
 impl Inside {
+    /// With `keep_groups` who enters keeps the additional groups.
+    ///
     /// # Errors
     /// `ESRCH` if the first process has ended.
-    pub(crate) fn open(init: &Process, record: &Record) -> io::Result<Self> {
-        let namespaces = open_namespaces(init)?;
+    pub(crate) fn open(init: &Process, record: &Record, keep_groups: bool) -> io::Result<Self> {
+        let mut namespaces = open_namespaces(init)?;
+        namespaces.keep_groups = keep_groups;
         let root = record.shares_mounts.then(|| open_root(init)).transpose()?;
         // Only now is it certain that the pid was still the right process's all the time.
         if init.ended_within(0)? {

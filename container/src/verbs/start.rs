@@ -4,12 +4,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use crate::handshake::{self, Channel, Failure, Message};
+use crate::handshake::{self, Channel, Failure, Message, Reason};
 use crate::hooks::{self, HookError, Surroundings};
 use crate::notify;
 use crate::readiness::{Proxy, ReadinessError, ServiceManager};
 use crate::spec::Config;
 use crate::state::{Home, Record, START_SOCKET, StateError, Status};
+use crate::verbs::delete::delete_failed;
 use crate::verbs::state::oci_state;
 
 /// Why a container was not started.
@@ -41,8 +42,31 @@ pub enum StartError {
 /// manager, if the container was created with one, when it is ready or has ended.
 ///
 /// # Errors
-/// Those of [`StartError`]. If the program could not be executed the container is then stopped.
+/// Those of [`StartError`]. If the program could not be executed the container is then stopped; if a hook
+/// failed it is deleted, as the specification has it (runtime.md, Lifecycle, 7 and 9).
 pub fn start(
+    root: &Path,
+    id: &str,
+    service_manager: Option<&ServiceManager>,
+) -> Result<(), StartError> {
+    let started = start_once(root, id, service_manager);
+    if started.as_ref().is_err_and(StartError::is_of_hook) {
+        delete_failed(root, id);
+    }
+    started
+}
+
+impl StartError {
+    fn is_of_hook(&self) -> bool {
+        match self {
+            Self::Hook(_) => true,
+            Self::Failed(failure) => failure.reason == Reason::Hook,
+            _ => false,
+        }
+    }
+}
+
+fn start_once(
     root: &Path,
     id: &str,
     service_manager: Option<&ServiceManager>,
@@ -84,7 +108,7 @@ pub fn start(
         Err(error) => return Err(error),
     }
     home.mark_started()?;
-    run_poststart(&home, &record)?;
+    run_poststart(&record)?;
     if let (Some(proxy), Some(process)) = (proxy, &process) {
         proxy.conduct(process);
     }
@@ -135,22 +159,12 @@ pub(crate) fn hand_over_listener(
     }
 }
 
-/// Runs the poststart hooks. If one fails the container is stopped, as the specification asks.
-pub(crate) fn run_poststart(home: &Home, record: &Record) -> Result<(), StartError> {
+/// Runs the poststart hooks. If one fails the container is to be deleted.
+pub(crate) fn run_poststart(record: &Record) -> Result<(), HookError> {
     if record.poststart.is_empty() {
         return Ok(());
     }
     let state = oci_state(record, Status::Running, record.pid);
-    if let Err(error) = hooks::run(
-        &record.poststart,
-        "poststart",
-        &Surroundings::of_state(&state),
-    ) {
-        if let (_, Some(process)) = home.observe(record)? {
-            // It may have ended already.
-            let _ = process.signal(libc::SIGKILL);
-        }
-        return Err(error.into());
-    }
-    Ok(())
+    let around = Surroundings::of_state(&state);
+    hooks::run(&record.poststart, "poststart", &around)
 }

@@ -262,6 +262,15 @@ fn features_are_those_of_the_configurations_that_are_taken() {
     }
     assert_eq!(features["hooks"].as_array().unwrap().len(), 6);
     assert_eq!(features["linux"]["namespaces"].as_array().unwrap().len(), 8);
+    let unsafe_annotations = &features["potentiallyUnsafeConfigAnnotations"];
+    for annotation in [
+        "org.criu.config",
+        "org.systemd.property.",
+        "run.oci.keep_original_groups",
+    ] {
+        let listed = unsafe_annotations.as_array().unwrap();
+        assert!(listed.contains(&json!(annotation)), "{annotation}");
+    }
     let last = features["ociVersionMax"].as_str().unwrap().to_owned();
     let bundle = Bundle::new("echo ran").with(|config| config["ociVersion"] = json!(last));
     assert_eq!(bundle.output(), "ran\n");
@@ -464,7 +473,7 @@ fn exec_refuses_what_it_cannot_give() {
 fn exec_has_a_terminal_if_asked_and_waits_for_a_paused_container_if_asked() {
     let bundle = running();
     let ended = bundle.verb(&["exec", "--tty"], &["sh", "-c", "test -t 0 && echo tty"]);
-    assert_eq!(ended.stdout, "tty\r\n", "{ended:?}");
+    assert_eq!(ended.stdout, "tty\n", "{ended:?}");
     assert_eq!(bundle.verb(&["pause"], &[]).status, 0);
     assert!(
         bundle

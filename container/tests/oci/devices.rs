@@ -126,7 +126,7 @@ fn rules_hold_in_their_order_with_all_denied_at_first() {
 fn a_terminal_is_the_console() {
     let bundle = Bundle::new("test -c /dev/console && readlink /dev/ptmx; ls /dev/pts/0")
         .with(|config| config["process"]["terminal"] = json!(true));
-    assert_eq!(bundle.run().stdout, "pts/ptmx\r\n/dev/pts/0\r\n");
+    assert_eq!(bundle.run().stdout, "pts/ptmx\n/dev/pts/0\n");
     let bundle = Bundle::new("test -e /dev/console || echo none");
     assert_eq!(bundle.output(), "none\n");
 }

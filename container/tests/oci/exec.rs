@@ -67,7 +67,7 @@ fn it_has_a_terminal_if_asked() {
     let ended = bundle.verb(&["exec", "--tty"], &["sh", "-c", "test -t 0 && tty"]);
     assert_eq!(
         (ended.status, ended.stdout.as_str()),
-        (0, "/dev/pts/0\r\n"),
+        (0, "/dev/pts/0\n"),
         "{ended:?}"
     );
 }

@@ -124,12 +124,37 @@ fn a_hook_that_cannot_be_is_refused() {
 }
 
 #[test]
-fn a_poststart_hook_that_fails_stops_the_container() {
-    let bundle = with_hooks("exec sleep 100", json!({"poststart": [shell("exit 3")]}));
-    assert_eq!(bundle.quiet(&["create"]).status, 0);
-    assert_ne!(bundle.quiet(&["start"]).status, 0);
-    bundle.wait_for_status("stopped");
-    assert_eq!(bundle.verb(&["delete"], &[]).status, 0);
+fn a_hook_of_the_start_that_fails_is_the_containers_end() {
+    for kind in ["startContainer", "poststart"] {
+        let directory = tempfile::tempdir().unwrap();
+        let ended = directory.path().join("ended");
+        let stop = shell(&format!("cat >{}; exit 7", ended.display()));
+        let hooks = json!({kind: [shell("exit 3")], "poststop": [stop]});
+        let bundle = with_hooks("exec sleep 100", hooks);
+        assert_eq!(bundle.quiet(&["create"]).status, 0);
+        let started = bundle.quiet(&["start"]);
+        assert_ne!(started.status, 0, "{started:?}");
+        for words in [kind, "poststop"] {
+            let words = format!("error running {words} hook #0");
+            assert!(started.stderr.contains(&words), "{started:?}");
+        }
+        bundle.assert_nothing_is_left();
+        let state: Value = serde_json::from_str(&fs::read_to_string(ended).unwrap()).unwrap();
+        assert_eq!(state["status"], "stopped", "{kind}");
+    }
+}
+
+#[test]
+fn what_a_hook_of_the_start_says_is_heard_also_with_a_terminal() {
+    let says = shell("echo what is wrong >&2; exit 3");
+    let bundle = with_hooks("echo ran", json!({"startContainer": [says]}))
+        .with(|config| config["process"]["terminal"] = json!(true));
+    let ended = bundle.run();
+    assert_eq!(
+        (ended.status, ended.stdout.as_str()),
+        (1, "what is wrong\n"),
+        "{ended:?}"
+    );
     bundle.assert_nothing_is_left();
 }
 

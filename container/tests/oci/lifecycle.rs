@@ -296,6 +296,18 @@ fn a_paused_container_can_be_resumed_and_deleted() {
 }
 
 #[test]
+fn a_container_that_was_never_started_ends_when_it_is_asked_to() {
+    for signal in ["HUP", "INT", "QUIT", "TERM"] {
+        let bundle = Bundle::new("echo ran >/dev/shm/ran");
+        assert_eq!(bundle.quiet(&["create"]).status, 0);
+        assert_eq!(bundle.verb(&["kill"], &[signal]).status, 0);
+        bundle.wait_for_status("stopped");
+        assert_eq!(bundle.verb(&["delete"], &[]).status, 0);
+        bundle.assert_nothing_is_left();
+    }
+}
+
+#[test]
 fn kill_all_reaches_processes_outside_of_the_pid_namespace() {
     let bundle = Bundle::new("sleep 100 & sleep 100").with(|config| {
         config["linux"]["namespaces"] =
@@ -475,7 +487,17 @@ fn run_relays_a_terminal() {
     let bundle = Bundle::new("test -t 0 && test -t 1 && echo yes; exit 4")
         .with(|config| config["process"]["terminal"] = json!(true));
     let ended = bundle.run();
-    assert_eq!((ended.status, ended.stdout.as_str()), (4, "yes\r\n"));
+    assert_eq!((ended.status, ended.stdout.as_str()), (4, "yes\n"));
+}
+
+#[test]
+fn only_for_a_terminal_do_lines_end_as_a_terminals() {
+    let bundle = Bundle::new("echo one; echo two >/dev/console")
+        .with(|config| config["process"]["terminal"] = json!(true));
+    // In a pipe they are as the program wrote them.
+    assert_eq!(bundle.run().stdout, "one\ntwo\n");
+    let ended = bundle.script(r#"script --quiet --command "$RUN" /dev/null"#);
+    assert_eq!(ended.stdout, "one\r\ntwo\r\n", "{ended:?}");
 }
 
 #[test]

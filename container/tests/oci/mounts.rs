@@ -351,3 +351,42 @@ fn a_file_system_that_the_kernel_does_not_have_is_refused() {
     fs::create_dir(bundle.rootfs().join("data")).unwrap();
     bundle.assert_refused("mounts[7]: cannot mount moonfs on `/data`: no such device");
 }
+
+#[test]
+fn control_groups_can_be_shown_twice() {
+    let script = "for d in /one /two; do \
+        find $d -name cgroup.procs | wc -l; grep \" $d.* cgroup\" /proc/self/mounts | \
+        cut -d' ' -f4 | cut -d, -f1 | sort -u; done";
+    let bundle = Bundle::new(script).with(|config| {
+        for (destination, option) in [("/one", "ro"), ("/two", "rw")] {
+            push(
+                config,
+                json!({"destination": destination, "type": "cgroup", "options": [option]}),
+            );
+        }
+    });
+    let output = bundle.output();
+    let lines: Vec<&str> = output.lines().collect();
+    let [one, "ro", two, "rw"] = lines[..] else {
+        panic!("{output}");
+    };
+    assert!(one == two && one != "0", "{output}");
+}
+
+#[test]
+fn there_may_be_more_mounts_than_open_files() {
+    let bundle = Bundle::new("ls /data | wc -l; ulimit -Sn").with(|config| {
+        config["process"]["rlimits"] = json!([]);
+        for index in 0..150 {
+            let destination = format!("/data/{index}");
+            let options = json!(["bind", "ro"]);
+            push(
+                config,
+                json!({"destination": destination, "source": "source", "options": options}),
+            );
+        }
+    });
+    fs::write(bundle.path().join("source"), "").unwrap();
+    let ended = bundle.script("ulimit -Sn 100; $RUN");
+    assert_eq!(ended.stdout, "150\n100\n", "{ended:?}");
+}

@@ -5,7 +5,7 @@ use std::os::unix::fs::chown;
 
 use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, share_namespace};
+use crate::bundle::{Bundle, UNMAPPED, share_namespace, tmpfs_maps_owners};
 
 const MAPPED_UID: u32 = 100_000;
 const MAPPED_GID: u32 = 200_000;
@@ -94,6 +94,28 @@ fn a_user_namespace_can_be_joined_and_exec_is_its_root() {
     });
     chown(second.rootfs(), Some(MAPPED_UID), Some(MAPPED_GID)).unwrap();
     assert_eq!(second.output(), expected);
+}
+
+#[test]
+fn a_mount_can_be_mapped_as_the_user_namespace_that_is_joined() {
+    let first = with_user_namespace(Bundle::new("exec sleep 100"));
+    first.start();
+    let path = format!("/proc/{}/ns/user", first.state()["pid"]);
+    let second = Bundle::new("stat -c %u:%g /data/file").with(|config| {
+        add_namespace(config, json!({"type": "user", "path": path}));
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.push(
+            json!({"destination": "/data", "source": "source", "options": ["bind", "idmap"]}),
+        );
+    });
+    chown(second.rootfs(), Some(MAPPED_UID), Some(MAPPED_GID)).unwrap();
+    fs::create_dir(second.path().join("source")).unwrap();
+    let host = "mount -t tmpfs tmpfs source; chmod 755 source; touch source/file; \
+        chown 5:6 source/file; $RUN";
+    let ended = second.script(host);
+    if !ended.stderr.contains(UNMAPPED) || tmpfs_maps_owners() {
+        assert_eq!(ended.stdout, "5:6\n", "{ended:?}");
+    }
 }
 
 /// A namespace that belongs to the host can be joined only with the host's rights, and one that belongs

@@ -409,3 +409,22 @@ fn a_container_whose_processes_outlive_its_first_one_is_stopped_and_can_be_delet
     let end = fs::read_to_string(survivor.join("stat")).unwrap_or_default();
     assert!(end.is_empty() || end.contains(") Z "), "{end}");
 }
+
+#[test]
+fn the_callers_groups_can_be_kept() {
+    for (value, expected) in [("1", "5 6\n"), ("0", "7\n")] {
+        let bundle =
+            Bundle::new("grep ^Groups: /proc/self/status | xargs | cut -d' ' -f2-; exec sleep 100")
+                .with(|config| {
+                    config["annotations"] = json!({"run.oci.keep_original_groups": value});
+                    config["process"]["user"]["additionalGids"] = json!([7]);
+                });
+        let script = "grep ^Groups: /proc/self/status | xargs | cut -d' ' -f2-";
+        let host = format!(
+            r#"setpriv --groups 5,6 $RUN -d >out; setpriv --groups 5,6 $R exec $ID sh -c "{script}"; \
+            cat out; $R delete --force $ID"#
+        );
+        let ended = bundle.script(&host);
+        assert_eq!(ended.stdout, expected.repeat(2), "{value}: {ended:?}");
+    }
+}
