@@ -165,7 +165,13 @@ impl VirtioDevice for VhostNet {
             return Ok(Signal::NONE);
         };
         if !served.running {
-            self.start(index, queue, mem)?;
+            self.start(index, queue, mem).map_err(|error| match error {
+                VhostError::Ring => DeviceError::Guest {
+                    index,
+                    source: Error::FindMemoryRegion,
+                },
+                error => error.into(),
+            })?;
         }
         match self.queues[index].kick.write(1) {
             // The counter is full: the kernel has not looked yet.
