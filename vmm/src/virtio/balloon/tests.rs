@@ -167,6 +167,48 @@ fn another_size_is_asked_for_and_the_driver_says_how_far_it_is() {
     assert_eq!((handle.actual(), handle.target()), (0, 5 << 20));
 }
 
+#[test]
+fn a_driver_may_take_out_of_the_balloon_what_it_was_not_asked_to_where_that_is_offered() {
+    for deflate_on_oom in [false, true] {
+        let spec = spec::Balloon {
+            target_mib: 1,
+            deflate_on_oom,
+            ..spec::Balloon::default()
+        };
+        let mut balloon = Balloon::new(spec, &MEMORY).unwrap();
+        let offered = balloon.info().features;
+        assert_eq!(offered & 1 << DEFLATE_ON_OOM != 0, deflate_on_oom);
+        let handle = balloon.handle();
+        let mut driver = driver(&mut balloon, offered);
+        let first = page(SPARE);
+        let buffer = page_numbers(&mut driver, first..first + 256);
+        request(&mut balloon, &mut driver, INFLATE, &[buffer]);
+        balloon.write_config(4, &256_u32.to_le_bytes());
+        assert_eq!(resident(&driver.memory, SPARE, 0x10_0000), 0);
+
+        // Its memory runs out, and it takes half of the pages back. Without the feature Linux does not; a
+        // driver that does it all the same has what is its own.
+        let half = page_numbers(&mut driver, first..first + 128);
+        request(&mut balloon, &mut driver, DEFLATE, &[half]);
+        balloon.write_config(4, &128_u32.to_le_bytes());
+        driver.write(SPARE, &[1; 0x8_0000]);
+        assert_eq!(driver.read(SPARE, 0x8_0000), [1; 0x8_0000]);
+        assert_eq!(resident(&driver.memory, SPARE, 0x10_0000), 0x8_0000);
+        // The host sees how large the balloon is, and still wants what it wanted. The driver is not told
+        // so again: it would go on to give back what it has just run out of.
+        assert_eq!(
+            (handle.target(), handle.actual()),
+            (1 << 20, 128 * PAGE_BYTES)
+        );
+        assert_eq!(balloon.config(), [0, 1, 0, 0, 128, 0, 0, 0]);
+        let ready = balloon.on_ready(0, &mut driver.queues, &driver.memory);
+        assert_eq!(ready.unwrap(), Signal::NONE);
+        // Pages that went in again are the host's again.
+        request(&mut balloon, &mut driver, INFLATE, &[half]);
+        assert_eq!(resident(&driver.memory, SPARE, 0x10_0000), 0);
+    }
+}
+
 fn statistics(entries: &[(u16, u64)]) -> Vec<u8> {
     let entry = |(tag, value): &(u16, u64)| [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat();
     entries.iter().flat_map(entry).collect()
