@@ -7,6 +7,7 @@
 
 mod bench;
 mod bounds;
+mod flush;
 mod image;
 mod limits;
 mod snapshot;
