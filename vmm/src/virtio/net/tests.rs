@@ -5,6 +5,8 @@
     reason = "the numbers are the tests' own, and small"
 )]
 
+mod offloads;
+
 use std::net::{Ipv4Addr, UdpSocket};
 use std::process::Command;
 use std::thread;
