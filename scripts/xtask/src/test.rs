@@ -3,6 +3,7 @@
 mod simulated;
 mod tools;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -74,13 +75,19 @@ fn native(filter: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// The executables of tests, in the order of their names, without what only a debugger reads: they go
-/// through an emulated network.
-pub(crate) fn programs(names: &[&str]) -> Result<Vec<PathBuf>> {
+/// The executables of libraries' unit tests and of other tests, by their names, without what only a debugger
+/// reads: they go through an emulated network.
+pub(crate) fn programs<'a>(
+    libraries: &BTreeSet<&'a str>,
+    tests: &BTreeSet<&'a str>,
+) -> Result<Vec<(&'a str, PathBuf)>> {
     // Of the whole workspace, as it is built for the tests on this machine: what is chosen decides on the
     // features of dependencies.
     let mut build = cargo(["test", "--release", "--workspace", "--locked", "--quiet"]);
-    for name in names {
+    if !libraries.is_empty() {
+        build.arg("--lib");
+    }
+    for name in tests {
         build.args(["--test", name]);
     }
     let messages = run(build.args(["--no-run", "--message-format=json"]))?;
@@ -90,7 +97,7 @@ pub(crate) fn programs(names: &[&str]) -> Result<Vec<PathBuf>> {
         .collect();
     let dir = paths::build().join("tests");
     fs::create_dir_all(&dir)?;
-    let find = |name: &&str| {
+    let find = |name: &&'a str| {
         let mut messages = messages.iter();
         let executable = messages
             .find_map(|message| {
@@ -101,9 +108,9 @@ pub(crate) fn programs(names: &[&str]) -> Result<Vec<PathBuf>> {
             .with_context(|| format!("cargo names no executable of the tests `{name}`"))?;
         let stripped = dir.join(name);
         run(command("strip", ["-o"]).arg(&stripped).arg(executable))?;
-        Ok(stripped)
+        Ok((*name, stripped))
     };
-    names.iter().map(find).collect()
+    libraries.iter().chain(tests).map(find).collect()
 }
 
 fn cargo<const N: usize>(arguments: [&str; N]) -> std::process::Command {

@@ -1,6 +1,7 @@
 //! The tests that run in simulated hosts: the end-to-end tests of both kinds, and the container crate's
 //! own, since these hosts are the only ones here that have cgroup v2 with every controller.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write, pipe};
 use std::path::PathBuf;
 use std::process::ExitStatus;
@@ -18,6 +19,20 @@ struct Program {
     name: &'static str,
     /// What comes before its path.
     words: &'static [&'static str],
+    /// Of the unit tests of a library, those that need such a host. They are left out where only some of
+    /// all tests are asked for: to build them takes a while.
+    units: Option<&'static str>,
+}
+
+impl Program {
+    const fn new(name: &'static str, words: &'static [&'static str]) -> Self {
+        let units = None;
+        Self { name, words, units }
+    }
+
+    fn is_wanted(&self, filter: &[String]) -> bool {
+        self.units.is_none() || filter.is_empty()
+    }
 }
 
 /// A simulated host and what is run in it, one after the other, while the other hosts do their part.
@@ -34,55 +49,51 @@ struct Share {
 static SHARES: [Share; 2] = [
     Share {
         label: "vm",
-        programs: &[Program {
-            name: "e2e",
-            words: &[
+        programs: &[Program::new(
+            "e2e",
+            &[
                 "env",
                 "HOSTD_E2E_HOST=installed",
                 "HOSTD_E2E_KINDS=vm",
                 "HOSTD_E2E_PART=each-kind",
             ],
-        }],
+        )],
         with_tools: false,
     },
     Share {
         label: "container",
         programs: &[
             Program {
-                name: "seccomp",
+                name: "vmm",
                 words: &[],
+                units: Some("vhost"),
             },
-            Program {
-                name: "oci_library",
-                words: &[],
-            },
-            Program {
-                name: "cgroup",
-                words: &[],
-            },
-            Program {
-                name: "oci",
+            Program::new("seccomp", &[]),
+            Program::new("oci_library", &[]),
+            Program::new("cgroup", &[]),
+            Program::new(
+                "oci",
                 // The runtime of the host image, in place of the one that cargo built beside the tests.
-                words: &["env", "CARGO_BIN_EXE_hostd-oci=/usr/bin/hostd-oci"],
-            },
-            Program {
-                name: "e2e",
-                words: &[
+                &["env", "CARGO_BIN_EXE_hostd-oci=/usr/bin/hostd-oci"],
+            ),
+            Program::new(
+                "e2e",
+                &[
                     "env",
                     "HOSTD_E2E_HOST=installed",
                     "HOSTD_E2E_KINDS=container",
                 ],
-            },
+            ),
             // The other host has enough to do.
-            Program {
-                name: "e2e",
-                words: &[
+            Program::new(
+                "e2e",
+                &[
                     "env",
                     "HOSTD_E2E_HOST=installed",
                     "HOSTD_E2E_KINDS=vm",
                     "HOSTD_E2E_PART=one-kind",
                 ],
-            },
+            ),
         ],
         with_tools: true,
     },
@@ -91,18 +102,14 @@ static SHARES: [Share; 2] = [
 /// Both shares side by side. `filter` is passed to each program.
 pub(super) fn run(filter: &[String]) -> Result<()> {
     let programs = step("Build the tests of the simulated hosts", || {
-        let mut names: Vec<_> = SHARES
-            .iter()
-            .flat_map(|share| share.programs)
-            .map(|program| program.name)
-            .collect();
-        names.sort_unstable();
-        names.dedup();
-        Ok(names
-            .iter()
-            .copied()
-            .zip(programs(&names)?)
-            .collect::<Vec<_>>())
+        let all = SHARES.iter().flat_map(|share| share.programs);
+        let (libraries, tests): (Vec<_>, Vec<_>) = all
+            .filter(|program| program.is_wanted(filter))
+            .partition(|program| program.units.is_some());
+        let names = |programs: Vec<&Program>| -> BTreeSet<&str> {
+            programs.iter().map(|program| program.name).collect()
+        };
+        programs(&names(libraries), &names(tests))
     })?;
     let tools = tools::archive()?;
     let hosts = boot()?;
@@ -130,7 +137,8 @@ fn boot() -> Result<Vec<(&'static Share, Machine)>> {
 
 impl Share {
     fn run(&self, host: &Machine, paths: &[(&str, PathBuf)], filter: &[String]) -> Result<()> {
-        for program in self.programs {
+        let wanted = |program: &&Program| program.is_wanted(filter);
+        for program in self.programs.iter().filter(wanted) {
             let (_, path) = paths
                 .iter()
                 .find(|(name, _)| *name == program.name)
@@ -139,6 +147,7 @@ impl Share {
             host.push(path, &target)?;
             let words = program.words.iter().copied().chain([target.as_str()]);
             let words: Vec<String> = words
+                .chain(program.units)
                 .map(str::to_owned)
                 .chain(filter.iter().cloned())
                 .collect();

@@ -26,16 +26,16 @@ use crate::virtio::testing::{
 };
 
 const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
-const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
-const HOST: [u8; 4] = [10, 9, 0, 1];
-const GUEST: [u8; 4] = [10, 9, 0, 2];
-const PORT: u16 = 4000;
+pub(super) const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+pub(super) const HOST: [u8; 4] = [10, 9, 0, 1];
+pub(super) const GUEST: [u8; 4] = [10, 9, 0, 2];
+pub(super) const PORT: u16 = 4000;
 
 /// What comes before the payload of a datagram: virtio, Ethernet, IPv4 and UDP headers.
 const HEADERS: usize = 12 + 14 + 20 + 8;
 
 /// Runs a test in a namespace with an interface `tap0`, which the kernel removes with it.
-fn in_network(test: impl FnOnce() + Send + 'static) {
+pub(super) fn in_network(test: impl FnOnce() + Send + 'static) {
     thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("this test needs root");
         for arguments in [
@@ -63,7 +63,7 @@ fn ip(arguments: &str) {
 }
 
 /// The kernel lets frames through some time after a tap was attached to: not before one has come.
-fn wait_for_link(tap: &Tap, host: &UdpSocket) {
+pub(super) fn wait_for_link(tap: &Tap, host: &UdpSocket) {
     let deadline = Instant::now() + PATIENCE;
     let mut frame = [0; 2048];
     loop {

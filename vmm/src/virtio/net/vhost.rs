@@ -5,6 +5,8 @@
 //! process that may do little. That is for whoever trusts the guest more than that.
 
 mod backend;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::io;

@@ -277,6 +277,15 @@ impl Driver {
     /// Waits until one of the device's descriptors is ready, or `patience` has passed, and has the
     /// device see to it; whether one was.
     pub(crate) fn turn(&mut self, device: &mut dyn VirtioDevice, patience: Duration) -> bool {
+        self.try_turn(device, patience).unwrap()
+    }
+
+    /// The same; or what the device found wrong.
+    pub(crate) fn try_turn(
+        &mut self,
+        device: &mut dyn VirtioDevice,
+        patience: Duration,
+    ) -> Result<bool, DeviceError> {
         let interests = device.interests();
         let mut fds: Vec<PollFd<'_>> = interests
             .iter()
@@ -296,11 +305,9 @@ impl Driver {
             .map(|(interest, _)| interest.token)
             .collect();
         for token in &ready {
-            let _ = device
-                .on_ready(*token, &mut self.queues, &self.memory)
-                .unwrap();
+            let _ = device.on_ready(*token, &mut self.queues, &self.memory)?;
         }
-        !ready.is_empty()
+        Ok(!ready.is_empty())
     }
 
     /// Lets the device have turns until `count` chains of the queue have been given back.
