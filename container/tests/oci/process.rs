@@ -421,7 +421,7 @@ fn the_callers_groups_can_be_kept() {
                 });
         let script = "grep ^Groups: /proc/self/status | xargs | cut -d' ' -f2-";
         let host = format!(
-            r#"setpriv --groups 5,6 $RUN -d >out; setpriv --groups 5,6 $R exec $ID sh -c "{script}"; \
+            r#"setpriv --groups 5,6 $R run --detach $ID >out; setpriv --groups 5,6 $R exec $ID sh -c "{script}"; \
             cat out; $R delete --force $ID"#
         );
         let ended = bundle.script(&host);
