@@ -1,10 +1,15 @@
 //! What guests start from: kernels of each kind, initramfs files, memory and processors.
 
+use std::fs;
+use std::io::Write;
+
 use serde_json::json;
+use vmm::guest_status;
 
 use super::guest;
 use crate::guest::{Guest, Protocol};
 use crate::runner::Machine;
+use crate::snapshot::wait_ready;
 
 const GIB: u64 = 1 << 30;
 
@@ -36,7 +41,7 @@ fn initramfs_files_are_found_end_to_end() {
     let mut machine = Machine::new(told);
     let files = [("a", &b"one"[..]), ("b", b"two")].map(|(name, content)| {
         let path = machine.path(name);
-        std::fs::write(&path, content).unwrap();
+        fs::write(&path, content).unwrap();
         path
     });
     machine.spec["boot"]["initramfs"] = json!(files);
@@ -66,12 +71,45 @@ fn memory_goes_on_behind_the_hole() {
     assert_eq!(ended.console, b"4GiBlast\xff\xff\xff\xff", "{ended:?}");
 }
 
+/// Another size than anything else that a machine maps.
+const MIB: u64 = 94;
+
+/// What the kernel was told of the process's mapping of the guest's memory.
+fn flags_of_memory(process: i32) -> String {
+    let maps = fs::read_to_string(format!("/proc/{process}/smaps")).unwrap();
+    let mut lines = maps.lines();
+    let size = format!("{} kB", MIB << 10);
+    let found = lines.any(|line| {
+        let size_of = line.strip_prefix("Size:");
+        size_of.is_some_and(|of| of.trim() == size)
+    });
+    assert!(found, "{maps}");
+    let flags = lines.find_map(|line| line.strip_prefix("VmFlags:"));
+    flags.unwrap().to_owned()
+}
+
 #[test]
 fn memory_may_be_in_pages_of_any_size() {
-    for pages in ["transparent", "none"] {
-        let mut machine = Machine::new(guest().exit(3));
-        machine.spec["memory"] = json!({"size_mib": 64, "huge_pages": pages});
-        assert_eq!(machine.run().code, Some(3), "{pages}");
+    let advice = [
+        (None, (true, false)),
+        (Some("transparent"), (true, false)),
+        (Some("none"), (false, true)),
+    ];
+    for (pages, advised) in advice {
+        let ready = guest().out_long(guest_status::PORT, guest_status::READY);
+        let mut machine = Machine::new(ready.read_serial().exit(3));
+        machine.spec["memory"] = json!({"size_mib": MIB});
+        if let Some(pages) = pages {
+            machine.spec["memory"]["huge_pages"] = json!(pages);
+        }
+        let mut terminal = machine.put_at_a_terminal();
+        let running = machine.start();
+        wait_ready(&running);
+        let flags = flags_of_memory(running.pid());
+        let has = |flag: &str| flags.split_whitespace().any(|one| one == flag);
+        assert_eq!((has("hg"), has("nh")), advised, "{pages:?}: {flags}");
+        terminal.write_all(b"x").unwrap();
+        assert_eq!(running.wait().code, Some(3), "{pages:?}");
     }
     // More than any host has set aside.
     let mut machine = Machine::new(guest().exit(3));
