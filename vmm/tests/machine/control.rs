@@ -1,7 +1,10 @@
 //! Clients of the control socket, and guests that keep the machine busy.
 
 use std::fs;
+use std::time::Instant;
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use serde_json::json;
 use tempfile::tempfile;
 use vmm::control::{MachineState, MemStats, Request, Response, RngStats, Stats, VsockStats};
@@ -9,17 +12,30 @@ use vmm::guest_status;
 use vmm::snapshot::file::Kind;
 use vmm::spec::DiskLimits;
 
-use crate::driver::{STATUS, register};
+use crate::driver::{Place, Queue};
 use crate::guest::Guest;
-use crate::runner::{Client, Machine, Running};
+use crate::runner::{Client, Machine, PATIENCE, Running};
 use crate::snapshot::{Stopped, counting, guest, wait_ready};
 
-fn stats(client: &mut Client) -> Stats {
+pub(crate) fn stats(client: &mut Client) -> Stats {
     let answer = client.ask(&Request::Stats {});
     let Response::Stats { stats } = answer else {
         panic!("not statistics: {answer:?}");
     };
     *stats
+}
+
+/// The first statistics for which `wanted` is true.
+pub(crate) fn stats_with(client: &mut Client, wanted: impl Fn(&Stats) -> bool) -> Stats {
+    let begun = Instant::now();
+    loop {
+        let stats = stats(client);
+        if wanted(&stats) {
+            return stats;
+        }
+        assert!(begun.elapsed() < PATIENCE, "still {stats:?}");
+        std::thread::yield_now();
+    }
 }
 
 fn refusal(client: &mut Client, request: &Request) -> String {
@@ -80,13 +96,14 @@ fn greedy() -> Guest {
         (DATA, 16 << 20, true),
         (REQUEST + 16, 1, true),
     ];
+    let (place, queue) = (Place::Mmio, Queue(0));
     guest()
-        .set_up_device(0, 256)
-        .describe(&[&request])
-        .make_available(256)
+        .set_up_device(place, 0, 1, 256)
+        .describe(queue, &[&request])
+        .make_available(queue, 256)
         .out_long(guest_status::PORT, guest_status::READY)
-        .start_device()
-        .wait_for(register(STATUS), 0xffff)
+        .start_device(place)
+        .wait_for(place.status(), 0xffff)
 }
 
 #[test]
@@ -108,6 +125,59 @@ fn a_guest_that_keeps_its_disk_busy_holds_nobody_up() {
     assert_eq!(client.ask(&Request::Resume {}), Response::Done {});
     assert_eq!(client.ask(&Request::Kill {}), Response::Done {});
     assert_eq!(running.wait().code, Some(137));
+}
+
+/// Writes a sector to its disk, again and again, each time when the one before is done.
+fn writing() -> Guest {
+    const FLUSHES: u32 = 1 << 9;
+    const REQUEST: u32 = 0x30_0000;
+    let request = [
+        (REQUEST, 16, false),
+        (REQUEST + 0x1000, 512, false),
+        (REQUEST + 16, 1, true),
+    ];
+    let (place, queue) = (Place::Mmio, Queue(0));
+    let write = guest()
+        .make_more_available(queue, 1)
+        .kick(place, queue)
+        .wait_all_used(queue);
+    guest()
+        .set_up_device(place, FLUSHES, 1, 16)
+        .store_long(REQUEST, 1)
+        .describe(queue, &[&request])
+        .start_device(place)
+        .out_long(guest_status::PORT, guest_status::READY)
+        .forever(&write)
+}
+
+#[test]
+fn limits_hold_requests_up_as_soon_as_they_are_set_and_until_they_are_loosened() {
+    let running = with_disk(writing(), 1 << 20).start();
+    wait_ready(&running);
+    let mut client = running.control();
+    let unlimited = stats_with(&mut client, |stats| stats.disks[0].writes > 100);
+    assert_eq!(unlimited.disks[0].throttled, 0);
+    let with = |write_bps| Request::SetDiskLimits {
+        disk: 0,
+        limits: DiskLimits {
+            write_bps,
+            ..DiskLimits::default()
+        },
+    };
+    // One more sector passes, and takes more than eight minutes to pay for.
+    assert_eq!(client.ask(&with(Some(1))), Response::Done {});
+    let waiting = stats_with(&mut client, |stats| stats.disks[0].throttled > 0).disks[0];
+    for _ in 0..100 {
+        assert_eq!(stats(&mut client).disks[0], waiting);
+    }
+    // What is owed is paid at the new rate, in half a millisecond.
+    let mut writes = waiting.writes;
+    for write_bps in [Some(1 << 20), None] {
+        assert_eq!(client.ask(&with(write_bps)), Response::Done {});
+        let later = stats_with(&mut client, |stats| stats.disks[0].writes > writes + 100);
+        writes = later.disks[0].writes;
+        assert_eq!(later.disks[0].failures, 0);
+    }
 }
 
 #[test]
@@ -205,6 +275,51 @@ fn statistics_tell_where_a_processors_time_went_and_what_devices_have_done() {
     assert_eq!(stats.vcpu_exit_reasons.len(), 2);
     assert_eq!(stats.vsock, Some(VsockStats::default()));
     assert_eq!(stats.rng, Some(RngStats::default()));
+}
+
+/// Has all threads of the machine's processors take turns on one of the host's.
+fn share_one_processor(running: &Running) {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let mut one = CpuSet::new();
+    let first = (0..CpuSet::count()).find(|number| allowed.is_set(*number).unwrap());
+    one.set(first.unwrap()).unwrap();
+    let tasks = fs::read_dir(format!("/proc/{}/task", running.pid())).unwrap();
+    let mut pinned = 0;
+    for task in tasks {
+        let task = task.unwrap();
+        let name = fs::read_to_string(task.path().join("comm")).unwrap();
+        if name.starts_with("vcpu") {
+            let thread = task.file_name().into_string().unwrap().parse().unwrap();
+            sched_setaffinity(Pid::from_raw(thread), &one).unwrap();
+            pinned += 1;
+        }
+    }
+    assert_eq!(pinned, 2);
+}
+
+#[test]
+fn a_processor_waits_while_another_has_the_hosts() {
+    let ready = guest()
+        .start_others_to_spin(0x2000, 1)
+        .out_long(guest_status::PORT, guest_status::READY);
+    let mut machine = Machine::new(ready.forever(&guest()));
+    machine.spec["cpus"] = json!({"count": 2});
+    let running = machine.start();
+    wait_ready(&running);
+    share_one_processor(&running);
+    let mut client = running.control();
+    let first = stats(&mut client).vcpu_times.unwrap();
+    // Neither ever rests, so that one waits at least as long as the other runs. What the kernel has not
+    // counted yet, a turn at the most, matters less and less.
+    let waited = |stats: &Stats| {
+        let later = stats.vcpu_times.as_ref().unwrap();
+        [(0, 1), (1, 0)].into_iter().all(|(one, other)| {
+            let wait_ns = later[one].wait_ns - first[one].wait_ns;
+            let run_ns = later[other].run_ns - first[other].run_ns;
+            run_ns > 100_000_000 && 2 * wait_ns > run_ns
+        })
+    };
+    stats_with(&mut client, waited);
 }
 
 const LOOK_ON: Request = Request::Console { input: false };

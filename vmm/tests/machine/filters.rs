@@ -1,100 +1,191 @@
 //! Machines of every kind behind their system call filters, with all that their devices do: what a filter
 //! does not allow ends the machine.
+//!
+//! For each device there is a [`Row`], and [`in_every_way`] goes along it: on each transport, from the
+//! start, attached where it can be, saved, and restored. Each time the device has to work.
 
-use std::fs::{self, File};
+mod disk;
+mod memory;
+mod net;
+mod vsock;
+
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use imago::FormatCreateBuilder;
-use imago::qcow2::Qcow2;
-use imago::storage::StorageOpenOptions;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use serde_json::json;
-use vmm::control::{Request, Response};
+use vmm::control::{Response, Stats};
 use vmm::guest_status;
 use vmm::snapshot::file::Kind;
+use vmm::spec::Transport;
 
+use crate::control::stats_with;
+use crate::driver::Place;
 use crate::guest::Guest;
-use crate::runner::Machine;
-use crate::snapshot::{guest, wait_ready};
+use crate::runner::{Client, Machine, Running};
+use crate::snapshot::guest;
 
-const DISK_BYTES: u64 = 64 << 20;
-
-/// Where the guest keeps what it tells devices, and what they tell it.
+/// Where guests keep what they tell devices, and what they are told.
 const REQUESTS: u32 = 0x30_0000;
-const RANGE: u32 = 0x31_0000;
-const ANSWERS: u32 = 0x31_1000;
+const ANSWERS: u32 = 0x31_0000;
 const DATA: u32 = 0x32_0000;
 
-/// Writes, reads, flushes, discards and zeroes, prints the five answers, and is ready.
-fn using_a_disk() -> Guest {
-    const FEATURES: u32 = 1 << 9 | 1 << 13 | 1 << 14; // Flushes, discards, zeroes.
-    let data = |writable| Some((DATA, 8192, writable));
-    let range = Some((RANGE, 16, false));
-    let requests = [
-        (1, data(false)),
-        (0, data(true)),
-        (4, None),
-        (11, range),
-        (13, range),
-    ];
-    // 16 sectors from the first on.
-    let mut guest = guest()
-        .set_up_device(FEATURES, 16)
-        .store_long(RANGE + 8, 16);
-    let mut chains = Vec::new();
-    for (number, (kind, payload)) in (0..).zip(requests) {
-        let (header, answer) = (REQUESTS + 16 * number, ANSWERS + number);
-        guest = guest.store_long(header, kind).store_byte(answer, 0xee);
-        let ends = [(header, 16, false), (answer, 1, true)];
-        let chain = [Some(ends[0]), payload, Some(ends[1])];
-        chains.push(chain.into_iter().flatten().collect::<Vec<_>>());
-    }
-    let chains: Vec<_> = chains.iter().map(Vec::as_slice).collect();
-    guest
-        .describe(&chains)
-        .make_available(5)
-        .start_device()
-        .wait_used(5)
-        .print_long(ANSWERS)
-        .print_long(ANSWERS + 4)
-        .out_long(guest_status::PORT, guest_status::READY)
+/// What a guest exits with once its device has worked twice.
+const WORKED: u8 = 7;
+
+/// A device, and what a machine does with it. A folder is for the files that outlive a machine.
+struct Row {
+    /// Puts the device into a machine to be.
+    equip: fn(&mut Machine, &Path),
+    /// Attaches it to one that runs, if that can be done.
+    attach: Option<fn(&UnixStream, &Path)>,
+    /// Does what has to be done at the other end, from before the machine starts until it is dropped.
+    company: fn(&Path) -> Company,
+    /// Asks the machine for what the guest waits for.
+    ask: fn(&mut Client),
+    /// The driver's start.
+    start: fn(Guest, Place) -> Guest,
+    /// Uses the device, for the first or second time.
+    work: fn(Guest, Place, u32) -> Guest,
+    /// What the guest writes to its console each time.
+    said: [&'static [u8]; 2],
+    /// Whether the device has done what it was to do the first time.
+    has_worked: fn(&Stats) -> bool,
 }
 
-const ALL_DONE: [u8; 8] = [0; 8];
+/// Of a device that needs none of this.
+const ALONE: Row = Row {
+    equip: |_, _| {},
+    attach: None,
+    company: |_| Company::default(),
+    ask: |_| {},
+    start: |guest, _| guest,
+    work: |guest, _, _| guest,
+    said: [b""; 2],
+    has_worked: |_| false,
+};
 
-/// Has the guest do what it does, asks the machine for what it can be asked, and takes a snapshot.
-fn assert_lives(mut machine: Machine, said: &[u8]) {
+/// Threads of the test that go on until they see that nobody is interested any more.
+#[derive(Default)]
+struct Company(Arc<AtomicBool>);
+
+impl Company {
+    fn work(self, work: impl Fn() + Send + 'static) -> Company {
+        let left = self.0.clone();
+        thread::spawn(move || {
+            while !left.load(Ordering::Relaxed) {
+                work();
+            }
+        });
+        self
+    }
+}
+
+impl Drop for Company {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Uses the device, is ready, uses it once more when it has read a byte, and exits.
+fn program(row: &Row, place: Place) -> Guest {
+    let first = (row.work)((row.start)(guest(), place), place, 0);
+    let ready = first
+        .wait_interrupted(place)
+        .out_long(guest_status::PORT, guest_status::READY);
+    (row.work)(ready.read_serial(), place, 1).exit(WORKED)
+}
+
+/// A machine without any device.
+fn machine(row: &Row, transport: Transport) -> Machine {
+    let place = match transport {
+        Transport::Mmio => Place::Mmio,
+        Transport::Pci => Place::Pci(1),
+    };
+    let mut machine = Machine::new(program(row, place));
+    machine.spec["transport"] = json!(transport);
+    machine.spec["rng"] = json!(false);
+    machine.spec["balloon"] = json!(null);
     machine.spec["memory"]["track_dirty"] = json!(true);
-    let running = machine.start();
-    wait_ready(&running);
-    for (name, kind) in [("full", Kind::Full), ("diff", Kind::Diff)] {
-        running.snapshot(name, kind).unwrap();
-    }
-    let mut client = running.control();
-    let answer = client.ask(&Request::Stats {});
-    assert!(matches!(answer, Response::Stats { .. }), "{answer:?}");
-    assert_eq!(client.ask(&Request::Kill {}), Response::Done {});
-    let ended = running.wait();
-    assert_eq!((ended.code, ended.stderr.as_str()), (Some(137), ""));
-    assert_eq!(ended.console, said);
-}
-
-fn with_raw_disk() -> Machine {
-    let mut machine = Machine::new(using_a_disk());
-    let path = machine.path("disk");
-    File::create(&path).unwrap().set_len(DISK_BYTES).unwrap();
-    machine.spec["disks"] = json!([{"path": path}]);
     machine
 }
 
-#[test]
-fn a_machine_with_a_disk_in_a_file() {
-    assert_lives(with_raw_disk(), &ALL_DONE);
+/// Waits until the guest is ready, or tells why the machine has ended.
+fn ready(running: Running) -> Running {
+    let mut client = running.control();
+    client.send(r#"{"action":"wait_ready"}"#);
+    match client.answer() {
+        Some(Response::Done {}) => running,
+        other => panic!("{other:?}: {:?}", running.wait()),
+    }
 }
 
-/// As where `kernel.io_uring_disabled` is set. Filters are inherited, and this one is the thread's alone.
-#[test]
-fn a_machine_where_there_is_no_io_uring() {
+/// Has the guest use its device once more; all that it has ever written to its console.
+fn finished(running: Running, mut terminal: fs::File) -> Vec<u8> {
+    terminal.write_all(b"x").unwrap();
+    let ended = running.wait();
+    assert_eq!(
+        (ended.code, ended.stderr.as_str()),
+        (Some(WORKED.into()), "")
+    );
+    let mut said = Vec::new();
+    // Nobody has the other end any more.
+    let end = terminal.read_to_end(&mut said).unwrap_err();
+    assert_eq!(end.raw_os_error(), Some(libc::EIO));
+    said
+}
+
+/// Starts a machine, and goes on from a snapshot of it when it has ended.
+fn save_and_restore(row: &Row, mut machine: Machine, is_attached: bool, folder: &Path) {
+    let _company = (row.company)(folder);
+    let terminal = machine.put_at_a_terminal();
+    let running = machine.start();
+    if is_attached {
+        let attach = row.attach.unwrap();
+        attach(&running.connect(), folder);
+    }
+    (row.ask)(&mut running.control());
+    let running = ready(running);
+    let folders = [("full", Kind::Full), ("diff", Kind::Diff)].map(|(name, kind)| {
+        // A folder that is not the machine's.
+        let place = folder.join(name);
+        running.snapshot(place.to_str().unwrap(), kind).unwrap();
+        place
+    });
+    // What was done is counted when the driver has seen it.
+    let stats = stats_with(&mut running.control(), |stats| {
+        (row.has_worked)(stats) && stats.devices[0].interrupts > 0
+    });
+    assert_eq!(stats.devices[0].failures, 0);
+    assert_eq!(finished(running, terminal), row.said.concat());
+
+    let folders = folders.each_ref().map(|folder| folder.as_path());
+    let mut restored = Machine::restored(&folders);
+    let terminal = restored.put_at_a_terminal();
+    let running = ready(restored.start());
+    assert_eq!(finished(running, terminal), row.said[1]);
+}
+
+fn in_every_way(row: &Row) {
+    for transport in [Transport::Mmio, Transport::Pci] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut machine = machine(row, transport);
+        (row.equip)(&mut machine, folder.path());
+        save_and_restore(row, machine, false, folder.path());
+    }
+    if row.attach.is_some() {
+        let folder = tempfile::tempdir().unwrap();
+        save_and_restore(row, machine(row, Transport::Pci), true, folder.path());
+    }
+}
+
+/// As where `kernel.io_uring_disabled` is set. Filters are inherited, and this one is a thread's alone.
+fn without_io_uring(test: impl FnOnce() + Send) {
     let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     let rules = [(libc::SYS_io_uring_setup, Vec::new())];
     let architecture = std::env::consts::ARCH.try_into().unwrap();
@@ -105,70 +196,66 @@ fn a_machine_where_there_is_no_io_uring() {
         architecture,
     );
     let program: BpfProgram = filter.unwrap().try_into().unwrap();
-    let test = move || {
+    let test = || {
         seccompiler::apply_filter(&program).unwrap();
-        assert_lives(with_raw_disk(), &ALL_DONE);
+        test();
     };
-    thread::spawn(test).join().unwrap();
+    thread::scope(|scope| scope.spawn(test).join().unwrap());
 }
 
-#[test]
-fn a_machine_with_a_disk_in_an_image_on_another() {
-    let mut machine = Machine::new(using_a_disk());
-    let [top, base] = ["top", "base"].map(|name| machine.path(name));
-    fs::write(&base, vec![7; 1 << 20]).unwrap();
-    let mut file = File::options();
-    let file = file.read(true).write(true).create_new(true).open(&top);
-    let options = StorageOpenOptions::new().write(true);
-    let storage = imago::file::File::from_open_file(file.unwrap(), options);
-    Qcow2::<imago::file::File>::create_builder(storage.unwrap())
-        .size(DISK_BYTES)
-        .backing("base".to_owned(), "raw".to_owned())
-        .create()
-        .unwrap();
-    machine.spec["disks"] = json!([{
-        "path": top,
-        "format": "qcow2",
-        "backing": [{"path": base}],
-    }]);
-    assert_lives(machine, &ALL_DONE);
+/// So many more huge pages set aside than there were, until this is dropped.
+struct SetAside {
+    before: String,
+    /// Locked, for nobody else to put back another number meanwhile.
+    file: fs::File,
 }
 
-#[test]
-fn a_machine_with_an_image_as_memory() {
-    // Behind the guest's 16 MiB.
-    const IMAGE: u32 = 16 << 20;
-    let flush = [(REQUESTS, 4, false), (ANSWERS, 4, true)];
-    let program = guest()
-        .print_long(IMAGE)
-        .store_long(IMAGE, 1)
-        .set_up_device(0, 8)
-        .describe(&[&flush])
-        .make_available(1)
-        .start_device()
-        .wait_used(1)
-        .print_long(ANSWERS)
-        .out_long(guest_status::PORT, guest_status::READY);
-    let mut machine = Machine::new(program);
-    let path = machine.path("image");
-    fs::write(&path, b"pmem and more").unwrap();
-    machine.spec["pmem"] = json!([{"path": path}]);
-    machine.spec["rng"] = json!(false);
-    machine.spec["balloon"] = json!(null);
-    assert_lives(machine, b"pmem\0\0\0\0");
+const SET_ASIDE: &str = "/proc/sys/vm/nr_hugepages";
+
+impl SetAside {
+    /// Or why the host does not.
+    fn more(pages: u64) -> Result<SetAside, String> {
+        let file = fs::File::open(SET_ASIDE).map_err(|error| error.to_string())?;
+        file.lock().unwrap();
+        let number = || fs::read_to_string(SET_ASIDE).unwrap().trim().to_owned();
+        let before = number();
+        let wanted = before.parse::<u64>().unwrap() + pages;
+        let set_aside = SetAside { before, file };
+        match fs::write(SET_ASIDE, wanted.to_string()) {
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => Err(error.to_string()),
+            result => {
+                result.unwrap();
+                let got = number();
+                let enough = got.parse::<u64>().unwrap() >= wanted;
+                enough
+                    .then_some(set_aside)
+                    .ok_or_else(|| format!("it has {got} of {wanted} pages"))
+            }
+        }
+    }
 }
 
-/// On a host that has set such pages aside; on others it is refused, which has a test of its own.
+impl Drop for SetAside {
+    fn drop(&mut self) {
+        // Where that is not allowed, nothing was changed.
+        let _ = fs::write(SET_ASIDE, &self.before);
+        let _ = self.file.unlock();
+    }
+}
+
 #[test]
 #[expect(clippy::print_stderr, reason = "says what was left out")]
 fn a_machine_in_pages_of_hugetlbfs() {
-    let free = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
-    let free: u64 = free.unwrap().trim().parse().unwrap();
-    if free < 8 {
-        eprintln!("left out: there are {free} free pages in hugetlbfs, and it takes 8");
-        return;
-    }
-    let mut machine = with_raw_disk();
+    let _set_aside = match SetAside::more(8) {
+        Ok(set_aside) => set_aside,
+        Err(error) => {
+            eprintln!("left out: the host does not set 8 huge pages aside: {error}");
+            return;
+        }
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let mut machine = machine(&disk::IN_A_FILE, Transport::Mmio);
+    (disk::IN_A_FILE.equip)(&mut machine, folder.path());
     machine.spec["memory"]["huge_pages"] = json!("hugetlbfs");
-    assert_lives(machine, &ALL_DONE);
+    save_and_restore(&disk::IN_A_FILE, machine, false, folder.path());
 }

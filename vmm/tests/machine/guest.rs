@@ -5,6 +5,10 @@ use vmm::{guest_status, layout};
 /// Where guests are loaded, and start.
 const START: u64 = 0x10_0000;
 
+/// Instructions of one byte.
+const HALT: u8 = 0xf4;
+const NOTHING: u8 = 0x90;
+
 const ELF_HEADER_BYTES: u16 = 64;
 const PROGRAM_HEADER_BYTES: u16 = 56;
 
@@ -97,10 +101,30 @@ impl Guest {
     /// Starts all other processors, each of which counts itself at `counter`, below 64 KiB, and
     /// stops; and waits until there are `others`.
     pub(crate) fn start_others(self, counter: u16, others: u8) -> Self {
+        self.start_others_with(counter, others, HALT)
+    }
+
+    /// The same, but that they never stop.
+    pub(crate) fn start_others_to_spin(self, counter: u16, others: u8) -> Self {
+        self.start_others_with(counter, others, NOTHING)
+    }
+
+    fn start_others_with(self, counter: u16, others: u8, instruction: u8) -> Self {
         let [low, high] = counter.to_le_bytes();
-        // In real mode: ds = 0; lock inc word [counter]; hlt, for ever.
+        // In real mode: ds = 0; lock inc word [counter]; the instruction, for ever.
         let code = [
-            0x31, 0xc0, 0x8e, 0xd8, 0xf0, 0xff, 0x06, low, high, 0xf4, 0xeb, 0xfd,
+            0x31,
+            0xc0,
+            0x8e,
+            0xd8,
+            0xf0,
+            0xff,
+            0x06,
+            low,
+            high,
+            instruction,
+            0xeb,
+            0xfd,
         ];
         let command = layout::LOCAL_APIC + 0x300;
         let page = 0x1_0000;
@@ -138,6 +162,12 @@ impl Guest {
         self.then(&[&[0xb9], &address.to_le_bytes(), &[0xff, 0x01]])
     }
 
+    /// Adds to 16 bits of memory.
+    pub(crate) fn add_word(self, address: u32, value: u16) -> Self {
+        let (address, value) = (address.to_le_bytes(), value.to_le_bytes());
+        self.then(&[&[0xb9], &address, &[0x66, 0x81, 0x01], &value])
+    }
+
     /// Stores the time-stamp counter in 64 bits of memory.
     pub(crate) fn store_time_stamp(self, address: u32) -> Self {
         // rdtsc; mov [rcx], eax; mov [rcx + 4], edx.
@@ -158,6 +188,13 @@ impl Guest {
         let (address, value) = (address.to_le_bytes(), value.to_le_bytes());
         self.then(&[&[0xb9], &address])
             .then(&[&[0x66, 0x81, 0x39], &value, &[0x75, 0xf9]])
+    }
+
+    /// Waits until two places in memory have the same 16 bits.
+    pub(crate) fn wait_same(self, left: u32, right: u32) -> Self {
+        // mov ax, [rdx]; cmp [rcx], ax; jne back to mov.
+        self.then(&[&[0xb9], &left.to_le_bytes(), &[0xba], &right.to_le_bytes()])
+            .then(&[&[0x66, 0x8b, 0x02, 0x66, 0x39, 0x01, 0x75, 0xf8]])
     }
 
     /// Writes text to the serial port.

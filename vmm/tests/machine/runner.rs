@@ -178,7 +178,7 @@ impl Running {
         Ok(Snapshot { folder, report })
     }
 
-    fn connect(&self) -> UnixStream {
+    pub(crate) fn connect(&self) -> UnixStream {
         let path = self.machine.path("control");
         let start = Instant::now();
         loop {
