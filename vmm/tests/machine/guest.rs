@@ -190,6 +190,13 @@ impl Guest {
             .then(&[&[0x66, 0x81, 0x39], &value, &[0x75, 0xf9]])
     }
 
+    /// As [`wait_for`](Self::wait_for), of 32 bits, which are read at once.
+    pub(crate) fn wait_for_long(self, address: u32, value: u32) -> Self {
+        let (address, value) = (address.to_le_bytes(), value.to_le_bytes());
+        self.then(&[&[0xb9], &address])
+            .then(&[&[0x81, 0x39], &value, &[0x75, 0xf8]])
+    }
+
     /// Waits until two places in memory have the same 16 bits.
     pub(crate) fn wait_same(self, left: u32, right: u32) -> Self {
         // mov ax, [rdx]; cmp [rcx], ax; jne back to mov.

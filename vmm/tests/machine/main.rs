@@ -1,6 +1,7 @@
 //! `hostd-vmm` as its users meet it, with guests of a few instructions. Needs /dev/kvm, of any kind.
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+mod attacks;
 mod boot;
 mod clock;
 mod control;
