@@ -317,9 +317,9 @@ pub(crate) fn written(guest: Guest, requests: u16, slot: Option<u32>) -> (Guest,
     (offered(guest, 0, requests, kick), kick)
 }
 
-/// A guest that writes the same once more.
-pub(crate) fn written_again(guest: Guest, requests: u16, kick: u32) -> Guest {
-    offered(guest, requests, requests, kick)
+/// A guest that writes the same once more, having done so this often.
+pub(crate) fn written_again(guest: Guest, times: u16, requests: u16, kick: u32) -> Guest {
+    offered(guest, times * requests, requests, kick)
 }
 
 /// Offers the requests after it has offered as many as are `before`, and waits for them.
