@@ -18,6 +18,7 @@ pub mod assembly;
 pub mod boot;
 pub mod bus;
 pub mod console;
+pub mod containment;
 pub mod control;
 pub mod descriptors;
 pub mod devices;

@@ -11,6 +11,7 @@ use anyhow::Context;
 use clap::{ArgGroup, Parser};
 use serde::de::DeserializeOwned;
 use vmm::console::client as console;
+use vmm::containment::is_contained;
 use vmm::control::{ExitReason, ExitStatus};
 use vmm::descriptors::Inherited;
 use vmm::devices::boot_timer::Start;
@@ -112,6 +113,9 @@ fn main() -> ExitCode {
 #[expect(clippy::exit, reason = "other threads cannot be asked to end any more")]
 fn end_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
+        if is_contained() {
+            return;
+        }
         eprintln!("hostd-vmm: this is a bug: {panic}");
         std::process::exit(ExitStatus::FAILURE_CODE.into());
     }));

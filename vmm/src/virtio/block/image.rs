@@ -3,7 +3,11 @@
 //!
 //! A format is never guessed from what a file holds: what a guest writes to a raw disk would decide it.
 //! And an image names no files: one that refers to another is opened only if that was given along.
+//!
+//! What an image says of itself may be made up to do harm. `imago` checks much of it and takes some of it for
+//! granted: its panics are errors here, and an image that caused one is not used again.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -16,6 +20,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::request::{Kind, Operation};
+use crate::containment::contain;
 use crate::spec::DiskFormat;
 
 /// What is moved at a time.
@@ -40,6 +45,8 @@ pub(crate) struct Image {
     file: File,
     access: FormatAccess<Storage>,
     piece: Box<[u8]>,
+    /// It made no sense.
+    is_broken: Cell<bool>,
 }
 
 impl Image {
@@ -49,12 +56,13 @@ impl Image {
         let file = top.file.try_clone()?;
         let mut below = None;
         for layer in backing.into_iter().rev() {
-            below = Some(open(layer, below, false)?);
+            below = Some(contain(|| open(layer, below, false)).unwrap_or_else(no_sense)?);
         }
         Ok(Image {
             file,
-            access: open(top, below, write)?,
+            access: contain(|| open(top, below, write)).unwrap_or_else(no_sense)?,
             piece: vec![0; PIECE_BYTES].into(),
+            is_broken: Cell::new(false),
         })
     }
 
@@ -65,6 +73,30 @@ impl Image {
 
     /// Does a piece of `operation`; returns how many bytes it was.
     pub(crate) fn perform(&mut self, operation: &Operation) -> io::Result<usize> {
+        if self.is_broken.get() {
+            return no_sense();
+        }
+        let done = contain(|| self.perform_piece(operation));
+        self.or_broken(done)
+    }
+
+    /// Writes to the file what is kept of the image's tables.
+    pub(crate) fn write_back(&self) -> io::Result<()> {
+        if self.is_broken.get() {
+            return no_sense();
+        }
+        let done = contain(|| self.access.flush());
+        self.or_broken(done)
+    }
+
+    fn or_broken<T>(&self, done: Option<io::Result<T>>) -> io::Result<T> {
+        done.unwrap_or_else(|| {
+            self.is_broken.set(true);
+            no_sense()
+        })
+    }
+
+    fn perform_piece(&mut self, operation: &Operation) -> io::Result<usize> {
         let position = operation.next_position();
         match operation.kind {
             Kind::Read => {
@@ -131,17 +163,19 @@ impl Image {
         }
     }
 
-    /// Writes to the file what is kept of the image's tables.
-    pub(crate) fn write_back(&self) -> io::Result<()> {
-        self.access.flush()
-    }
-
     /// All is on the medium, the image's tables included.
     fn flush(&self) -> io::Result<usize> {
-        self.write_back()?;
+        self.access.flush()?;
         self.access.sync()?;
         Ok(0)
     }
+}
+
+fn no_sense<T>() -> io::Result<T> {
+    Err(io::Error::new(
+        io::ErrorKind::InvalidData,
+        "the image makes no sense",
+    ))
 }
 
 fn open(

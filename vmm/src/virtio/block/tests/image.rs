@@ -206,3 +206,15 @@ proptest! {
         assert_noise_is_survived(&mut open(&qcow2(BYTES, None), Vec::new()).unwrap(), &noise);
     }
 }
+
+/// This one has a table of names of features that is shorter than a name (qcow2, "Feature name table").
+#[test]
+fn an_image_that_the_crate_panics_at_is_an_error() {
+    const EXTENSIONS: u64 = 104;
+    let file = qcow2(1 << 20, None);
+    let extension = [0x68, 0x03, 0xf8, 0x57, 0, 0, 0, 1, 0];
+    file.write_all_at(&extension, EXTENSIONS).unwrap();
+    let refused = open(&file, Vec::new()).unwrap_err();
+    let message = crate::exit::chain(&refused);
+    assert!(message.contains("the image makes no sense"), "{message}");
+}
