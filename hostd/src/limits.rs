@@ -43,12 +43,41 @@ pub struct Capacity {
     pub cgroup_v2: bool,
 }
 
+/// What an instance needs of the host's memory beside its `memory.max`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Overhead {
+    pub fixed_bytes: u64,
+    /// What each 256 bytes of its memory come with.
+    pub per_256_bytes: u64,
+}
+
+impl Overhead {
+    pub const NONE: Self = Self {
+        fixed_bytes: 0,
+        per_256_bytes: 0,
+    };
+
+    /// What an instance with so much memory takes of the host's.
+    pub fn with(self, memory: u64) -> u64 {
+        let tables = (memory / 256).saturating_mul(self.per_256_bytes);
+        memory
+            .saturating_add(tables)
+            .saturating_add(self.fixed_bytes)
+    }
+
+    /// How much memory an instance can have that takes so much of the host's.
+    pub fn most_within(self, total: u64) -> u64 {
+        let left = total.saturating_sub(self.fixed_bytes);
+        let parts = left.div_ceil(256 + self.per_256_bytes);
+        left.saturating_sub(parts.saturating_mul(self.per_256_bytes))
+    }
+}
+
 /// What differs between the kinds of isolation, as data.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
     pub memory_min_bytes: u64,
-    /// What the kind needs beside `memory.max`.
-    pub memory_overhead_bytes: u64,
+    pub memory_overhead: Overhead,
     /// What an instance without `memory.max` takes of the host, if that is bounded.
     pub memory_default_bytes: Option<u64>,
     /// Whether directories of the host can be mounted into an instance.
@@ -134,9 +163,7 @@ fn check_memory(limits: &Limits, rules: &Rules, host: &Capacity) -> Result<(), F
     let Some(max) = limits.memory.max else {
         return Ok(());
     };
-    let most = host
-        .memory_bytes
-        .saturating_sub(rules.memory_overhead_bytes);
+    let most = rules.memory_overhead.most_within(host.memory_bytes);
     if max < rules.memory_min_bytes {
         return Err(FieldError::new(
             "/limits/memory/max",
@@ -241,19 +268,19 @@ pub struct BlockDevice {
 /// The limits on the cgroup of an instance, in the terms of the OCI runtime specification.
 ///
 /// What is not limited is said to be so, since the same is used to take a limit away. To
-/// `memory.max` is added `memory_overhead_bytes`; disk rates apply to `disk`, if it is given. Swap
+/// `memory.max` is added `memory_overhead`; disk rates apply to `disk`, if it is given. Swap
 /// is not counted as memory: an instance gets none beyond its limit.
 ///
 /// # Errors
 /// Never, short of a mistake in this function: every field has been set.
 pub fn to_oci(
     limits: &Limits,
-    memory_overhead_bytes: u64,
+    memory_overhead: Overhead,
     disk: Option<BlockDevice>,
     host: &Capacity,
 ) -> Result<LinuxResources, OciSpecError> {
     let memory = limits.memory.max.map_or(UNLIMITED, |max| {
-        i64::try_from(max.saturating_add(memory_overhead_bytes)).unwrap_or(i64::MAX)
+        i64::try_from(memory_overhead.with(max)).unwrap_or(i64::MAX)
     });
     let pids = limits.pids.max.map_or(UNLIMITED, i64::from);
     let resources = LinuxResourcesBuilder::default()
@@ -366,7 +393,7 @@ mod tests {
     fn rules() -> Rules {
         Rules {
             memory_min_bytes: 6 * MIB,
-            memory_overhead_bytes: 0,
+            memory_overhead: Overhead::NONE,
             memory_default_bytes: None,
             mounts: true,
             user_namespace: true,
@@ -374,6 +401,53 @@ mod tests {
             memory_snapshots: true,
             no_console: None,
             effect: |_, _, _| Ok(Effect::Live),
+        }
+    }
+
+    /// As that of virtual machines, with less that is fixed.
+    fn overhead() -> Overhead {
+        Overhead {
+            fixed_bytes: MIB,
+            per_256_bytes: 1,
+        }
+    }
+
+    #[test]
+    fn tables_grow_with_the_memory_that_they_map() {
+        const GIB: u64 = 1024 * MIB;
+        for (memory, tables) in [
+            (0, 0),
+            (64 * MIB, MIB / 4),
+            (512 * MIB, 2 * MIB),
+            (16 * GIB, 64 * MIB),
+            (30 * GIB, 120 * MIB),
+        ] {
+            let total = memory + tables + MIB;
+            assert_eq!(overhead().with(memory), total);
+            assert_eq!(overhead().most_within(total), memory);
+            assert_eq!(Overhead::NONE.with(memory), memory);
+            assert_eq!(Overhead::NONE.most_within(memory), memory);
+        }
+        // What is between is never too much, and wastes less than its part.
+        for total in (0..4 * MIB).step_by(4099).chain([u64::MAX]) {
+            let most = overhead().most_within(total);
+            assert!(overhead().with(most) <= total.max(MIB), "{total}");
+            assert!(overhead().with(most + 2) >= total, "{total}");
+        }
+        assert_eq!(overhead().with(u64::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn the_host_has_to_have_room_for_what_comes_with_the_memory() {
+        let rules = Rules {
+            memory_overhead: overhead(),
+            ..rules()
+        };
+        let most = (1 << 30) - 5 * MIB;
+        for (max, fits) in [(most, true), (most + MIB, false), (1 << 30, false)] {
+            let mut limits = Limits::default();
+            limits.memory.max = Some(max);
+            assert_eq!(check(&limits, &rules, &host()).is_ok(), fits, "{max}");
         }
     }
 
@@ -442,7 +516,7 @@ mod tests {
             let mut limits = Limits::default();
             limits.cpu.weight = weight;
             let value = |host: &Capacity| {
-                serde_json::to_value(to_oci(&limits, 0, None, host).unwrap()).unwrap()
+                serde_json::to_value(to_oci(&limits, Overhead::NONE, None, host).unwrap()).unwrap()
             };
             assert_eq!(value(&host())["cpu"]["shares"], shares);
             let unified = value(&Capacity {
@@ -466,13 +540,14 @@ mod tests {
             major: 8,
             minor: 16,
         };
-        let resources = to_oci(&limits, MIB, Some(disk), &host()).unwrap();
+        let resources = to_oci(&limits, overhead(), Some(disk), &host()).unwrap();
         let value = serde_json::to_value(resources).unwrap();
         assert_eq!(value["cpu"]["quota"], 50_000);
         assert_eq!(value["cpu"]["period"], 100_000);
         assert_eq!(value["cpu"]["cpus"], "1");
-        assert_eq!(value["memory"]["limit"], 65 * MIB);
-        assert_eq!(value["memory"]["swap"], 65 * MIB);
+        let memory = 65 * MIB + MIB / 4;
+        assert_eq!(value["memory"]["limit"], memory);
+        assert_eq!(value["memory"]["swap"], memory);
         assert_eq!(value["pids"]["limit"], 7);
         let throttle = &value["blockIO"]["throttleWriteBpsDevice"][0];
         assert_eq!(
@@ -487,7 +562,7 @@ mod tests {
             major: 8,
             minor: 16,
         };
-        let resources = to_oci(&Limits::default(), MIB, Some(disk), &host()).unwrap();
+        let resources = to_oci(&Limits::default(), overhead(), Some(disk), &host()).unwrap();
         let value = serde_json::to_value(resources).unwrap();
         assert_eq!(value["cpu"]["quota"], -1);
         assert_eq!(value["cpu"]["cpus"], "0,1");

@@ -366,11 +366,12 @@ mod tests {
 
     use super::*;
     use crate::api::types::Effect;
+    use crate::limits::Overhead;
 
     fn verdict(change: &Value) -> Result<(), FieldError> {
         let rules = Rules {
             memory_min_bytes: 1,
-            memory_overhead_bytes: 0,
+            memory_overhead: Overhead::NONE,
             memory_default_bytes: None,
             mounts: true,
             user_namespace: true,

@@ -111,6 +111,15 @@ impl Host {
         &self.socket
     }
 
+    /// Where an instance has what is there while it runs.
+    pub fn run_of(&self, name: &str) -> PathBuf {
+        let run = match &self.own {
+            Some(own) => own.dir.path().join("run"),
+            None => "/run/hostd".into(),
+        };
+        run.join("instances").join(name)
+    }
+
     /// Kills the daemon without a warning and starts it again.
     pub fn kill_and_restart_daemon(&self) {
         match &self.own {

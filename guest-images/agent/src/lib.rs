@@ -13,6 +13,7 @@ mod launch;
 mod lines;
 pub mod machine;
 mod memory;
+mod power_button;
 pub mod protocol;
 mod reaper;
 pub mod run;

@@ -23,6 +23,7 @@ use nix::sys::reboot::{RebootMode, reboot};
 use nix::unistd::sync;
 
 use crate::console::say;
+use crate::power_button;
 use crate::protocol::{CONFIG_PATH, Config, Network, Renewal};
 use crate::sys;
 
@@ -36,6 +37,8 @@ pub const CGROUP: &str = "/sys/fs/cgroup";
 pub struct Machine {
     /// /proc/meminfo, open.
     pub memory: File,
+    /// The device of the power button, open, if there is one.
+    pub power_button: Option<File>,
     /// The root directory of the writable disk.
     writable: File,
 }
@@ -93,6 +96,11 @@ pub fn set_up(config: &Config) -> Result<Machine, SetUpError> {
     system::raise_limits()?;
     system::be_like_a_container();
     let memory = system::open_memory_information()?;
+    let power_button = power_button::open().unwrap_or_else(|error| {
+        // A workload can do without.
+        say(&format!("The power button cannot be heard: {error}"));
+        None
+    });
 
     let image = disks::find(&config.image_serial)?;
     let writable = disks::find(&config.writable_serial)?;
@@ -111,7 +119,11 @@ pub fn set_up(config: &Config) -> Result<Machine, SetUpError> {
     if let Some(network) = &config.network {
         network::configure(network)?;
     }
-    Ok(Machine { memory, writable })
+    Ok(Machine {
+        memory,
+        power_button,
+        writable,
+    })
 }
 
 /// Sets the clock of a machine that did not run for a while, unless it shows the host's `now_ns`.

@@ -69,17 +69,19 @@ fn live() -> (Option<Machine>, End) {
         let machine = machine::set_up(&config)?;
         Ok((config, machine))
     });
-    let (config, machine) = match set_up {
+    let (config, mut machine) = match set_up {
         Ok(set_up) => set_up,
         Err(error) => {
             say(&chain(&error));
             return (None, AGENT_FAILED);
         }
     };
+    let power_button = machine.power_button.take();
     let surroundings = machine.memory.try_clone().map(|memory| Surroundings {
         transport: Transport::Vsock,
         cgroup: CGROUP.into(),
         memory,
+        power_button,
     });
     let end = match surroundings {
         Ok(surroundings) => {
@@ -107,6 +109,7 @@ fn serve(socket: PathBuf, cgroup: PathBuf, config: &Path) -> Result<End> {
         transport: Transport::Unix(socket),
         cgroup,
         memory: File::open("/proc/meminfo").context("There is no /proc")?,
+        power_button: None,
     };
     Ok(
         run(&config, surroundings, || say("Ready")).unwrap_or_else(|error| {

@@ -60,6 +60,9 @@ pub struct Config {
     /// The host's wall clock at launch, in nanoseconds since the epoch.
     #[serde(default)]
     pub clock_ns: Option<i64>,
+    /// The signal that asks the workload to stop, when the power button is pressed; SIGTERM if absent.
+    #[serde(default)]
+    pub stop_signal: Option<i32>,
     /// What an image or a snapshot that has a `/etc/machine-id` is to have there, if it is not to stay:
     /// 32 hexadecimal digits.
     #[serde(default)]

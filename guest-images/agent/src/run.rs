@@ -7,10 +7,13 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use libc::SIGTERM;
+
 use crate::cgroup::{CgroupError, Cgroups};
 use crate::console::{chain, say};
 use crate::launch::{FAILED, LaunchError};
 use crate::memory::Memory;
+use crate::power_button;
 use crate::protocol::Config;
 use crate::reaper::{Reaper, STACK_BYTES};
 use crate::server::{Agent, Slots, serve};
@@ -31,6 +34,8 @@ pub struct Surroundings {
     pub cgroup: PathBuf,
     /// /proc/meminfo, open.
     pub memory: File,
+    /// The device of the power button, open.
+    pub power_button: Option<File>,
 }
 
 /// Why there was no workload, or why its end is not known.
@@ -125,6 +130,10 @@ pub fn run(
         Err(error) => say(&format!("The host cannot reach the agent: {error}")),
     }
     thrash::watch(Arc::clone(&agent)).map_err(RunError::Serve)?;
+    if let Some(button) = surroundings.power_button {
+        let signal = config.stop_signal.unwrap_or(SIGTERM);
+        power_button::watch(button, Arc::clone(&agent), signal).map_err(RunError::Serve)?;
+    }
     ready();
     let end = agent.workload.wait().map_err(RunError::Serve)?;
     outputs.finish();

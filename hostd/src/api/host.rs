@@ -52,7 +52,7 @@ fn memory_of(record: &Record, kinds: &Kinds) -> u64 {
         .memory
         .max
         .or(rules.memory_default_bytes);
-    limit.map_or(0, |limit| limit.saturating_add(rules.memory_overhead_bytes))
+    limit.map_or(0, |limit| rules.memory_overhead.with(limit))
 }
 
 /// The stats of every running instance as Prometheus text.

@@ -31,13 +31,13 @@ use super::{
 use crate::api::types::{
     DeviceStats, DiskStats, Effect, ExecRequest, Exit, Isolation, Limits, Stats, VcpuStats, VmStats,
 };
-use crate::limits::Rules;
+use crate::limits::{Overhead, Rules};
 use crate::store::Record;
 
 /// Rules without a bound that a test could meet by accident.
 pub const RULES: Rules = Rules {
     memory_min_bytes: 4096,
-    memory_overhead_bytes: 0,
+    memory_overhead: Overhead::NONE,
     memory_default_bytes: None,
     mounts: true,
     user_namespace: true,

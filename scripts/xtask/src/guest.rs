@@ -30,6 +30,8 @@ const MODULES: &[&str] = &[
     "virtio_rng",                 // Entropy, before the workload wants any.
     "virtio_balloon",             // Memory that the guest does not use is the host's.
     "virtio_mem",                 // Memory that is plugged in later.
+    "button",                     // The power button,
+    "evdev",                      // And the device by which the agent hears of a press.
 ];
 
 /// Where the initramfs holds the modules' files, and where it says in which order they load.

@@ -3,6 +3,7 @@
 //! A test gets the host and a kind, and knows no more of the kind than a user would.
 
 mod api;
+mod confinement;
 mod crash;
 mod daemon;
 mod images;
@@ -11,6 +12,7 @@ mod limits;
 mod memory;
 mod network;
 mod origins;
+mod power_button;
 mod process;
 mod snapshots;
 mod users;
@@ -49,8 +51,10 @@ const HOST_TESTS: &[(Kind, &str, &[Named<HostTest>])] = &[
     (Kind::Container, "api", api::TESTS),
     (Kind::Container, "images", images::TESTS),
     (Kind::Container, "users", users::TESTS),
+    (Kind::Vm, "confinement", confinement::TESTS),
     (Kind::Vm, "crash", crash::TESTS),
     (Kind::Vm, "memory", memory::TESTS),
+    (Kind::Vm, "power_button", power_button::TESTS),
     (Kind::Vm, "vmm", vmm::TESTS),
 ];
 

@@ -1,11 +1,18 @@
 //! The VMM by itself, with a stock kernel: what hostd does not ask for.
 
+mod balloon;
+mod button;
+mod difference;
+
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::Host;
@@ -25,6 +32,18 @@ pub(crate) const TESTS: &[(&str, HostTest)] = &[
         "a_stock_kernel_is_on_the_network_while_the_hosts_kernel_serves_it",
         vhost,
     ),
+    (
+        "a_stock_kernel_hears_the_power_button_also_when_it_is_restored",
+        button::heard,
+    ),
+    (
+        "a_stock_kernel_takes_memory_out_of_the_balloon_before_it_kills_for_it",
+        balloon::deflated,
+    ),
+    (
+        "a_stock_kernel_goes_on_from_a_snapshot_and_a_difference",
+        difference::layered,
+    ),
 ];
 
 /// The kernel and the modules of hostd's own guests.
@@ -36,15 +55,19 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Clones that are made of one snapshot.
 const CLONES: usize = 3;
 
-/// The first process: tells what it finds, and then again and again what it reads from the disk, past
-/// its caches.
-const INIT: &str = r#"#!/bin/busybox sh
+/// What each first process begins with.
+const SET_UP: &str = r#"#!/bin/busybox sh
 b=/bin/busybox
 $b mkdir -p /proc /sys
 $b mount -t proc proc /proc
 $b mount -t sysfs sysfs /sys
 $b mount -t devtmpfs devtmpfs /dev
 for module in $($b cat /hostd/modules); do $b insmod $module; done
+"#;
+
+/// The first process: tells what it finds, and then again and again what it reads from the disk, past
+/// its caches.
+const INIT: &str = r#"
 for device in /sys/bus/pci/devices/*; do
     echo "pci $($b cat $device/device) $($b basename $($b readlink $device/driver))"
 done
@@ -62,13 +85,7 @@ done
 
 /// Tells again and again which disks and links there are; writes to the second disk, and takes up the
 /// second link, when they come.
-const WATCHING_INIT: &str = r#"#!/bin/busybox sh
-b=/bin/busybox
-$b mkdir -p /proc /sys
-$b mount -t proc proc /proc
-$b mount -t sysfs sysfs /sys
-$b mount -t devtmpfs devtmpfs /dev
-for module in $($b cat /hostd/modules); do $b insmod $module; done
+const WATCHING_INIT: &str = r#"
 while true; do
     echo blocks $($b ls /sys/block).
     echo links $($b ls /sys/class/net).
@@ -184,6 +201,17 @@ impl Machine {
             std::thread::sleep(Duration::from_millis(100));
         }
     }
+
+    /// Waits for its end.
+    fn end(&mut self) -> ExitStatus {
+        let pid = Pid::from_child(&self.child);
+        let process = pidfd_open(pid, PidfdFlags::empty()).expect("it is ours");
+        let mut ended = [PollFd::new(&process, PollFlags::IN)];
+        let patience = PATIENCE.try_into().expect("it is some minutes");
+        let count = poll(&mut ended, Some(&patience)).expect("it can be awaited");
+        assert_eq!(count, 1, "it goes on: {}", self.said());
+        self.child.wait().expect("it is ours")
+    }
 }
 
 impl Drop for Machine {
@@ -199,6 +227,7 @@ fn initramfs(folder: &Path, init: &str) -> Value {
     let tree = folder.join("tree");
     fs::create_dir_all(tree.join("bin")).expect("a folder can be made");
     fs::copy("/bin/busybox", tree.join("bin/busybox")).expect("the host has busybox");
+    let init = [SET_UP, init].concat();
     fs::write(tree.join("init"), init).expect("there is room");
     let pack = "chmod 755 init && find . | cpio -o -H newc >../over.cpio";
     run(Command::new("sh").args(["-c", pack]).current_dir(&tree));
@@ -327,6 +356,24 @@ fn ask(network: &Network, machine: &Machine, words: &[&str]) -> String {
     let mut command = network.command("hostd-vmm");
     command.args(words).arg("--control");
     run(command.arg(machine.folder.join("control")))
+}
+
+/// What the machine behind a control socket answers to such a request.
+#[track_caller]
+pub(crate) fn request(control: &Path, request: &Value) -> Value {
+    let mut control = UnixStream::connect(control).expect("the machine listens");
+    writeln!(control, "{request}").expect("the machine reads");
+    let mut answer = String::new();
+    let read = BufReader::new(control).read_line(&mut answer);
+    read.expect("the machine answers");
+    serde_json::from_str(&answer).expect("an answer is JSON")
+}
+
+/// Presses the power button of the machine behind a control socket.
+#[track_caller]
+pub(crate) fn press(control: &Path) {
+    let answer = request(control, &json!({"action": "power_button"}));
+    assert_eq!(answer["result"], "done", "{answer}");
 }
 
 /// Attaches what is in a file of the machine's folder.

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::api::types::{Effect, Limits, Stats};
 use crate::image::ImageError;
-use crate::limits::{self, MIB, Rules};
+use crate::limits::{self, MIB, Overhead, Rules};
 use crate::network::Attachment;
 use crate::store::Record;
 use crate::validate::FieldError;
@@ -39,7 +39,7 @@ const NO_CONSOLE: &str = "a container has no console";
 pub const RULES: Rules = Rules {
     // Less is not enough for the runtime's own first steps.
     memory_min_bytes: 6 * MIB,
-    memory_overhead_bytes: 0,
+    memory_overhead: Overhead::NONE,
     memory_default_bytes: None,
     mounts: true,
     user_namespace: true,
@@ -228,9 +228,11 @@ fn to_resources(
     limits: &Limits,
     engine: &Engine,
 ) -> Result<oci_spec::runtime::LinuxResources, DriverError> {
-    limits::to_oci(limits, 0, engine.disk, &engine.capacity).map_err(|error| DriverError::Helper {
-        action: "putting limits into OCI terms".to_owned(),
-        message: error.to_string(),
+    limits::to_oci(limits, Overhead::NONE, engine.disk, &engine.capacity).map_err(|error| {
+        DriverError::Helper {
+            action: "putting limits into OCI terms".to_owned(),
+            message: error.to_string(),
+        }
     })
 }
 

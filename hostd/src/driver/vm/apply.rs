@@ -8,7 +8,7 @@ use tokio::time::{self, Instant};
 use vmm::control::Request as MachineRequest;
 use vmm::spec::Spec;
 
-use super::{VMM_OVERHEAD_BYTES, VmDriver, machine};
+use super::{VMM_OVERHEAD, VmDriver, machine};
 use crate::api::types::{InstanceState, Limits};
 use crate::driver::DriverError;
 use crate::limits::MIB;
@@ -140,7 +140,7 @@ impl VmDriver {
 /// As much of what a machine says that it is to have as its group has let it have until now: the group
 /// is given room by that, and whoever has taken a machine over says what they like.
 fn believed_bytes(told: u64, group_limit: Option<u64>) -> u64 {
-    let most = group_limit.map(|limit| limit.saturating_sub(VMM_OVERHEAD_BYTES));
+    let most = group_limit.map(|limit| VMM_OVERHEAD.most_within(limit));
     told.min(most.unwrap_or(u64::MAX))
 }
 
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_machine_is_believed_no_more_than_its_group_has_let_it_have() {
-        let limit = Some(256 * MIB + VMM_OVERHEAD_BYTES);
+        let limit = Some(VMM_OVERHEAD.with(256 * MIB));
         let table = [
             (256 * MIB, limit, 256 * MIB),
             (128 * MIB, limit, 128 * MIB),

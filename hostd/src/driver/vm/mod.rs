@@ -11,6 +11,7 @@ mod machine;
 mod resumed;
 mod snapshots;
 mod stats;
+mod stop;
 
 use std::convert;
 use std::fs;
@@ -38,7 +39,7 @@ use super::{
     session,
 };
 use crate::api::types::{Effect, Limits, Stats};
-use crate::limits::{self, MIB, Rules};
+use crate::limits::{self, MIB, Overhead, Rules};
 use crate::network::{Attachment, format_mac};
 use crate::store::Record;
 
@@ -46,8 +47,13 @@ use crate::store::Record;
 const MEMORY_DEFAULT_BYTES: u64 = 512 * MIB;
 /// What a VM without `disk.size` has; sparse, so that it costs what is used.
 const DISK_DEFAULT_BYTES: u64 = 10 << 30;
-/// What a VMM takes beside its guest's memory: itself, the tables that map the guest, buffers.
-const VMM_OVERHEAD_BYTES: u64 = 64 * MIB;
+/// What a VMM takes beside its guest's memory: itself and its buffers; and the tables that map the
+/// guest, the process's and KVM's, which take 8 bytes each for a page of 4 KiB where there are no
+/// larger ones.
+const VMM_OVERHEAD: Overhead = Overhead {
+    fixed_bytes: 64 * MIB,
+    per_256_bytes: 1,
+};
 /// A machine that has hung up ends within milliseconds; then its monitor takes its container down.
 const END_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -57,7 +63,7 @@ const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
 /// What is fixed about virtual machines.
 pub const RULES: Rules = Rules {
     memory_min_bytes: 64 * MIB,
-    memory_overhead_bytes: VMM_OVERHEAD_BYTES,
+    memory_overhead: VMM_OVERHEAD,
     memory_default_bytes: Some(MEMORY_DEFAULT_BYTES),
     mounts: false,
     user_namespace: false,
@@ -125,7 +131,14 @@ impl VmDriver {
         phases.mark("network");
 
         let segment = run.join("segment.cpio");
-        let config = agent_config(record, &workload, image_disk.fs, attachment.as_ref());
+        let signal = stop_signal(&image.config);
+        let config = agent_config(
+            record,
+            &workload,
+            signal,
+            image_disk.fs,
+            attachment.as_ref(),
+        );
         write_segment(&segment, &config)?;
         let parts = Parts {
             kernel: engine.paths.guest_kernel(),
@@ -189,7 +202,7 @@ impl VmDriver {
         memory: u64,
     ) -> Result<oci_spec::runtime::LinuxResources, DriverError> {
         let limits = machine::cgroup_limits(limits, vcpus, memory);
-        limits::to_oci(&limits, VMM_OVERHEAD_BYTES, None, &self.engine.capacity).map_err(|error| {
+        limits::to_oci(&limits, VMM_OVERHEAD, None, &self.engine.capacity).map_err(|error| {
             DriverError::Helper {
                 action: "putting limits into OCI terms".to_owned(),
                 message: error.to_string(),
@@ -205,7 +218,7 @@ impl VmDriver {
                     .images
                     .unpacked(&record.instance.image_digest)
                     .map_err(|error| from_image(&error))?;
-                self.signal(record, stop_signal(&image.config)).await
+                stop::ask(&self.run(record), stop_signal(&image.config)).await
             }
             Control::Signal(signal) => self.signal(record, signal).await,
             Control::Kill => engine.kill(record).await,
@@ -407,6 +420,7 @@ fn check_host(engine: &Engine) -> Result<(), DriverError> {
 fn agent_config(
     record: &Record,
     workload: &Workload,
+    stop_signal: Signal,
     image_fs: &str,
     attachment: Option<&Attachment>,
 ) -> protocol::Config {
@@ -438,6 +452,7 @@ fn agent_config(
         hostname,
         pids_max: spec.limits.pids.max,
         clock_ns: i64::try_from(Timestamp::now().as_nanosecond()).ok(),
+        stop_signal: Some(stop_signal as i32),
         machine_id: machine_id::of_clone(&record.instance),
     }
 }

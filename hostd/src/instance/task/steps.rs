@@ -255,14 +255,15 @@ impl Task {
     pub(super) async fn stop(&mut self, patience: Option<Duration>) {
         let paused = self.state() == InstanceState::Paused;
         self.become_stopping().await;
-        let patience = self.patience(patience);
-        self.stop_due = Some(Instant::now() + patience);
+        let mut patience = self.patience(patience);
         if paused {
             self.act(Control::Resume).await;
         }
         if patience.is_zero() || !self.act(Control::AskToStop).await {
-            self.stop_due = Some(Instant::now());
+            patience = Duration::ZERO;
         }
+        // From when it was asked on, which may take a while if the first way to do so fails.
+        self.stop_due = Some(Instant::now() + patience);
     }
 
     pub(super) async fn kill(&mut self) {
