@@ -1,6 +1,6 @@
 //! Every limit binds when it is exceeded, and can be changed on a running instance.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tests::{Host, Kind};
 
@@ -32,43 +32,53 @@ fn memory(host: &Host, kind: Kind) {
     host.hostctl(&["rm", &name]).ok();
 }
 
-/// What a container's process frees is the host's at once; a guest's kernel tells its VMM after some
-/// seconds.
 fn freed(host: &Host, kind: Kind) {
-    const FREED: u64 = 80 << 20;
-    const SECONDS_MAX: u32 = 120;
     let name = format!("freed-{}", kind.name());
     start_idle(host, kind, &name, &["--memory", "256M"]);
+    frees(host, kind, &name);
+    host.hostctl(&["rm", "--force", &name]).ok();
+}
+
+/// What a container's process frees is the host's at once; a guest's kernel tells its VMM after some
+/// seconds.
+pub(crate) fn frees(host: &Host, _kind: Kind, name: &str) {
+    const FREED: u64 = 80 << 20;
+    const SECONDS_MAX: u32 = 120;
+    host.hostctl(&["update", "--memory", "256M", name]).ok();
     // `tail` keeps as much until its input ends.
     let hog = "head -c 120m /dev/zero | tail -c 119m >/dev/null";
-    host.hostctl(&["exec", &name, "sh", "-c", hog]).ok();
+    host.hostctl(&["exec", name, "sh", "-c", hog]).ok();
     let back = (0..SECONDS_MAX).any(|_| {
-        let stats = stats(host, &name);
+        let stats = stats(host, name);
         let bytes = |field: &str| stats[field].as_u64().expect("stats show memory");
         let back = bytes("memory_bytes") + FREED <= bytes("memory_peak_bytes");
         if !back {
-            host.hostctl(&["exec", &name, "sleep", "1"]).ok();
+            host.hostctl(&["exec", name, "sleep", "1"]).ok();
         }
         back
     });
     assert!(back, "the host has not got back what was freed");
-    host.hostctl(&["rm", "--force", &name]).ok();
 }
 
 fn resize(host: &Host, kind: Kind) {
     let name = format!("resize-{}", kind.name());
     start_idle(host, kind, &name, &["--memory", "128M"]);
-    let hog = "head -c 160m /dev/zero | tail -c 159m >/dev/null";
-    let hog = || host.hostctl(&["exec", &name, "sh", "-c", hog]);
-    hog().exits(137);
-    host.hostctl(&["update", "--memory", "384M", &name]).ok();
-    hog().exits(0);
-    host.hostctl(&["update", "--memory", "128M", &name]).ok();
-    hog().exits(137);
-    host.hostctl(&["update", "--memory", "96M", &name]).ok();
-    let said = host.hostctl(&["exec", &name, "echo", "alive"]).ok();
-    assert_eq!(said, "alive\n");
+    resizes(host, kind, &name);
     host.hostctl(&["rm", "--force", &name]).ok();
+}
+
+/// One that was started with 128 MiB.
+pub(crate) fn resizes(host: &Host, _kind: Kind, name: &str) {
+    let hog = "head -c 160m /dev/zero | tail -c 159m >/dev/null";
+    let hog = || host.hostctl(&["exec", name, "sh", "-c", hog]);
+    hog().exits(137);
+    host.hostctl(&["update", "--memory", "384M", name]).ok();
+    hog().exits(0);
+    host.hostctl(&["update", "--memory", "128M", name]).ok();
+    hog().exits(137);
+    host.hostctl(&["update", "--memory", "96M", name]).ok();
+    let said = host.hostctl(&["exec", name, "echo", "alive"]).ok();
+    assert_eq!(said, "alive\n");
 }
 
 fn pids(host: &Host, kind: Kind) {
@@ -100,20 +110,44 @@ fn load(host: &Host, name: &str) -> f64 {
 fn cpu(host: &Host, kind: Kind) {
     let name = format!("busy-{}", kind.name());
     start_idle(host, kind, &name, &["--cpus", "0.3"]);
-    let burn = "while :; do :; done & while :; do :; done & sleep 0";
-    host.hostctl(&["exec", &name, "sh", "-c", burn]).ok();
-    let capped = load(host, &name);
+    is_capped(host, kind, &name);
+    host.hostctl(&["rm", "--force", &name]).ok();
+}
+
+pub(crate) fn is_capped(host: &Host, _kind: Kind, name: &str) {
+    host.hostctl(&["update", "--cpus", "0.3", name]).ok();
+    let burn = "rm -f /cool; for n in 1 2; do while [ ! -e /cool ]; do :; done & done";
+    host.hostctl(&["exec", name, "sh", "-c", burn]).ok();
+    let capped = load(host, name);
     assert!(
         capped < 0.4,
         "0.3 processors were allowed and {capped:.2} used"
     );
-    host.hostctl(&["update", "--cpus", "0.1", &name]).ok();
-    let lowered = load(host, &name);
+    host.hostctl(&["update", "--cpus", "0.1", name]).ok();
+    let lowered = load(host, name);
     assert!(
         lowered < 0.17,
         "0.1 processors were allowed and {lowered:.2} used"
     );
-    host.hostctl(&["rm", "--force", &name]).ok();
+    host.hostctl(&["update", "--cpus", "1", name]).ok();
+    host.hostctl(&["exec", name, "touch", "/cool"]).ok();
+}
+
+/// What [`writes_slowly`] takes the instance to have been started with.
+pub(crate) const SLOW_DISK: &[&str] = &["--disk-write-bps", "2M"];
+
+/// A VM keeps to the rate of its disk. (How a container's is kept is the kernel's affair, and whether,
+/// that of the file system.)
+pub(crate) fn writes_slowly(host: &Host, kind: Kind, name: &str) {
+    if kind == Kind::Container {
+        return;
+    }
+    let begun = Instant::now();
+    let write = "dd if=/dev/zero of=/written bs=64k count=64 conv=fsync 2>/dev/null && rm /written";
+    host.hostctl(&["exec", name, "sh", "-c", write]).ok();
+    // Two seconds' worth, less the tenth of a second's that passes at once.
+    let taken = begun.elapsed();
+    assert!(taken > Duration::from_millis(1800), "it took {taken:?}");
 }
 
 fn update(host: &Host, kind: Kind) {

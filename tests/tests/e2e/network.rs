@@ -44,30 +44,9 @@ fn published(host: &Host, kind: Kind) {
         Kind::Container => "18080",
         Kind::Vm => "18081",
     };
-    let script = "echo it works >/tmp/index.html; httpd -p 80 -h /tmp; echo up; sleep 1000000";
     let publish = format!("{port}:80");
-    let options = [
-        "run",
-        "-d",
-        "--name",
-        &name,
-        "--isolation",
-        kind.name(),
-        "-p",
-        &publish,
-    ];
-    host.hostctl(&[&options[..], &["busybox", "sh", "-c", script]].concat())
-        .ok();
-    super::lifecycle::await_log(host, &name, "up");
-    for (address, port) in [("127.0.0.1".to_owned(), port), (address(host, &name), "80")] {
-        // By netcat: the applets of a static busybox that look up service names crash on some hosts.
-        let get = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | busybox nc {address} {port}");
-        let page = host.run("sh", &["-c", &get]).ok();
-        assert!(
-            page.ends_with("\r\n\r\nit works\n"),
-            "{address}:{port} answered: {page}"
-        );
-    }
+    start_idle(host, kind, &name, &["-p", &publish]);
+    serves(host, kind, &name);
     let taken = host.hostctl(&[&["run", "-d", "-p", &publish], &["busybox", "true"][..]].concat());
     let taken = taken.exits(125);
     assert!(
@@ -76,6 +55,24 @@ fn published(host: &Host, kind: Kind) {
         taken.stderr
     );
     host.hostctl(&["rm", "--force", &name]).ok();
+}
+
+/// What it serves on port 80 is at its address, and at the host's port if that is published.
+pub(crate) fn serves(host: &Host, _kind: Kind, name: &str) {
+    let serve = "mkdir -p /www; echo it works >/www/index.html; httpd -p 80 -h /www";
+    host.hostctl(&["exec", name, "sh", "-c", serve]).ok();
+    let instance = host.hostctl(&["inspect", "--json", name]).json();
+    let port = instance["spec"]["network"]["ports"][0]["host"].as_u64();
+    let published = port.map(|port| ("127.0.0.1".to_owned(), port));
+    for (address, port) in published.into_iter().chain([(address(host, name), 80)]) {
+        // By netcat: the applets of a static busybox that look up service names crash on some hosts.
+        let get = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | busybox nc {address} {port}");
+        let page = host.run("sh", &["-c", &get]).ok();
+        assert!(
+            page.ends_with("\r\n\r\nit works\n"),
+            "{address}:{port} answered: {page}"
+        );
+    }
 }
 
 fn none(host: &Host, kind: Kind) {

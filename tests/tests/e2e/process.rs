@@ -103,8 +103,14 @@ fn kernels(host: &Host, kind: Kind) {
 
 fn exec(host: &Host, kind: Kind) {
     let name = format!("exec-{}", kind.name());
-    start_idle(host, kind, &name, &[]);
-    let exec = |arguments: &[&str]| host.hostctl(&[&["exec", name.as_str()], arguments].concat());
+    start_script(host, kind, &name, &[], "while :; do sleep 1000000; done");
+    executes(host, kind, &name);
+    host.hostctl(&["rm", "--force", &name]).ok();
+}
+
+/// One whose workload is a shell script that does not end.
+pub(crate) fn executes(host: &Host, _kind: Kind, name: &str) {
+    let exec = |arguments: &[&str]| host.hostctl(&[&["exec", name], arguments].concat());
 
     assert_eq!(exec(&["echo", "hello"]).ok(), "hello\n");
     exec(&["sh", "-c", "exit 9"]).exits(9);
@@ -122,11 +128,11 @@ fn exec(host: &Host, kind: Kind) {
 
     // The workload is process 1, or a child of the VM's init; either way exec sees it.
     assert!(
-        exec(&["ps"]).ok().contains("sleep"),
+        exec(&["ps"]).ok().contains("while :;"),
         "the workload is not visible from exec"
     );
 
-    let mut command = host.hostctl_command(&["exec", "-i", &name, "wc", "-c"]);
+    let mut command = host.hostctl_command(&["exec", "-i", name, "wc", "-c"]);
     command.stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().expect("hostctl runs");
     let input = child.stdin.take().expect("the stream is piped");
@@ -143,7 +149,6 @@ fn exec(host: &Host, kind: Kind) {
         String::from_utf8_lossy(&output.stdout).trim(),
         length.to_string()
     );
-    host.hostctl(&["rm", "--force", &name]).ok();
 }
 
 fn as_asked(host: &Host, kind: Kind) {
