@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::openpty;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm::control::{ExitStatus, Request, Response, SnapshotReport};
@@ -184,10 +186,27 @@ impl Running {
         loop {
             match UnixStream::connect(&path) {
                 Ok(stream) => return stream,
+                Err(error) if self.has_ended() => panic!("{error}: {}", self.last_words()),
                 Err(error) if start.elapsed() > PATIENCE => panic!("no control socket: {error}"),
                 Err(_) => std::thread::yield_now(),
             }
         }
+    }
+
+    /// Whether it has, for whoever waits for it later.
+    fn has_ended(&self) -> bool {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        let status = waitid(Id::Pid(Pid::from_raw(self.pid())), flags);
+        status.unwrap() != WaitStatus::StillAlive
+    }
+
+    /// What it has said to standard error, once it has ended.
+    fn last_words(&self) -> String {
+        let stderr = self.child.stderr.as_ref().unwrap().as_fd();
+        let mut stderr = File::from(stderr.try_clone_to_owned().unwrap());
+        let mut words = String::new();
+        stderr.read_to_string(&mut words).unwrap();
+        words
     }
 
     /// Ends it. What it left in its folder stays.
