@@ -61,7 +61,12 @@ impl StartError {
         match self {
             Self::Hook(_) => true,
             Self::Failed(failure) => failure.reason == Reason::Hook,
-            _ => false,
+            Self::State(_)
+            | Self::Status { .. }
+            | Self::Raced { .. }
+            | Self::Died
+            | Self::Readiness(_)
+            | Self::Step { .. } => false,
         }
     }
 }

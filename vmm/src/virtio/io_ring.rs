@@ -1,4 +1,6 @@
 //! What users of io_uring have in common.
+//!
+//! UNSAFETY: a test hands operations to a ring of its own.
 
 use std::io;
 

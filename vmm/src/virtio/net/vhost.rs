@@ -167,12 +167,12 @@ impl VirtioDevice for VhostNet {
             return Ok(Signal::NONE);
         };
         if !served.running {
-            self.start(index, queue, mem).map_err(|error| match error {
-                VhostError::Ring => DeviceError::Guest {
-                    index,
-                    source: Error::FindMemoryRegion,
-                },
-                error => error.into(),
+            self.start(index, queue, mem).map_err(|error| {
+                if matches!(error, VhostError::Ring) {
+                    let source = Error::FindMemoryRegion;
+                    return DeviceError::Guest { index, source };
+                }
+                error.into()
             })?;
         }
         match self.queues[index].kick.write(1) {
