@@ -1,5 +1,7 @@
 //! Every limit binds when it is exceeded, and can be changed on a running instance.
 
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use tests::{Host, Kind};
@@ -93,8 +95,23 @@ fn pids(host: &Host, kind: Kind) {
     host.hostctl(&["rm", "--force", &name]).ok();
 }
 
+/// A process in the instance that sleeps for two seconds once it is told to. It is there before the
+/// instance is short of time: one that takes too long to start a process is given up.
+fn sleeper(host: &Host, name: &str) -> Child {
+    let script = "echo there; read -r go; sleep 2";
+    let mut command = host.hostctl_command(&["exec", "-i", name, "sh", "-c", script]);
+    let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut sleeper = command.spawn().expect("hostctl runs");
+    let output = sleeper.stdout.as_mut().expect("the stream is piped");
+    let mut line = String::new();
+    let read = BufReader::new(output).read_line(&mut line);
+    read.expect("the process speaks");
+    assert_eq!(line, "there\n");
+    sleeper
+}
+
 /// Processors' worth of time that the instance uses, over the time that the work below takes.
-fn load(host: &Host, name: &str) -> f64 {
+fn load(host: &Host, name: &str, mut sleeper: Child) -> f64 {
     let used = || -> f64 {
         stats(host, name)["cpu_usage_us"]
             .as_f64()
@@ -103,7 +120,9 @@ fn load(host: &Host, name: &str) -> f64 {
     };
     let (before, started) = (used(), Instant::now());
     // Two seconds of the instance's own clock is what is measured, however long they take.
-    host.hostctl(&["exec", name, "sleep", "2"]).ok();
+    let mut input = sleeper.stdin.take().expect("the stream is piped");
+    input.write_all(b"go\n").expect("hostctl reads");
+    assert!(sleeper.wait().expect("hostctl ends").success());
     (used() - before) / started.elapsed().as_secs_f64()
 }
 
@@ -115,22 +134,24 @@ fn cpu(host: &Host, kind: Kind) {
 }
 
 pub(crate) fn is_capped(host: &Host, _kind: Kind, name: &str) {
+    let (one, other) = (sleeper(host, name), sleeper(host, name));
     host.hostctl(&["update", "--cpus", "0.3", name]).ok();
-    let burn = "rm -f /cool; for n in 1 2; do while [ ! -e /cool ]; do :; done & done";
+    let burn = "for n in 1 2; do while :; do :; done & echo $! >>/burning; done";
     host.hostctl(&["exec", name, "sh", "-c", burn]).ok();
-    let capped = load(host, name);
+    let capped = load(host, name, one);
     assert!(
         capped < 0.4,
         "0.3 processors were allowed and {capped:.2} used"
     );
     host.hostctl(&["update", "--cpus", "0.1", name]).ok();
-    let lowered = load(host, name);
+    let lowered = load(host, name, other);
     assert!(
         lowered < 0.17,
         "0.1 processors were allowed and {lowered:.2} used"
     );
     host.hostctl(&["update", "--cpus", "1", name]).ok();
-    host.hostctl(&["exec", name, "touch", "/cool"]).ok();
+    let cool = "kill $(cat /burning) && rm /burning";
+    host.hostctl(&["exec", name, "sh", "-c", cool]).ok();
 }
 
 /// What [`writes_slowly`] takes the instance to have been started with.
