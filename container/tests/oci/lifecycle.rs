@@ -1,13 +1,14 @@
 //! From create to delete: states, signals, races, crashes and what is said when something is wrong.
 
-use std::fs;
-use std::io::{BufRead, BufReader};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixListener;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use container::cgroup::Cgroup;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use serde_json::json;
 
 use crate::bundle::{Bundle, finish_child};
@@ -429,7 +430,7 @@ fn an_engine_gets_the_terminal_over_its_console_socket() {
     }
 }
 
-pub(crate) fn receive_descriptor(socket: &std::os::unix::net::UnixStream) -> fs::File {
+pub(crate) fn receive_descriptor(socket: &std::os::unix::net::UnixStream) -> File {
     use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -438,7 +439,7 @@ pub(crate) fn receive_descriptor(socket: &std::os::unix::net::UnixStream) -> fs:
     recvmsg(socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC).unwrap();
     for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(mut descriptors) = message {
-            return fs::File::from(descriptors.next().unwrap());
+            return File::from(descriptors.next().unwrap());
         }
     }
     panic!("no descriptor came");
@@ -490,20 +491,40 @@ fn run_relays_a_terminal() {
     assert_eq!((ended.status, ended.stdout.as_str()), (4, "yes\n"));
 }
 
+/// What a command writes to a terminal.
+fn shown_by(mut command: Command) -> String {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    unlockpt(&master).unwrap();
+    let peer = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let slave = ioctl_tiocgptpeer(&master, peer).unwrap();
+    command.stdin(slave.try_clone().unwrap()).stdout(slave);
+    let child = command.stderr(Stdio::piped()).spawn().unwrap();
+    // It has the other side, too.
+    drop(command);
+    let ended = finish_child(child);
+    assert_eq!(ended.status, 0, "{ended:?}");
+    let mut shown = Vec::new();
+    // It fails when nobody has the other side any more.
+    let end = File::from(master).read_to_end(&mut shown).unwrap_err();
+    assert_eq!(end.raw_os_error(), Some(libc::EIO));
+    String::from_utf8(shown).unwrap()
+}
+
 #[test]
 fn only_for_a_terminal_do_lines_end_as_a_terminals() {
     let bundle = Bundle::new("echo one; echo two >/dev/console")
         .with(|config| config["process"]["terminal"] = json!(true));
     // In a pipe they are as the program wrote them.
     assert_eq!(bundle.run().stdout, "one\ntwo\n");
-    let ended = bundle.script(r#"script --quiet --command "$RUN" /dev/null"#);
-    assert_eq!(ended.stdout, "one\r\ntwo\r\n", "{ended:?}");
+    let mut command = bundle.command(&["run"]);
+    command.arg(&bundle.id);
+    assert_eq!(shown_by(command), "one\r\ntwo\r\n");
 }
 
 #[test]
 fn descriptors_are_passed_only_when_asked_for() {
     let bundle = Bundle::new("ls /proc/self/fd; cat <&3");
-    let mut shell = std::process::Command::new("/bin/sh");
+    let mut shell = Command::new("/bin/sh");
     let run = bundle.command(&["run", "--preserve-fds", "1"]);
     let words: Vec<String> = std::iter::once(run.get_program())
         .chain(run.get_args())

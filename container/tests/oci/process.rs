@@ -4,7 +4,9 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread;
 
+use rustix::thread::{Gid, set_thread_groups};
 use serde_json::{Value, json};
 
 use crate::bundle::{Bundle, finish, finish_child, share_namespace};
@@ -412,19 +414,26 @@ fn a_container_whose_processes_outlive_its_first_one_is_stopped_and_can_be_delet
 
 #[test]
 fn the_callers_groups_can_be_kept() {
-    for (value, expected) in [("1", "5 6\n"), ("0", "7\n")] {
-        let bundle =
-            Bundle::new("grep ^Groups: /proc/self/status | xargs | cut -d' ' -f2-; exec sleep 100")
-                .with(|config| {
-                    config["annotations"] = json!({"run.oci.keep_original_groups": value});
-                    config["process"]["user"]["additionalGids"] = json!([7]);
-                });
-        let script = "grep ^Groups: /proc/self/status | xargs | cut -d' ' -f2-";
-        let host = format!(
-            r#"setpriv --groups 5,6 $R run --detach $ID >out; setpriv --groups 5,6 $R exec $ID sh -c "{script}"; \
-            cat out; $R delete --force $ID"#
-        );
-        let ended = bundle.script(&host);
-        assert_eq!(ended.stdout, expected.repeat(2), "{value}: {ended:?}");
+    let groups = |status: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix("Groups:"));
+        line.unwrap().trim().to_owned()
+    };
+    for (value, expected) in [("1", "5 6"), ("0", "7")] {
+        let bundle = Bundle::new("exec sleep 100").with(|config| {
+            config["annotations"] = json!({"run.oci.keep_original_groups": value});
+            config["process"]["user"]["additionalGids"] = json!([7]);
+        });
+        let call = || {
+            // Of this thread alone, and of what it makes.
+            set_thread_groups(&[5, 6].map(Gid::from_raw)).unwrap();
+            assert_eq!(bundle.quiet(&["run", "--detach"]).status, 0);
+            bundle.verb(&["exec"], &["cat", "/proc/self/status"]).stdout
+        };
+        let one_more = thread::scope(|scope| scope.spawn(call).join().unwrap());
+        let pid = bundle.state()["pid"].clone();
+        let first = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        for status in [first, one_more] {
+            assert_eq!(groups(&status), expected, "{value}: {status}");
+        }
     }
 }
