@@ -224,6 +224,11 @@ impl VirtioDevice for VhostNet {
     fn reset(&mut self) {
         // The kernel refuses it only for queues that there are not.
         let _ = self.stop();
+        for queue in &self.queues {
+            // What the kernel has found since is not the next driver's.
+            let _ = queue.call.read();
+            let _ = queue.malformed.read();
+        }
         self.features = 0;
         self.moved = false;
     }
