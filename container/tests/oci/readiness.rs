@@ -41,8 +41,13 @@ impl Manager {
     /// The next message, with what came with it closed.
     fn hear(&self) -> String {
         let mut bytes = [0; 4096];
-        let length = self.socket.recv(&mut bytes).unwrap();
-        String::from_utf8_lossy(&bytes[..length]).into_owned()
+        loop {
+            match self.socket.recv(&mut bytes) {
+                // Where it may take only so long, the kernel does not begin again by itself.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                length => return String::from_utf8_lossy(&bytes[..length.unwrap()]).into_owned(),
+            }
+        }
     }
 
     /// Hears that the container is ready, and lets its starter end.
@@ -308,6 +313,7 @@ fn hooks_and_exec_have_nothing_to_do_with_it() {
         let kinds = ["createRuntime", "poststart", "poststop"];
         config["hooks"] = kinds.iter().map(|kind| (*kind, hook(kind))).collect();
     });
+    let heard = || fs::read_to_string(bundle.path().join("hooks")).unwrap();
     let manager = Manager::new(&bundle);
     for words in [&["create"][..], &["start"], &["delete", "--force"]] {
         let mut starter = verb(&bundle, words, &manager.path).spawn().unwrap();
@@ -319,15 +325,20 @@ fn hooks_and_exec_have_nothing_to_do_with_it() {
             exec.stdout(Stdio::piped());
             let output = exec.spawn().unwrap().wait_with_output().unwrap();
             assert_eq!(String::from_utf8_lossy(&output.stdout), "<>\n");
+            // It runs before its hooks do.
+            let start = Instant::now();
+            while !heard().contains("poststart") {
+                assert!(start.elapsed() < PATIENCE, "{}", heard());
+                std::thread::yield_now();
+            }
             starter.kill().unwrap();
             starter.wait().unwrap();
         } else {
             assert_eq!(finish_child(starter).status, 0);
         }
     }
-    let heard = fs::read_to_string(bundle.path().join("hooks")).unwrap();
     let path = manager.path.display();
     let expected = ["createRuntime", "poststart", "poststop"].map(|kind| format!("{kind} {path}"));
-    assert_eq!(heard.lines().collect::<Vec<_>>(), expected);
+    assert_eq!(heard().lines().collect::<Vec<_>>(), expected);
     manager.assert_hears_nothing_more();
 }
