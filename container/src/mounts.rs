@@ -57,8 +57,8 @@ pub(crate) struct MountError {
 /// get. One without a name is a cgroup v2 hierarchy, alone.
 pub(crate) type CgroupTrees = Vec<(String, OwnedFd)>;
 
-/// Makes them; `cgroups` are those of each `cgroup` mount. With `spread` a mount that is to be shared is shared with the host; without it, only with
-/// what the container makes of it, as with the other runtimes.
+/// Makes them; `cgroups` are those of each `cgroup` mount. With `spread` a mount that is to be shared is
+/// shared with the host; without it, only with what the container makes of it, as with the other runtimes.
 pub(crate) fn make(
     mounts: &[MountPlan],
     root: &Root,

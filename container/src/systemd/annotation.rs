@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use super::Value;
 
-const PREFIX: &str = "org.systemd.property.";
+pub(crate) const PREFIX: &str = "org.systemd.property.";
 const MICROSECONDS_PER_SECOND: f64 = 1_000_000.0;
 /// Later numbers are not exact as floating point; it is 285 years.
 const SECONDS_MAX: f64 = 9_007_199_254.0;

@@ -6,6 +6,7 @@ use crate::criu;
 use crate::plan::KEEP_GROUPS;
 use crate::plan::capability;
 use crate::plan::options;
+use crate::systemd::annotation;
 
 const HOOKS: [&str; 6] = [
     "prestart",
@@ -65,11 +66,7 @@ const MEMORY_FLAGS: [&str; 3] = [
 
 /// What a configuration may have in its annotations to get around other parts of it: who takes configurations
 /// from others should not take these. One that ends with a dot is the beginning of many.
-const UNSAFE_ANNOTATIONS: [&str; 3] = [
-    criu::CONFIG_ANNOTATION,
-    "org.systemd.property.",
-    KEEP_GROUPS,
-];
+const UNSAFE_ANNOTATIONS: [&str; 3] = [criu::CONFIG_ANNOTATION, annotation::PREFIX, KEEP_GROUPS];
 
 /// The features structure of the runtime specification 1.1 and later.
 pub fn features() -> Value {

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use serde_json::{Value, json};
 
 use crate::bundle::{Bundle, Ended, finish, finish_child, is_own};
-use crate::lifecycle::receive_descriptor;
+use crate::terminal::receive_descriptor;
 
 /// Answers each line with it and how many there were before, which is nowhere but in its memory.
 pub(crate) const COUNTING: &str = "n=0; while read line; do echo $n $line; n=$((n+1)); done";

@@ -24,4 +24,5 @@ mod seccomp;
 mod suites;
 mod systemd;
 mod systemd_user;
+mod terminal;
 mod update;

@@ -13,7 +13,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
 
 use crate::bundle::{Bundle, PATIENCE, finish, finish_child, share_namespace};
-use crate::lifecycle::receive_descriptor;
+use crate::terminal::receive_descriptor;
 
 fn sleeping() -> Bundle {
     Bundle::new("exec sleep 100")

@@ -73,8 +73,7 @@ fn has_key(keys: &str, key: u16) -> bool {
 pub(crate) fn watch(button: File, agent: Arc<Agent>, signal: i32) -> io::Result<()> {
     let thread = thread::Builder::new().stack_size(STACK_BYTES);
     let ask_to_stop = move || {
-        let sent = agent.reaper.signal(agent.workload.process(), signal, false);
-        if let Err(error) = sent {
+        if let Err(error) = agent.signal_workload(signal) {
             say(&format!("Failed to signal the workload: {error}"));
         }
     };

@@ -63,6 +63,13 @@ pub(crate) struct Agent {
     pub(crate) memory_at_start: Memory,
 }
 
+impl Agent {
+    /// Sends the workload's process a signal, unless it has ended.
+    pub(crate) fn signal_workload(&self, signal: i32) -> io::Result<()> {
+        self.reaper.signal(self.workload.process(), signal, false)
+    }
+}
+
 /// How many of something there are, with a bound.
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
@@ -179,9 +186,9 @@ fn respond(agent: &Agent, request: &Request) -> Result<Response, RequestError> {
         // It has a conversation of its own.
         Request::Exec(_) => {}
         Request::Signal { signal } => {
-            let process = agent.workload.process();
-            let sent = agent.reaper.signal(process, *signal, false);
-            sent.map_err(RequestError::Signal)?;
+            agent
+                .signal_workload(*signal)
+                .map_err(RequestError::Signal)?;
         }
         Request::Resize { rows, cols } => {
             let resized = agent.workload.resize(*rows, *cols);

@@ -43,7 +43,8 @@ struct Attack {
     queue_size: u16,
     /// Before the device starts.
     prepare: fn(Guest) -> Guest,
-    /// Again and again.
+    /// Again and again. Of the chains of a full queue that were not described, the ring names the first one,
+    /// as rings of zeroes do.
     attack: fn(Guest) -> Guest,
     /// What grows while the guest gets what it wants.
     taken: fn(&Stats) -> u64,
@@ -141,15 +142,6 @@ fn own_kib(running: &Running) -> u64 {
     own
 }
 
-/// Makes a full queue of chains available, and waits until they are back. Where fewer were described, the
-/// ring names the first one, as rings of zeroes do.
-fn fill(guest: Guest, queue: Queue, size: u16) -> Guest {
-    guest
-        .make_more_available(queue, size)
-        .kick(PLACE, queue)
-        .wait_all_used(queue)
-}
-
 #[test]
 fn a_guest_that_wants_all_random_bytes_holds_nobody_up() {
     Attack {
@@ -162,7 +154,7 @@ fn a_guest_that_wants_all_random_bytes_holds_nobody_up() {
         queues: 1,
         queue_size: 64,
         prepare: |guest| guest.describe(QUEUE, &[&[(DATA, 8 << 20, true)]]),
-        attack: |guest| fill(guest, QUEUE, 64),
+        attack: |guest| guest.exchange(PLACE, QUEUE, 64),
         taken: |stats| stats.rng.unwrap().bytes,
         at_times: |stats| stats.rng.unwrap().requests > 64,
         held_mib: 0,
@@ -190,7 +182,11 @@ fn a_guest_that_gives_up_scattered_pages_for_ever_holds_nobody_up() {
                 .describe(QUEUE, &[&[(REQUESTS, 1024, false)]])
                 .describe(Queue(3), &[&[(DATA, 8 << 20, true)]])
         },
-        attack: |guest| fill(fill(guest, QUEUE, 32), Queue(3), 32),
+        attack: |guest| {
+            guest
+                .exchange(PLACE, QUEUE, 32)
+                .exchange(PLACE, Queue(3), 32)
+        },
         taken: |stats| stats.balloon.as_ref().unwrap().reported_bytes,
         at_times: |stats| stats.balloon.as_ref().unwrap().reported_bytes > 8 << 20,
         held_mib: 0,
@@ -229,7 +225,7 @@ fn a_guest_that_plugs_memory_in_and_out_for_ever_holds_nobody_up() {
                 .map(START)
         },
         // What it touches is the host's to provide, plugged in or not.
-        attack: |guest| fill(guest, QUEUE, 8).store_far(START, 1),
+        attack: |guest| guest.exchange(PLACE, QUEUE, 8).store_far(START, 1),
         taken: |stats| stats.devices[0].interrupts,
         at_times: |stats| stats.mem.unwrap().plugged_bytes == 48 << 20,
         held_mib: 0,
@@ -282,11 +278,9 @@ fn a_guest_that_connects_for_ever_and_receives_nothing_holds_nobody_up() {
         // From another port each time.
         attack: |guest| {
             let ports = (DATA + 16..).step_by(0x1_0000).take(PACKETS.len());
-            fill(
-                ports.fold(guest, |guest, port| guest.add_word(port, 1)),
-                Queue(1),
-                8,
-            )
+            ports
+                .fold(guest, |guest, port| guest.add_word(port, 1))
+                .exchange(PLACE, Queue(1), 8)
         },
         taken: |stats| stats.vsock.unwrap().sent_packets,
         at_times: |stats| {

@@ -137,10 +137,7 @@ fn writing() -> Guest {
         (REQUEST + 16, 1, true),
     ];
     let (place, queue) = (Place::Mmio, Queue(0));
-    let write = guest()
-        .make_more_available(queue, 1)
-        .kick(place, queue)
-        .wait_all_used(queue);
+    let write = guest().exchange(place, queue, 1);
     guest()
         .set_up_device(place, FLUSHES, 1, 16)
         .store_long(REQUEST, 1)

@@ -193,6 +193,13 @@ impl Guest {
         self.add_word(queue.available() + 2, count)
     }
 
+    /// Makes so many more chains available, and waits until all have come back.
+    pub(crate) fn exchange(self, place: Place, queue: Queue, count: u16) -> Guest {
+        self.make_more_available(queue, count)
+            .kick(place, queue)
+            .wait_all_used(queue)
+    }
+
     /// Starts the device, which finds what is available.
     pub(crate) fn start_device(self, place: Place) -> Guest {
         match place {

@@ -62,12 +62,13 @@ fn ip(arguments: &str) {
     assert!(status.success(), "ip {arguments}");
 }
 
-/// The kernel lets frames through some time after a tap was attached to: not before one has come.
-pub(super) fn wait_for_link(tap: &Tap, host: &UdpSocket) {
+/// The kernel lets frames through some time after a tap was attached to: not before one has come. `guest` is
+/// who has it.
+pub(super) fn wait_for_link(tap: &Tap, host: &UdpSocket, guest: [u8; 4]) {
     let deadline = Instant::now() + PATIENCE;
     let mut frame = [0; 2048];
     loop {
-        host.send_to(b"probe", (Ipv4Addr::from(GUEST), PORT))
+        host.send_to(b"probe", (Ipv4Addr::from(guest), PORT))
             .unwrap();
         let mut fds = [PollFd::new(tap.as_fd(), PollFlags::POLLIN)];
         if poll(&mut fds, PollTimeout::from(20u8)).unwrap() > 0 {
@@ -90,7 +91,7 @@ impl Bench {
         let host = UdpSocket::bind((Ipv4Addr::from(HOST), PORT)).unwrap();
         host.set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
-        wait_for_link(&tap, &host);
+        wait_for_link(&tap, &host, GUEST);
         let mut net = Net::new(tap, GUEST_MAC).unwrap();
         let features = features.iter().fold(0, |all, bit| all | 1 << bit);
         let driver = Driver::start_with(&mut net, features);

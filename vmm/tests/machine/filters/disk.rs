@@ -57,9 +57,7 @@ fn work(guest: Guest, place: Place, requests: &Requests) -> Guest {
     guest
         .store_long(ANSWERS, u32::MAX)
         .store_long(ANSWERS + 4, 0xff)
-        .make_more_available(QUEUE, u16::try_from(requests.len()).unwrap())
-        .kick(place, QUEUE)
-        .wait_all_used(QUEUE)
+        .exchange(place, QUEUE, u16::try_from(requests.len()).unwrap())
         .print_long(ANSWERS)
         .print_long(ANSWERS + 4)
 }

@@ -32,9 +32,7 @@ fn an_image_as_memory() {
                 .print_long(IMAGE)
                 .store_long(IMAGE, u32::from_le_bytes(*b"mine"))
                 .store_long(ANSWERS, u32::MAX)
-                .make_more_available(QUEUE, 1)
-                .kick(place, QUEUE)
-                .wait_all_used(QUEUE)
+                .exchange(place, QUEUE, 1)
                 .print_long(ANSWERS)
         },
         said: [b"pmem\0\0\0\0", b"mine\0\0\0\0"],
@@ -71,12 +69,7 @@ fn a_balloon() {
             let [inflate, deflate, _, reports] = QUEUES;
             let used = [inflate, deflate, reports]
                 .into_iter()
-                .fold(guest, |guest, queue| {
-                    guest
-                        .make_more_available(queue, 1)
-                        .kick(place, queue)
-                        .wait_all_used(queue)
-                });
+                .fold(guest, |guest, queue| guest.exchange(place, queue, 1));
             used.store_long(PAGES[0] << 12, 1).print("b")
         },
         said: [b"b"; 2],
@@ -116,9 +109,7 @@ fn memory_that_is_plugged_in() {
                 .store_long(REQUESTS + 8, u32::try_from(block & 0xffff_ffff).unwrap())
                 .store_long(REQUESTS + 12, u32::try_from(block >> 32).unwrap())
                 .store_word(REQUESTS + 16, 1)
-                .make_more_available(QUEUE, 1)
-                .kick(place, QUEUE)
-                .wait_all_used(QUEUE)
+                .exchange(place, QUEUE, 1)
                 .print_long(ANSWERS)
                 .map(block)
                 .store_far(block, u32::from_le_bytes(*b"more"))
@@ -143,9 +134,7 @@ fn random_bytes() {
         },
         work: |guest, place, _| {
             guest
-                .make_more_available(QUEUE, 1)
-                .kick(place, QUEUE)
-                .wait_all_used(QUEUE)
+                .exchange(place, QUEUE, 1)
                 .print_long(QUEUE.first_used_bytes())
         },
         said: [&[64, 0, 0, 0]; 2],

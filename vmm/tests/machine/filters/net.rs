@@ -67,12 +67,8 @@ const ON_A_TAP: Row = Row {
     },
     work: |guest, place, _| {
         guest
-            .make_more_available(TRANSMIT, FRAMES)
-            .kick(place, TRANSMIT)
-            .wait_all_used(TRANSMIT)
-            .make_more_available(RECEIVE, 1)
-            .kick(place, RECEIVE)
-            .wait_all_used(RECEIVE)
+            .exchange(place, TRANSMIT, FRAMES)
+            .exchange(place, RECEIVE, 1)
             .print("n")
     },
     said: [b"n"; 2],

@@ -48,17 +48,7 @@ fn between_networks(test: impl FnOnce() + Send + 'static) {
 fn other(features: &[u32]) -> (Net, Driver) {
     let tap = Tap::open("tap1").unwrap();
     let host = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        host.send_to(b"probe", (Ipv4Addr::from(OTHER), PORT))
-            .unwrap();
-        let mut fds = [PollFd::new(tap.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut fds, PollTimeout::from(20_u8)).unwrap() > 0 {
-            break;
-        }
-        assert!(Instant::now() < deadline, "the tap's link does not come up");
-    }
-    while read(tap.as_fd(), &mut [0; 2048]).is_ok() {}
+    wait_for_link(&tap, &host, OTHER);
     let mut net = Net::new(tap, OTHER_MAC).unwrap();
     let features = features.iter().fold(0, |all, bit| all | 1 << bit);
     let driver = Driver::start_with(&mut net, features);

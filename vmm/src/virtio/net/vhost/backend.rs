@@ -128,22 +128,16 @@ impl Backend {
     ) -> Result<(), VhostError> {
         let kernel = self.within(memory);
         let [kick, call, malformed] = events;
-        kernel
+        let sized = kernel
             .set_vring_num(index, queue.size())
-            .and_then(|()| kernel.set_vring_base(index, queue.next_avail()))
-            .map_err(|source| VhostError::Vhost {
-                action: "take the size of a queue",
-                source,
-            })?;
+            .and_then(|()| kernel.set_vring_base(index, queue.next_avail()));
+        to("take the size of a queue", sized)?;
         self.place(index, queue, memory)?;
-        kernel
+        let joined = kernel
             .set_vring_call(index, call)
             .and_then(|()| kernel.set_vring_err(index, malformed))
-            .and_then(|()| kernel.set_vring_kick(index, kick))
-            .map_err(|source| VhostError::Vhost {
-                action: "take a queue",
-                source,
-            })?;
+            .and_then(|()| kernel.set_vring_kick(index, kick));
+        to("take a queue", joined)?;
         self.join(index, tap.as_raw_fd())
     }
 

@@ -5,12 +5,11 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::path::Path;
 
 use super::super::tests::{GUEST, GUEST_MAC, HOST, PORT, in_network, wait_for_link};
+use super::super::{RECEIVE, TRANSMIT};
 use super::*;
 use crate::virtio::testing::{Driver, PATIENCE, REGION_BORDER, TRICKS};
 
 const DEVICE: &str = "/dev/vhost-net";
-const RECEIVE: usize = 0;
-const TRANSMIT: usize = 1;
 /// Virtio's header, and the shortest frame.
 const FRAME: [u8; 12 + 60] = [0; 12 + 60];
 
@@ -34,7 +33,7 @@ fn with_device(test: impl FnOnce(VhostNet, UdpSocket) + Send + 'static) {
     in_network(|| {
         let tap = Tap::open("tap0").unwrap();
         let host = UdpSocket::bind((Ipv4Addr::from(HOST), PORT)).unwrap();
-        wait_for_link(&tap, &host);
+        wait_for_link(&tap, &host, GUEST);
         let device = File::options().read(true).write(true).open(DEVICE).unwrap();
         let device = VhostNet::new(device, tap, GUEST_MAC, None).unwrap();
         test(device, host);
