@@ -106,8 +106,13 @@ pub struct Memory {
 pub enum RegionOrigin {
     /// Zeroes.
     Nothing,
-    /// What is in the memory file of a snapshot from `offset` on.
-    Snapshot { file: Arc<File>, offset: u64 },
+    /// What is in the memory file of a snapshot from `offset` on, but for pages that are `over` it:
+    /// those are mapped from later snapshots.
+    Snapshot {
+        file: Arc<File>,
+        offset: u64,
+        over: Vec<Range<u64>>,
+    },
     /// An image, which is a file of this length.
     Image { bytes: u64 },
 }
@@ -199,26 +204,54 @@ pub(crate) fn file_region(
     let size = length(range.end - range.start);
     let mapping = map_aligned(size, advice)?;
     for extent in origin.extents {
-        let bytes = extent.end - extent.start;
-        let refused = |source| MemoryError::Map { bytes, source };
-        let (at, room) = (length(extent.start), length(bytes));
         let place = origin.offset.checked_add(extent.start);
-        let place = place.and_then(|place| libc::off_t::try_from(place).ok());
-        let Some(place) = place.filter(|_| at.checked_add(room).is_some_and(|end| end <= size))
-        else {
-            return Err(refused(io::ErrorKind::InvalidInput.into()));
-        };
-        let start = mapping.as_ptr().wrapping_add(at).cast();
-        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
-        let (read_write, fd) = (libc::PROT_READ | libc::PROT_WRITE, origin.file.as_raw_fd());
-        // SAFETY: it replaces a part of a mapping that was just made and that nothing points into.
-        let mapped = unsafe { libc::mmap(start, room, read_write, flags, fd, place) };
-        if mapped == libc::MAP_FAILED {
-            return Err(refused(io::Error::last_os_error()));
-        }
+        map_part(&mapping, extent, origin.file, place)?;
     }
     let region = GuestRegionMmap::new(mapping, GuestAddress(range.start));
     Ok(Arc::new(region.expect("ranges end below 2^64")))
+}
+
+/// Puts what is in `file` from `offset` on, in whole pages, over `part` of a region, as if it had been
+/// read: changes are the region's own. Nothing is read yet.
+pub(crate) fn map_over(
+    region: &GuestRegionMmap,
+    part: &Range<u64>,
+    file: &File,
+    offset: u64,
+) -> Result<(), MemoryError> {
+    map_part(region, part, file, Some(offset))
+}
+
+/// Maps a part of a file, in whole pages, over `part` of `mapping`.
+fn map_part(
+    mapping: &MmapRegion,
+    part: &Range<u64>,
+    file: &File,
+    offset: Option<u64>,
+) -> Result<(), MemoryError> {
+    let bytes = part.end.saturating_sub(part.start);
+    let refused = |source| MemoryError::Map { bytes, source };
+    let (at, room) = (
+        usize::try_from(part.start).expect("usize is 64 bits"),
+        usize::try_from(bytes).expect("usize is 64 bits"),
+    );
+    let offset = offset.and_then(|offset| libc::off_t::try_from(offset).ok());
+    let inside = at
+        .checked_add(room)
+        .is_some_and(|end| end <= mapping.size());
+    let Some(offset) = offset.filter(|_| inside) else {
+        return Err(refused(io::ErrorKind::InvalidInput.into()));
+    };
+    let start = mapping.as_ptr().wrapping_add(at).cast();
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    let (read_write, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_raw_fd());
+    // SAFETY: it replaces a part of a mapping of guest memory, which stays readable and writable. Whoever
+    // has a pointer into it knows that its content may change at any time.
+    let mapped = unsafe { libc::mmap(start, room, read_write, flags, fd, offset) };
+    if mapped == libc::MAP_FAILED {
+        return Err(refused(io::Error::last_os_error()));
+    }
+    Ok(())
 }
 
 /// Private memory that starts where a huge page does, with this advice about it.

@@ -3,7 +3,6 @@
 #![no_main]
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 
 use libfuzzer_sys::fuzz_target;
@@ -14,10 +13,11 @@ use vmm::devices::serial::{Output, SerialPort};
 use vmm::events::{Readiness, Source, event};
 use vmm::fair_mutex::FairMutex;
 use vmm::hotplug::slots::Slots;
-use vmm::memory::MemoryPlan;
+use vmm::memory::{MemoryPlan, RegionOrigin};
 use vmm::plan::Places;
 use vmm::snapshot::file;
-use vmm::snapshot::memory;
+use vmm::snapshot::layers;
+use vmm::snapshot::memory::Run;
 use vmm::snapshot::restore::Restore;
 use vmm::snapshot::state::{State, VirtioState};
 use vmm::spec;
@@ -32,6 +32,7 @@ use vmm_fuzz::World;
 
 const MEMORY_BYTES: usize = 0x2_0000;
 const DISK_BYTES: u64 = 1 << 20;
+const SPARE_BYTES: usize = 1 << 20;
 
 /// The most devices of a state that are tried.
 const DEVICES_MAX: usize = 8;
@@ -114,10 +115,18 @@ fn restore(state: &State, memory: &GuestMemoryMmap) {
         restore_device(device, memory);
     }
     if let Some(written) = &state.memory.written {
-        let file = disk();
-        file.write_all_at(&[7; 4096], 0).expect("there is room");
-        let _ = memory::overlay(memory, &file, written);
+        put_over(written);
     }
+}
+
+/// Pages of a memory file of [`DISK_BYTES`], over memory of its own: some of it is the file's from then on.
+fn put_over(written: &[Run]) {
+    let file = disk();
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SPARE_BYTES)]);
+    let memory = memory.expect("it can be mapped");
+    let mut origins = [RegionOrigin::Nothing];
+    let least = layers::mapped_from(written.iter());
+    let _ = layers::put_over(&memory, &mut origins, &file, written, least);
 }
 
 fuzz_target!(|text: &[u8]| {

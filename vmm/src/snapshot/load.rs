@@ -6,6 +6,7 @@ use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 
 use super::file::{self, FileError, Id, Kind};
+use super::layers;
 use super::memory::{self, MemoryFileError, Region, Run};
 use super::restore::LAYERS_MAX;
 use super::state::State;
@@ -109,7 +110,7 @@ pub fn load(files: Vec<OpenFiles>) -> Result<Loaded, LoadError> {
 
 impl Loaded {
     /// The memory of a machine that has it in these regions, with these `images` behind all else.
-    /// What is not in a difference is read when it is first used. Returns where what is in each
+    /// It is read when it is first used, but for short runs of pages in differences. Returns where what is in each
     /// region comes from, too.
     pub fn map_memory(
         &self,
@@ -124,11 +125,13 @@ impl Loaded {
                 wanted: format!("{regions:x?}"),
             });
         }
-        let mapped = memory::map(&self.base, regions, pages, self.own_files(images)?)?;
+        let images = self.own_files(images)?;
+        let (memory, mut origins) = memory::map(&self.base, regions, pages, images)?;
+        let least = layers::mapped_from(self.written());
         for (file, runs) in &self.layers {
-            memory::overlay(&mapped.0, file, runs)?;
+            layers::put_over(&memory, &mut origins, file, runs, least)?;
         }
-        Ok(mapped)
+        Ok((memory, origins))
     }
 
     /// Those of `images` whose content is not in the memory file: all or, before format 4, none.

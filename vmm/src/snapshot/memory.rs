@@ -5,7 +5,7 @@
 //! line that names the snapshot, so that a file cannot be taken for another's.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -14,8 +14,8 @@ use rustix::fs::{SeekFrom as SeekTo, seek};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use vm_memory::{
-    Address, Bytes, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MemoryRegionAddress,
+    Address, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
 };
 
 use super::file::Id;
@@ -71,6 +71,8 @@ pub enum MemoryFileError {
     Together(#[source] vm_memory::GuestRegionCollectionError),
     #[error("a snapshot names page {page}, which is not there, or not its turn")]
     Page { page: u64 },
+    #[error("a part of a snapshot cannot be mapped over the one before")]
+    MapOver(#[source] MemoryError),
     #[error("the guest's memory cannot be written")]
     Write(#[source] GuestMemoryError),
 }
@@ -141,7 +143,8 @@ pub fn map(
                 extents: &extents(file, offset..end),
             };
             let file = file.clone();
-            let origin = RegionOrigin::Snapshot { file, offset };
+            let over = Vec::new();
+            let origin = RegionOrigin::Snapshot { file, offset, over };
             (memory::file_region(&addresses, pages, &source), origin)
         };
         mapped.push(made.map_err(MemoryFileError::Map)?);
@@ -184,42 +187,6 @@ pub(super) fn next_data(file: &File, range: Range<u64>) -> Option<Range<u64>> {
     (start < range.end).then(|| start..end.min(range.end))
 }
 
-/// Puts those pages of a snapshot's `file` over `memory`.
-pub fn overlay(memory: &GuestMemoryMmap, file: &File, runs: &[Run]) -> Result<(), MemoryFileError> {
-    let mut file = file.try_clone().map_err(MemoryFileError::Read)?;
-    let page_bytes = PAGE_BYTES as u64;
-    let mut behind = 0;
-    for (first, count) in runs {
-        let missing = MemoryFileError::Page { page: *first };
-        // In order, so that no page is read twice.
-        let Some(end) = first.checked_add(*count).filter(|_| *first >= behind) else {
-            return Err(missing);
-        };
-        behind = end;
-        let mut page = *first;
-        let mut start = 0;
-        for region in memory.iter() {
-            let region_end = start + pages(region);
-            if page < end && page < region_end {
-                let part = end.min(region_end) - page;
-                file.seek(SeekFrom::Start(page * page_bytes))
-                    .map_err(MemoryFileError::Read)?;
-                let length = usize::try_from(part * page_bytes).expect("within a region");
-                let place = MemoryRegionAddress((page - start) * page_bytes);
-                region
-                    .read_exact_volatile_from(place, &mut file, length)
-                    .map_err(MemoryFileError::Write)?;
-                page += part;
-            }
-            start = region_end;
-        }
-        if page < end {
-            return Err(missing);
-        }
-    }
-    Ok(())
-}
-
 /// Runs of pages, from a bit for each page of regions whose pages follow each other. `bitmaps` are
 /// each region's, with the number of its pages.
 pub fn runs(bitmaps: &[(Vec<u64>, u64)]) -> Vec<Run> {
@@ -250,8 +217,9 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use tempfile::tempfile;
-    use vm_memory::GuestAddress;
+    use vm_memory::{Bytes, GuestAddress};
 
+    use super::super::layers::put_over;
     use super::super::touched::touched;
     use super::super::writer::{Writer, write_all, write_runs};
     use super::*;
@@ -411,9 +379,9 @@ mod tests {
         let written = write_runs(&all, &mut writer, &own).unwrap();
         assert_eq!(written, 2 * PAGE_BYTES as u64);
 
-        let (copy, origins) = map(&file, &regions(&all), HugePages::None, &images).unwrap();
+        let (copy, mut origins) = map(&file, &regions(&all), HugePages::None, &images).unwrap();
         assert!(matches!(origins[1], RegionOrigin::Image { bytes: 0x4000 }));
-        overlay(&copy, &file, &own).unwrap();
+        put_over(&copy, &mut origins, &file, &own, 1).unwrap();
         for (place, byte) in [
             (5, 1),
             (HIGH, 7),
@@ -427,30 +395,6 @@ mod tests {
     }
 
     #[test]
-    fn a_difference_lies_over_what_was_before_and_may_be_zero() {
-        let (memory, id) = (memory(), Id::random().unwrap());
-        let (base, mut difference) = (new_file(), tempfile().unwrap());
-        for place in [0, 0x1000, LOW - 1] {
-            put(&memory, place, 1);
-        }
-        write(&memory, &base, &id);
-        for (place, byte) in [(0x1000, 0), (LOW - 1, 2), (HIGH, 3)] {
-            put(&memory, place, byte);
-        }
-        let last = LOW / 4096 - 1;
-        let runs = [(1, 1), (last, 2)];
-        let mut writer = Writer::new(&mut difference, &memory, &id, &|| true).unwrap();
-        let written = write_runs(&memory, &mut writer, &runs).unwrap();
-        assert_eq!(written, 3 * 4096);
-
-        let copy = mapped(&base, &regions(&memory));
-        overlay(&copy, &difference, &runs).unwrap();
-        for (place, byte) in [(0, 1), (0x1000, 0), (LOW - 1, 2), (HIGH, 3)] {
-            assert_eq!(get(&copy, place), byte, "{place:#x}");
-        }
-    }
-
-    #[test]
     fn another_snapshots_file_and_one_that_was_cut_are_refused() {
         let (memory, id, file) = (memory(), Id::random().unwrap(), new_file());
         write(&memory, &file, &id);
@@ -459,17 +403,6 @@ mod tests {
         check(&file, &id, &regions[..1]).unwrap_err();
         file.set_len(total(&regions)).unwrap();
         check(&file, &id, &regions).unwrap_err();
-    }
-
-    #[test]
-    fn pages_that_are_not_there_are_refused() {
-        let (memory, file) = (memory(), tempfile().unwrap());
-        file.set_len(12 << 20).unwrap();
-        for run in [(3072, 1), (3071, 2), (u64::MAX, 2), (0, u64::MAX)] {
-            overlay(&memory, &file, &[run]).unwrap_err();
-        }
-        overlay(&memory, &file, &[(5, 2), (6, 1)]).unwrap_err();
-        overlay(&memory, &file, &[(3071, 1)]).unwrap();
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod bounded;
 pub mod client;
 pub mod file;
 pub mod hex;
+pub mod layers;
 pub mod load;
 pub mod memory;
 pub mod restore;

@@ -74,13 +74,18 @@ fn write_region(
 /// nothing where there is a hole.
 fn filled(region: &GuestRegionMmap, origin: &RegionOrigin) -> Option<Vec<bool>> {
     let mut filled = touched(region)?;
-    if let RegionOrigin::Snapshot { file, offset } = origin {
+    if let RegionOrigin::Snapshot { file, offset, over } = origin {
+        let index = |page: u64| usize::try_from(page).ok();
+        for pages in over {
+            filled
+                .get_mut(index(pages.start)?..index(pages.end)?)?
+                .fill(true);
+        }
         let end = offset + region.len();
         let mut at = *offset;
         while let Some(data) = next_data(file, at..end) {
-            let page = |bytes: u64| usize::try_from(bytes / PAGE_BYTES as u64).ok();
-            let first = page(data.start - offset)?;
-            let last = page((data.end - offset).next_multiple_of(PAGE_BYTES as u64))?;
+            let first = index((data.start - offset) / PAGE_BYTES as u64)?;
+            let last = index((data.end - offset).div_ceil(PAGE_BYTES as u64))?;
             filled.get_mut(first..last)?.fill(true);
             at = data.end;
         }
