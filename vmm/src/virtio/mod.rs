@@ -167,6 +167,18 @@ pub trait VirtioDevice: Send {
         Ok(Signal::NONE)
     }
 
+    /// Descriptors to poll once a driver that was there has gone, or has broken the rules, until the
+    /// next one is there: for whoever would wait for the guest in vain.
+    fn interests_without_driver(&self) -> Vec<Interest> {
+        Vec::new()
+    }
+
+    /// One of [`interests_without_driver`](Self::interests_without_driver) is ready. No guest memory
+    /// is touched.
+    fn on_ready_without_driver(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// Back to the state before `activate`. In-flight work is finished or dropped first: no guest
     /// memory is touched after this returns.
     fn reset(&mut self);

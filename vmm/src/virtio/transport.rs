@@ -99,6 +99,8 @@ pub struct Transport {
     busy_queues: u32,
     /// Nothing moves until [`release`](Self::release).
     held: bool,
+    /// A driver was there and has gone.
+    left: bool,
     counters: Arc<Counters>,
 }
 
@@ -143,6 +145,7 @@ impl Transport {
             config_generation: 0,
             busy_queues: 0,
             held: false,
+            left: false,
             counters: Arc::new(Counters::new(name)),
         })
     }
@@ -219,6 +222,7 @@ impl Transport {
 
     fn activate(&mut self) {
         self.status |= status::DRIVER_OK;
+        self.left = false;
         self.use_features();
         if let Err(error) = self.watch_kicks() {
             return self.host_failure("watch for kicks", error);
@@ -253,12 +257,10 @@ impl Transport {
     fn reset(&mut self) {
         if self.has(status::DRIVER_OK) {
             self.device.reset();
-            let kicks = self.platform.unwatch_kicks();
-            let watch = self.platform.watch(&self.interests, &[]);
-            self.interests.clear();
-            if let Err(error) = kicks.and(watch) {
+            if let Err(error) = self.platform.unwatch_kicks() {
                 self.host_failure("forget a driver", error);
             }
+            self.left = true;
         }
         for queue in &mut self.queues {
             queue.reset();
@@ -271,6 +273,7 @@ impl Transport {
         self.driver_features = 0;
         self.queue_select = 0;
         self.interrupt_status = 0;
+        self.watch();
     }
 
     // Queues (section 2.6).
@@ -342,12 +345,13 @@ impl Transport {
     /// One of the device's own descriptors is ready.
     fn on_device_ready(&mut self, token: u32) {
         // The device may have lost interest since the kernel was asked.
-        if !self.active()
-            || !self
-                .interests
-                .iter()
-                .any(|interest| interest.token == token)
-        {
+        let mut interests = self.interests.iter();
+        if !interests.any(|interest| interest.token == token) {
+            return;
+        }
+        if !self.active() {
+            let outcome = self.device.on_ready_without_driver();
+            self.settle(outcome.map(|()| Signal::NONE));
             return;
         }
         let before: Vec<u16> = self.queues.iter().map(Queue::next_avail).collect();
@@ -384,8 +388,16 @@ impl Transport {
                 self.status |= status::NEEDS_RESET;
             }
         }
+        self.watch();
+        self.active()
+    }
+
+    /// Waits for the descriptors that the device waits for now.
+    fn watch(&mut self) {
         let wanted = if self.active() {
             self.device.interests()
+        } else if !self.held && (self.left || self.has(status::NEEDS_RESET)) {
+            self.device.interests_without_driver()
         } else {
             Vec::new()
         };
@@ -395,7 +407,6 @@ impl Transport {
             }
             self.interests = wanted;
         }
-        self.active()
     }
 
     fn signal(&mut self, signal: Signal) -> Result<(), DeviceError> {
@@ -474,3 +485,5 @@ mod noise;
 pub(super) mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod without_driver;

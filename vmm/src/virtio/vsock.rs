@@ -274,6 +274,18 @@ impl VirtioDevice for Vsock {
         self.send_and_signal(queues, mem)
     }
 
+    /// Clients of the host are not kept waiting for a guest that does not listen.
+    fn interests_without_driver(&self) -> Vec<Interest> {
+        self.interests()
+    }
+
+    fn on_ready_without_driver(&mut self) -> Result<(), DeviceError> {
+        self.muxer.turn_away().map_err(|source| DeviceError::Host {
+            action: "poll the vsock's socket",
+            source,
+        })
+    }
+
     fn reset(&mut self) {
         self.muxer.reset();
         self.buffers.clear();

@@ -302,14 +302,32 @@ impl Muxer {
         self.counters.open.store(open, Ordering::Relaxed);
     }
 
+    /// Hangs up on all clients: nobody is there whom they could reach.
+    pub(super) fn turn_away(&mut self) -> io::Result<()> {
+        self.reset();
+        // All but the listener are out of it, which may have an event that is to be taken.
+        let mut events = [EpollEvent::empty(); 1];
+        self.wait(&mut events)?;
+        for _ in 0..CLIENTS_PER_CALL_MAX {
+            if self.host.accept().is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn wait(&self, events: &mut [EpollEvent]) -> io::Result<usize> {
+        match self.epoll.wait(events, EpollTimeout::ZERO) {
+            Ok(count) => Ok(count),
+            Err(Errno::EINTR) => Ok(0),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Looks at the host's ends that have become ready.
     pub(super) fn poll(&mut self) -> io::Result<()> {
         let mut events = [EpollEvent::empty(); EVENTS_MAX];
-        let count = match self.epoll.wait(&mut events, EpollTimeout::ZERO) {
-            Ok(count) => count,
-            Err(Errno::EINTR) => 0,
-            Err(error) => return Err(error.into()),
-        };
+        let count = self.wait(&mut events)?;
         for event in &events[..count] {
             let key = Key::from_token(event.data());
             if key == LISTENER {
