@@ -34,9 +34,14 @@ const MODULES: &[&str] = &[
     "evdev",                      // And the device by which the agent hears of a press.
 ];
 
+/// What guests need for images that they see as memory (virtio-pmem), which hostd gives to none of its own:
+/// a second archive, for guests that the VMM runs by itself.
+const PMEM_MODULES: &[&str] = &["virtio_pmem", "nd_pmem"];
+
 /// Where the initramfs holds the modules' files, and where it says in which order they load.
 const MODULES_DIR: &str = "hostd/kernel";
 const MODULES_LIST: &str = "hostd/modules";
+const PMEM_MODULES_LIST: &str = "hostd/modules.pmem";
 
 /// A bootable pair of files, but for the segment with the VM's configuration (`agent::initramfs`)
 /// that is to follow the initramfs.
@@ -45,6 +50,8 @@ pub(crate) struct GuestImage {
     /// An ELF file.
     pub(crate) kernel: PathBuf,
     pub(crate) initramfs: PathBuf,
+    /// An archive of modules that may follow the initramfs.
+    pub(crate) pmem: PathBuf,
 }
 
 /// The command of the same name: builds both and prints where they are.
@@ -52,6 +59,7 @@ pub(crate) fn command_line() -> Result<()> {
     let image = build()?;
     writeln!(io::stdout(), "kernel {}", image.kernel.display())?;
     writeln!(io::stdout(), "initramfs {}", image.initramfs.display())?;
+    writeln!(io::stdout(), "pmem {}", image.pmem.display())?;
     Ok(())
 }
 
@@ -60,14 +68,16 @@ pub(crate) fn build() -> Result<GuestImage> {
     let kernel = Kernel::fetch(Series::Guest)?;
     let dir = paths::build().join("guest");
     fs::create_dir_all(&dir)?;
+    let (initramfs, pmem) = (dir.join("initramfs.cpio"), dir.join("pmem.cpio"));
+    step("Assemble the guest's initramfs", || {
+        let agent = stripped_agent(&dir)?;
+        replace(&initramfs, &archive(&agent, &kernel)?)?;
+        replace(&pmem, &pmem_archive(&kernel)?)
+    })?;
     Ok(GuestImage {
         kernel: extracted(&kernel, &dir)?,
-        initramfs: step("Assemble the guest's initramfs", || {
-            let target = dir.join("initramfs.cpio");
-            let agent = stripped_agent(&dir)?;
-            replace(&target, &archive(&agent, &kernel)?)?;
-            Ok(target)
-        })?,
+        initramfs,
+        pmem,
     })
 }
 
@@ -90,10 +100,27 @@ fn archive(agent: &[u8], kernel: &Kernel) -> Result<Vec<u8>> {
     archive.character_device("dev/console", 0o600, 5, 1)?;
     archive.character_device("dev/null", 0o666, 1, 3)?;
     archive.file("init", 0o755, agent)?;
+    add_modules(&mut archive, kernel, MODULES, MODULES_LIST)?;
+    Ok(archive.finish()?)
+}
+
+fn pmem_archive(kernel: &Kernel) -> Result<Vec<u8>> {
+    let mut archive = Archive::new(Vec::new());
+    add_modules(&mut archive, kernel, PMEM_MODULES, PMEM_MODULES_LIST)?;
+    Ok(archive.finish()?)
+}
+
+/// Adds modules and what they need, and a list of them in the order in which they load.
+fn add_modules(
+    archive: &mut Archive<Vec<u8>>,
+    kernel: &Kernel,
+    names: &[&str],
+    list: &str,
+) -> Result<()> {
     archive.directory("hostd", 0o755)?;
     archive.directory(MODULES_DIR, 0o755)?;
     let mut order = String::new();
-    for module in kernel.modules(MODULES)? {
+    for module in kernel.modules(names)? {
         let name = module.file_name().and_then(|name| name.to_str());
         let path = format!("{MODULES_DIR}/{}", name.context("A module has no name")?);
         let file = kernel.modules_dir().join(&module);
@@ -101,8 +128,8 @@ fn archive(agent: &[u8], kernel: &Kernel) -> Result<Vec<u8>> {
         archive.file(&path, 0o644, &content)?;
         order.push_str(&format!("/{path}\n"));
     }
-    archive.file(MODULES_LIST, 0o644, order.as_bytes())?;
-    Ok(archive.finish()?)
+    archive.file(list, 0o644, order.as_bytes())?;
+    Ok(())
 }
 
 /// The agent without symbols and line tables, which would be most of the initramfs.

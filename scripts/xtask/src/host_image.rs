@@ -151,6 +151,7 @@ pub(crate) fn build() -> Result<HostImage> {
         fs::create_dir_all(&guest_dir)?;
         fs::copy(&guest.kernel, guest_dir.join("kernel"))?;
         fs::copy(&guest.initramfs, guest_dir.join("initramfs.cpio"))?;
+        fs::copy(&guest.pmem, guest_dir.join("pmem.cpio"))?;
         let images = root.join("usr/share/hostd/images");
         fs::create_dir_all(&images)?;
         run(command("cp", ["-a"])

@@ -3,6 +3,7 @@
 mod balloon;
 mod button;
 mod difference;
+mod pmem;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -43,6 +44,10 @@ pub(crate) const TESTS: &[(&str, HostTest)] = &[
     (
         "a_stock_kernel_goes_on_from_a_snapshot_and_a_difference",
         difference::layered,
+    ),
+    (
+        "stock_kernels_share_one_copy_of_an_image_also_when_they_are_restored",
+        pmem::shared,
     ),
 ];
 
