@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use tests::{Host, Kind};
@@ -9,10 +10,20 @@ use tests::{Host, Kind};
 use crate::HostTest;
 use crate::process::start_idle;
 
-pub(crate) const TESTS: &[(&str, HostTest)] = &[(
-    "a_vmm_has_nothing_but_what_its_machine_needs",
-    has_only_what_it_needs,
-)];
+pub(crate) const TESTS: &[(&str, HostTest)] = &[
+    (
+        "a_vmm_has_nothing_but_what_its_machine_needs",
+        has_only_what_it_needs,
+    ),
+    (
+        "all_programs_can_lie_anywhere_in_memory",
+        are_position_independent,
+    ),
+];
+
+/// What an ELF file says that may be put anywhere (`e_type`, `ET_DYN`), and where it says so.
+const ANYWHERE: [u8; 2] = [3, 0];
+const TYPE: Range<usize> = 16..18;
 
 /// What is said of each thread: no rights, no way to any, and filters for its system calls.
 const STATUS: &[(&str, &str)] = &[
@@ -52,6 +63,13 @@ fn has_only_what_it_needs(host: &Host) {
     sees_nothing(host, &process);
     holds_only(&process, &host.run_of(name));
     host.hostctl(&["rm", "--force", name]).ok();
+}
+
+fn are_position_independent(_host: &Host) {
+    for program in ["hostd", "hostctl", "hostd-oci", "hostd-vmm"] {
+        let content = fs::read(Path::new("/usr/bin").join(program)).expect("it is installed");
+        assert_eq!(content.get(TYPE), Some(&ANYWHERE[..]), "{program}");
+    }
 }
 
 #[track_caller]

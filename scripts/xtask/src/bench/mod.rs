@@ -5,6 +5,7 @@ mod hostd;
 mod measure;
 mod oci;
 mod place;
+mod program;
 mod statistics;
 mod vmm;
 

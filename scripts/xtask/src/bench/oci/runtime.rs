@@ -1,14 +1,13 @@
 //! The runtimes that are compared, and how each is called.
 
 use std::convert::Infallible;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
-use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
+use crate::bench::program::forget_pages;
 use crate::paths;
 use crate::step::run;
 
@@ -96,17 +95,6 @@ impl Runtime {
             None => bail!("{} does not say what {id} does", self.name),
         }
     }
-}
-
-/// Has the kernel read a program from the disk when it is executed next, as after the host's start. What
-/// was written a moment ago is in the page cache in larger pieces, which all count as a process's memory
-/// that uses a part of one.
-fn forget_pages(program: &Path) -> std::io::Result<()> {
-    let file = File::open(program)?;
-    file.sync_all()?;
-    let (start, to_the_end) = (0, 0);
-    let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
-    Ok(posix_fadvise(&file, start, to_the_end, advice)?)
 }
 
 fn find(name: &str) -> std::io::Result<PathBuf> {

@@ -29,7 +29,7 @@ const RETURN: u8 = 0xc3;
 pub(super) struct Trace {
     /// The program's file: device and inode.
     file: (u64, u64),
-    /// Where its functions begin, which is the same in every process, and the bytes there.
+    /// Where its functions begin, from where a process has the file, and the bytes there.
     functions: BTreeMap<u64, u8>,
     /// Those that shall do nothing.
     hindered: Vec<u64>,
@@ -114,6 +114,18 @@ impl Trace {
         }
     }
 
+    /// Where a process has the program's file, which is another place each time.
+    fn base(&self, pid: Pid) -> Result<u64> {
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+        let inode = self.file.1.to_string();
+        let ours = maps
+            .lines()
+            .find(|line| line.split_whitespace().nth(4) == Some(&inode));
+        let start = ours.and_then(|line| line.split('-').next());
+        let start = start.with_context(|| format!("{pid} is not the program any more"))?;
+        u64::from_str_radix(start, 16).context("A mapping has no address")
+    }
+
     fn is_program(&self, pid: Pid) -> bool {
         identity(Path::new(&format!("/proc/{pid}/exe"))).ok() == Some(self.file)
     }
@@ -123,15 +135,15 @@ impl Trace {
         if !self.is_program(pid) {
             return Ok(ptrace::detach(pid, None)?);
         }
-        let memory = memory(pid)?;
+        let (memory, base) = (memory(pid)?, self.base(pid)?);
         for (address, original) in &mut self.functions {
             let mut byte = [0];
-            memory.read_exact_at(&mut byte, *address)?;
+            memory.read_exact_at(&mut byte, base + *address)?;
             [*original] = byte;
-            memory.write_all_at(&[BREAKPOINT], *address)?;
+            memory.write_all_at(&[BREAKPOINT], base + *address)?;
         }
         for address in &self.hindered {
-            memory.write_all_at(&[RETURN], *address)?;
+            memory.write_all_at(&[RETURN], base + *address)?;
         }
         go_on(pid, None)
     }
@@ -139,12 +151,13 @@ impl Trace {
     /// A process has stopped at a function, and will not do so again there.
     fn note(&mut self, pid: Pid) -> Result<()> {
         let mut registers = ptrace::getregs(pid)?;
-        let address = registers.rip.saturating_sub(1);
+        let place = registers.rip.saturating_sub(1);
+        let address = place.wrapping_sub(self.base(pid)?);
         let Some(original) = self.functions.get(&address) else {
-            bail!("{pid} has stopped at {address:#x}, where no function is");
+            bail!("{pid} has stopped at {place:#x}, where no function is");
         };
-        memory(pid)?.write_all_at(&[*original], address)?;
-        registers.rip = address;
+        memory(pid)?.write_all_at(&[*original], place)?;
+        registers.rip = place;
         ptrace::setregs(pid, registers)?;
         if self.seen.insert(address) {
             self.executed.push(address);

@@ -3,13 +3,14 @@
 
 use std::fmt;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::place::{Place, TAP};
+use crate::bench::program::forget_pages;
 use crate::paths;
 
 pub(crate) const MEMORY_MIB: u64 = 128;
@@ -83,13 +84,14 @@ impl Monitor {
         })
     }
 
-    /// Writes the program to the disk: what is mapped of a file that was just built counts as changed.
+    /// Has its program read from the disk, as after the host's start.
     pub(crate) fn settle(&self) -> Result<()> {
         // One without a folder is found by the shell's rules, and was not just built.
-        match fs::File::open(&self.program) {
-            Ok(file) => file.sync_all().context("Cannot settle a program"),
-            Err(_) => Ok(()),
+        if self.program.parent() == Some(Path::new("")) {
+            return Ok(());
         }
+        forget_pages(&self.program)
+            .with_context(|| format!("Cannot have {} read anew", self.program.display()))
     }
 
     /// The command that runs this machine; none for peers.
