@@ -4,6 +4,7 @@
 mod hostd;
 mod measure;
 mod oci;
+mod order;
 mod place;
 mod program;
 mod statistics;

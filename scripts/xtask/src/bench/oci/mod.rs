@@ -8,7 +8,6 @@ mod report;
 mod runtime;
 mod scenes;
 mod seccomp;
-mod trace;
 
 use std::io::{self, Write};
 

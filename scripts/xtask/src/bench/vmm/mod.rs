@@ -4,6 +4,7 @@
 mod clock;
 mod console;
 mod machine;
+mod order;
 mod place;
 mod row;
 mod snapshot;
@@ -40,6 +41,9 @@ pub(crate) struct Arguments {
     /// No peers
     #[arg(long, conflicts_with = "peer")]
     alone: bool,
+    /// Measure nothing: have the linker put together what is executed (vmm/functions.order)
+    #[arg(long, conflicts_with_all = ["peer", "json", "only"])]
+    order: bool,
     /// Print JSON with all samples
     #[arg(long)]
     json: bool,
@@ -47,6 +51,11 @@ pub(crate) struct Arguments {
 
 /// Measures and prints.
 pub(crate) fn bench(arguments: &Arguments) -> Result<()> {
+    if arguments.order {
+        packages::ensure(&["iproute2"])?;
+        binaries::build_one("hostd-vmm")?;
+        return order::write(&Place::new()?);
+    }
     let mut monitors = vec![Monitor::ours()];
     for peer in &arguments.peer {
         monitors.push(Monitor::parse(peer)?);

@@ -13,7 +13,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde_json::json;
 
 use super::console::{Process, Run};
-use super::machine::Monitor;
+use super::machine::{MEMORY_MIB, Monitor};
 use super::place::Place;
 use super::row::{Sample, first_instruction};
 use crate::step::run;
@@ -37,20 +37,11 @@ pub(super) fn measure(
     step: Step,
 ) -> Result<Option<Sample>> {
     let socket = place.path("control");
-    let machine = json!({
-        "boot": {"kernel": place.kernel(), "cmdline": "bench=beat"},
-        "memory": {"size_mib": memory_mib, "track_dirty": step == Step::Diff},
-        "rng": false,
-        "console": "stdio",
-        "control": socket,
-    });
-    let Some(mut command) = monitor.run_machine(place, &machine)? else {
+    let Some(process) = begin(monitor, place, memory_mib, step == Step::Diff)? else {
         return Ok(None);
     };
     let folder = place.path("snapshot");
     let difference = place.path("difference");
-    let mut process = Process::start(&mut command)?;
-    process.read_until(|output| output.contains("beating"))?;
     let full = save(monitor, &socket, &folder, &[])?;
     let sample = match step {
         Step::Full => Some(full),
@@ -69,6 +60,36 @@ pub(super) fn measure(
         }
     }
     Ok(sample)
+}
+
+/// Makes a small machine, saves it to a folder, and ends it.
+pub(super) fn keep(monitor: &Monitor, place: &Place, folder: &Path) -> Result<()> {
+    let process = begin(monitor, place, MEMORY_MIB, false)?.context("Only ours can do this")?;
+    save(monitor, &place.path("control"), folder, &[])?;
+    drop(process);
+    Ok(())
+}
+
+/// A machine whose guest runs; none of peers.
+fn begin(
+    monitor: &Monitor,
+    place: &Place,
+    memory_mib: u64,
+    tracked: bool,
+) -> Result<Option<Process>> {
+    let machine = json!({
+        "boot": {"kernel": place.kernel(), "cmdline": "bench=beat"},
+        "memory": {"size_mib": memory_mib, "track_dirty": tracked},
+        "rng": false,
+        "console": "stdio",
+        "control": place.path("control"),
+    });
+    let Some(mut command) = monitor.run_machine(place, &machine)? else {
+        return Ok(None);
+    };
+    let mut process = Process::start(&mut command)?;
+    process.read_until(|output| output.contains("beating"))?;
+    Ok(Some(process))
 }
 
 /// Pauses a machine and saves it.

@@ -12,8 +12,9 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::sys::ptrace::{self, Event, Options};
 use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::WaitPidFlag;
 use nix::unistd::Pid;
+use rustix::process::{self, WaitOptions};
 
 /// Waits for a line, and becomes the program: there is time to hold on to the process before.
 const WAITING: &str = "read go; exec \"$@\"";
@@ -84,15 +85,11 @@ impl Trace {
     fn until_end(&mut self, first: Pid) -> Result<i32> {
         let mut begun = false;
         loop {
-            let status = waitpid(None, Some(WaitPidFlag::__WALL)).context("Cannot wait")?;
-            let led = match status {
-                WaitStatus::Exited(pid, status) if pid == first => return Ok(status),
-                WaitStatus::Signaled(pid, signal, _) if pid == first => {
-                    bail!("It was killed by {signal}")
-                }
-                WaitStatus::PtraceEvent(pid, _, event)
-                    if event == Event::PTRACE_EVENT_EXEC as i32 =>
-                {
+            let (pid, change) = wait()?;
+            let led = match change {
+                Change::Ended(status) if pid == first => return Ok(status),
+                Change::Killed(signal) if pid == first => bail!("It was killed by {signal}"),
+                Change::Event(event) if event == Event::PTRACE_EVENT_EXEC as i32 => {
                     // It may still be about to become the shell.
                     begun |= pid == first && self.is_program(pid);
                     if pid == first && !begun {
@@ -101,14 +98,12 @@ impl Trace {
                         self.lead_into_program(pid)
                     }
                 }
-                WaitStatus::PtraceEvent(pid, _, _) => go_on(pid, None),
-                WaitStatus::Stopped(pid, Signal::SIGTRAP) => self.note(pid),
-                WaitStatus::Stopped(pid, signal) => go_on(pid, Some(signal)),
-                WaitStatus::Exited(..)
-                | WaitStatus::Signaled(..)
-                | WaitStatus::PtraceSyscall(_)
-                | WaitStatus::Continued(_)
-                | WaitStatus::StillAlive => Ok(()),
+                Change::Event(_) => go_on(pid, None),
+                Change::Stopped(signal) if signal == Signal::SIGTRAP as i32 => self.note(pid),
+                // A real-time signal has no name here. Those of hostd-vmm get a processor out of guest mode,
+                // which this has done, too.
+                Change::Stopped(signal) => go_on(pid, Signal::try_from(signal).ok()),
+                Change::Ended(_) | Change::Killed(_) => Ok(()),
             };
             led.context("Cannot lead a process")?;
         }
@@ -164,6 +159,38 @@ impl Trace {
         }
         go_on(pid, None)
     }
+}
+
+/// What a process has come to.
+enum Change {
+    /// With this status.
+    Ended(i32),
+    /// By this signal.
+    Killed(i32),
+    /// Its tracer is told of this (`PTRACE_EVENT_*`).
+    Event(i32),
+    /// It is about to get this signal.
+    Stopped(i32),
+}
+
+/// Waits for a process, or a thread, to come to something.
+fn wait() -> Result<(Pid, Change)> {
+    let all = WaitOptions::from_bits_retain(WaitPidFlag::__WALL.bits().cast_unsigned());
+    let (pid, status) = process::wait(all)
+        .context("Cannot wait")?
+        .context("Nobody is waited for")?;
+    let change = if let Some(status) = status.exit_status() {
+        Change::Ended(status)
+    } else if let Some(signal) = status.terminating_signal() {
+        Change::Killed(signal)
+    } else {
+        let signal = status.stopping_signal();
+        match (status.as_raw() >> 16, signal) {
+            (0, Some(signal)) => Change::Stopped(signal),
+            (event, _) => Change::Event(event),
+        }
+    };
+    Ok((Pid::from_raw(pid.as_raw_nonzero().get()), change))
 }
 
 fn memory(pid: Pid) -> io::Result<File> {
