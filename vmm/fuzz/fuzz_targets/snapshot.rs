@@ -17,7 +17,7 @@ use vmm::memory::{MemoryPlan, RegionOrigin};
 use vmm::plan::Places;
 use vmm::snapshot::file;
 use vmm::snapshot::layers;
-use vmm::snapshot::memory::Run;
+use vmm::snapshot::memory::{self, Run};
 use vmm::snapshot::restore::Restore;
 use vmm::snapshot::state::{State, VirtioState};
 use vmm::spec;
